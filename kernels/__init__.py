@@ -1,0 +1,1 @@
+"""Accelerated operations, one folder each: reference, api, one file per backend."""

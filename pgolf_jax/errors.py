@@ -1,0 +1,5 @@
+"""The one exception whose message is meant for the person at the terminal."""
+
+
+class UserError(Exception):
+  """Something the user can put right. The message is one sentence: what was wrong, and what to do."""
