@@ -1,0 +1,120 @@
+"""Shards: files of token ids (or of the byte sidecar), and the folder that holds them.
+
+Layout: 256 little-endian int32 header words (20240520, 1, count, zeros), then `count` little-endian uint16
+values. Names: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin` and `fineweb_val_bytes_%06d.bin`, the sidecar
+that stands beside each validation shard.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer, UInt16
+
+from pgolf_jax.errors import UserError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+TOKEN_TYPE = np.dtype("<u2")
+SPLITS = ("train", "val", "val_bytes")
+MAX_COUNT = 2**31 - 1
+
+
+def shard_path(folder: Path, split: str, index: int) -> Path:
+  """Where shard `index` of `split` ("train", "val" or "val_bytes") lies in `folder`."""
+  return Path(folder) / f"fineweb_{_known(split)}_{index:06d}.bin"
+
+
+def list_shards(folder: Path, split: str) -> list[Path]:
+  """All shards of `split` in `folder`, in name order.
+
+  Raises:
+    UserError: the folder does not exist or has no shard of this split.
+  """
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise UserError(f"{folder}: no such folder; prepare one with `pgolf data prepare --out {folder}`")
+  name = re.compile(rf"fineweb_{_known(split)}_\d+\.bin")
+  found = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+  if not found:
+    raise UserError(
+      f"{folder}: no fineweb_{split}_*.bin in it; `pgolf data prepare` or `pgolf data download` makes them"
+    )
+  return found
+
+
+def write_shard(path: Path, tokens_N: Integer[np.ndarray, "N"]) -> None:
+  """Writes `tokens_N` as one shard; the file appears under its name only once it is whole and on disk.
+
+  Raises:
+    UserError: a value does not fit in 16 bits, or there are more values than the header can count.
+  """
+  path = Path(path)
+  tokens_N = np.asarray(tokens_N)
+  if tokens_N.ndim != 1 or tokens_N.size > MAX_COUNT:
+    raise UserError(
+      f"{path}: a shard holds one row of at most {MAX_COUNT} tokens, got shape {tokens_N.shape}"
+    )
+  if tokens_N.size:
+    low, high = int(tokens_N.min()), int(tokens_N.max())
+    if low < 0 or high >= 2**16:
+      raise UserError(f"{path}: values from {low} to {high} do not fit in a shard's 16 bits")
+  header = np.zeros(HEADER_WORDS, "<i4")
+  header[:3] = MAGIC, VERSION, tokens_N.size
+  partial = path.with_name(f"{path.name}.partial")
+  with partial.open("wb") as file:
+    file.write(header.tobytes())
+    np.ascontiguousarray(tokens_N, TOKEN_TYPE).tofile(file)
+    file.flush()
+    os.fsync(file.fileno())
+  partial.replace(path)
+
+
+def read_count(path: Path) -> int:
+  """The number of tokens in a shard, from its header, checked against the file's size.
+
+  Raises:
+    UserError: the file is missing, or its magic number, version or size is wrong; names both numbers.
+  """
+  path = Path(path)
+  try:
+    with path.open("rb") as file:
+      head = file.read(HEADER_BYTES)
+      size = os.fstat(file.fileno()).st_size
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror}); check the data folder") from error
+  advice = "fetch or prepare this shard again"
+  if len(head) < HEADER_BYTES:
+    raise UserError(f"{path}: {size} bytes, but a shard's header alone has {HEADER_BYTES}; {advice}")
+  magic, version, count = (int(word) for word in np.frombuffer(head, "<i4", 3))
+  if magic != MAGIC:
+    raise UserError(f"{path}: magic number {magic} where a token shard has {MAGIC}; {advice}")
+  if version != VERSION:
+    raise UserError(f"{path}: shard version {version}, this program reads version {VERSION}; {advice}")
+  expected = HEADER_BYTES + TOKEN_TYPE.itemsize * count
+  if count < 0 or size != expected:
+    raise UserError(
+      f"{path}: {size} bytes, but its header promises {count} tokens, {expected} bytes; {advice}"
+    )
+  return count
+
+
+def read_shard(path: Path) -> UInt16[np.ndarray, "N"]:
+  """The tokens of a shard, mapped read-only from disk.
+
+  Raises:
+    UserError: as `read_count`.
+  """
+  count = read_count(path)
+  if not count:  # an empty range cannot be mapped
+    return np.empty(0, TOKEN_TYPE)
+  return np.memmap(path, TOKEN_TYPE, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def _known(split: str) -> str:
+  if split not in SPLITS:
+    raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+  return split
