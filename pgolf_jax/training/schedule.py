@@ -1,0 +1,161 @@
+"""What changes over a run: progress, learning rate, momentum, sequence length, looping. Recipe section 3.
+
+All functions are plain Python on numbers, so that a schedule can be tested and plotted without a device.
+"""
+
+import dataclasses
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.settings import OptimizerConfig, TrainConfig
+
+
+def _parse_stages(text: str, what: str, kind) -> list[tuple[float, float]]:
+  stages = []
+  for stage in filter(None, (s.strip() for s in text.split(","))):
+    try:
+      value, at = stage.split("@", 1)
+      stages.append((float(at), kind(value)))
+    except ValueError:
+      raise UserError(
+        f"{what} has the stage {stage!r}; each must read value@progress, as in 1024@0.35."
+      ) from None
+  return sorted(stages, key=lambda s: s[0])
+
+
+def parse_seq_schedule(text: str, default_seq_len: int) -> list[tuple[float, int]]:
+  """[(last progress of the stage, sequence length), …], rising, the last one reaching 1.
+
+  Args:
+    text: `1024@0.1,2048@0.7,3072@1.0`; empty means `default_seq_len` throughout.
+    default_seq_len: tokens.
+
+  Raises:
+    UserError: a stage that does not read `length@progress`, or a number out of range.
+  """
+  stages = _parse_stages(text, "train.seq_schedule", int) or [(1.0, default_seq_len)]
+  for until, seq_len in stages:
+    if seq_len <= 0 or not 0 < until <= 1:
+      raise UserError(
+        f"train.seq_schedule has the stage {seq_len}@{until}; lengths must be positive and progress in (0, 1]."
+      )
+  if stages[-1][0] < 1.0:
+    stages.append((1.0, stages[-1][1]))
+  return stages
+
+
+def parse_scale_schedule(text: str) -> list[tuple[float, float]]:
+  """[(first progress, factor), …] of `train.midrun_cap_schedule`; empty text gives the constant 1."""
+  stages = _parse_stages(text, "train.midrun_cap_schedule", float) or [(0.0, 1.0)]
+  if stages[0][0] > 0:
+    stages.insert(0, (0.0, stages[0][1]))
+  return stages
+
+
+def lr_factor(config: TrainConfig, progress: float, step: int) -> float:
+  """Warm-down: 1 while progress < 1 − warmdown_frac, then falling linearly, never below min_lr.
+
+  Args:
+    progress: share of the run that is done, in [0, 1].
+    step: steps done, read only where `warmdown_iters` counts the warm-down in steps of a run without a time cap.
+  """
+  if config.warmdown_iters > 0:
+    share = config.warmdown_iters / max(config.iterations if not config.max_wallclock_seconds else step, 1)
+    # With a time cap the warm-down's share of the clock follows the mean step time so far: t·(iters/step).
+    left = 1.0 - progress
+    span = share if not config.max_wallclock_seconds else share * progress
+    return max(left / max(span, 1e-9), config.min_lr) if left <= span else 1.0
+  if config.warmdown_frac <= 0 or progress < 1.0 - config.warmdown_frac:
+    return 1.0
+  return max((1.0 - progress) / config.warmdown_frac, config.min_lr)
+
+
+def muon_momentum(config: OptimizerConfig, step: int) -> float:
+  """μ at 0-based step `step`: linear from the warm-up's start to `muon_momentum`."""
+  steps = config.muon_momentum_warmup_steps
+  share = min(step / steps, 1.0) if steps > 0 else 1.0
+  return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+  """What one step is run with."""
+
+  progress: float
+  seq_len: int
+  looping: bool
+  lr_scale: float
+  momentum: float
+  seq_len_changed: bool
+
+
+@dataclasses.dataclass
+class Schedule:
+  """Turns (step, elapsed seconds) into a StepPlan; remembers when the sequence length last changed.
+
+  The memory (`changed_at`, `seq_len`) is part of a checkpoint.
+  """
+
+  train: TrainConfig
+  optimizer: OptimizerConfig
+  num_loops: int
+  reserve_seconds: float
+  seq_len: int | None = None  # of the step before
+  changed_at: int | None = None  # step of the last change
+  looping: bool = False
+
+  def __post_init__(self):
+    self._stages = parse_seq_schedule(self.train.seq_schedule, self.train.seq_len)
+    self._caps = parse_scale_schedule(self.train.midrun_cap_schedule)
+
+  @property
+  def time_cap(self) -> float:
+    """Seconds that training may take; infinite without a cap."""
+    cap = self.train.max_wallclock_seconds
+    return cap - self.reserve_seconds if cap > 0 else float("inf")
+
+  def shapes(self) -> list[tuple[int, bool]]:
+    """Every (sequence length, looping) that can occur, in order."""
+    found: list[tuple[int, bool]] = []
+    begin = 0.0
+    for until, seq_len in self._stages:
+      modes = [False] if self.num_loops == 0 or begin < self.train.enable_looping_at else []
+      if self.num_loops > 0 and until >= self.train.enable_looping_at:
+        modes.append(True)
+      found += [(seq_len, mode) for mode in modes if (seq_len, mode) not in found]
+      begin = until
+    return found
+
+  def progress(self, step: int, elapsed: float) -> float:
+    if self.train.schedule_mode == "step" or self.train.max_wallclock_seconds <= 0:
+      share = step / max(self.train.iterations, 1)
+    else:
+      share = elapsed / max(self.time_cap, 1e-9)
+    return min(max(share, 0.0), 1.0)
+
+  def plan(self, step: int, elapsed: float) -> StepPlan:
+    """The plan of 0-based step `step`, which starts after `elapsed` seconds of training."""
+    p = self.progress(step, elapsed)
+    seq_len = next((s for until, s in self._stages if p <= until), self._stages[-1][1])
+    changed = self.seq_len is not None and seq_len != self.seq_len
+    if changed:
+      self.changed_at = step
+    self.seq_len = seq_len
+    scale = lr_factor(self.train, p, step)
+    scale *= [factor for at, factor in self._caps if p + 1e-12 >= at][-1]
+    if self.changed_at is not None and self.train.seq_change_warmup_steps > 0:
+      scale *= min((step - self.changed_at + 1) / self.train.seq_change_warmup_steps, 1.0)
+    self.looping = self.looping or (self.num_loops > 0 and p >= self.train.enable_looping_at)
+    return StepPlan(p, seq_len, self.looping, scale, muon_momentum(self.optimizer, step), changed)
+
+  def state(self) -> dict[str, int]:
+    """What a checkpoint keeps; −1 stands for None."""
+    return {
+      "seq_len": -1 if self.seq_len is None else self.seq_len,
+      "changed_at": -1 if self.changed_at is None else self.changed_at,
+      "looping": int(self.looping),
+    }
+
+  def restore(self, state: dict[str, int]) -> None:
+    self.seq_len = None if state["seq_len"] < 0 else int(state["seq_len"])
+    self.changed_at = None if state["changed_at"] < 0 else int(state["changed_at"])
+    self.looping = bool(state["looping"])
