@@ -1,0 +1,24 @@
+"""Segment-confined attention with a dense T×T mask: the definition that every backend is compared with."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def segment_attention(
+  q_BxTxHxC: Float[Array, "B T H C"],
+  k_BxTxKxC: Float[Array, "B T K C"],
+  v_BxTxKxC: Float[Array, "B T K C"],
+  start_BxT: Int[Array, "B T"],
+) -> Float[Array, "B T H C"]:
+  """softmax(q·kᵀ/√C)·v over keys start[t] ≤ j ≤ t, in float32; memory grows with T²."""
+  B, T, H, C = q_BxTxHxC.shape
+  K = k_BxTxKxC.shape[2]
+  q = q_BxTxHxC.astype(jnp.float32).reshape(B, T, K, H // K, C)
+  k, v = k_BxTxKxC.astype(jnp.float32), v_BxTxKxC.astype(jnp.float32)
+  position_T = jnp.arange(T)
+  visible_BxTxT = (position_T[None, None] >= start_BxT[:, :, None]) & (position_T <= position_T[:, None])[None]
+  scores = jnp.einsum("btkgc,bskc->bkgts", q, k, precision="highest") * C**-0.5
+  p = jax.nn.softmax(jnp.where(visible_BxTxT[:, None, None], scores, -jnp.inf), axis=-1)
+  y = jnp.einsum("bkgts,bskc->btkgc", p, v, precision="highest")
+  return y.reshape(B, T, H, C).astype(q_BxTxHxC.dtype)
