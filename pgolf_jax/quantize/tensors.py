@@ -1,0 +1,82 @@
+"""What the quantiser makes of a parameter, and how it turns back into fp32 weights: the same bits on every machine.
+
+Only NumPy, and of it only elementwise IEEE arithmetic: a matrix product may fuse or reorder its sums, so its last bit
+depends on the machine. M outputs, N inputs, R rank.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+  """A parameter kept as fp16, of any shape."""
+
+  values: np.ndarray  # float16
+
+  def dequantize(self) -> np.ndarray:
+    return self.values.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Integers with one fp16 step per row: what gates are kept in."""
+
+  q_MxN: np.ndarray  # int8
+  scale_M: np.ndarray  # float16
+
+  def dequantize(self) -> np.ndarray:
+    return self.q_MxN.astype(np.float32) * self.scale_M.astype(np.float32)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """A·B, added to a matrix of integers (LQER): integers with fp16 steps.
+
+  A's steps are one per row, or a single one for all of A; B's lie `b_scale.size` to the flattened matrix, each for
+  B.size / b_scale.size neighbours (a whole row, or a group).
+  """
+
+  a_MxR: np.ndarray  # int8
+  a_scale: np.ndarray  # float16 [M] or [1]
+  b_RxN: np.ndarray  # int8
+  b_scale: np.ndarray  # float16 [R] or [R·N / group]
+
+  def a(self) -> np.ndarray:
+    return self.a_MxR.astype(np.float32) * self.a_scale.astype(np.float32)[:, None]
+
+  def b(self) -> np.ndarray:
+    groups = self.b_RxN.reshape(self.b_scale.size, -1).astype(np.float32)
+    return (groups * self.b_scale.astype(np.float32)[:, None]).reshape(self.b_RxN.shape)
+
+  def dequantize(self) -> np.ndarray:
+    a_MxR, b_RxN = self.a(), self.b()
+    # One rank after the other, each sum in float64 and rounded to float32: what a fused multiply-add gives.
+    total_MxN = np.zeros((a_MxR.shape[0], b_RxN.shape[1]), np.float32)
+    for r in range(b_RxN.shape[0]):
+      product_MxN = np.multiply.outer(a_MxR[:, r].astype(np.float64), b_RxN[r].astype(np.float64))
+      total_MxN = (total_MxN + product_MxN).astype(np.float32)
+    return total_MxN
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """A matrix on its rows' grids (GPTQ): q · step, with a finer step for the columns of some groups (AWQ)."""
+
+  q_MxN: np.ndarray  # int8
+  scale_M: np.ndarray  # float16
+  wide_starts: tuple[int, ...] = ()  # first column of each group with the finer grid
+  wide_size: int = 0  # columns in such a group
+  wide_scale_M: np.ndarray | None = None  # float16; None where there is no such group
+  low_rank: LowRank | None = None
+
+  def dequantize(self) -> np.ndarray:
+    weight_MxN = self.q_MxN.astype(np.float32) * self.scale_M.astype(np.float32)[:, None]
+    for start in self.wide_starts:
+      columns = slice(start, start + self.wide_size)
+      weight_MxN[:, columns] = self.q_MxN[:, columns] * self.wide_scale_M.astype(np.float32)[:, None]
+    return weight_MxN if self.low_rank is None else weight_MxN + self.low_rank.dequantize()
+
+
+Quantized = Half | Rows | Grid
