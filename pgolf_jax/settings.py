@@ -60,9 +60,7 @@ class ModelConfig:
   sparse_attn_gate_scale: float = _env(0.5, "SPARSE_ATTN_GATE_SCALE")
   sparse_attn_gate_init_std: float = _env(0.0, "SPARSE_ATTN_GATE_INIT_STD")
   logit_softcap: float = _env(30.0, "LOGIT_SOFTCAP")
-  asym_logit_rescale: bool = _env(
-    True, "ASYM_LOGIT_RESCALE"
-  )  # evaluation caps of their own for z > 0 and z ≤ 0
+  asym_logit_rescale: bool = _env(True, "ASYM_LOGIT_RESCALE")  # evaluation caps of their own for z > 0 and z ≤ 0
   tied_embed_init_std: float = _env(0.005, "TIED_EMBED_INIT_STD")
   bos_id: int = 1
 
@@ -120,9 +118,7 @@ class TrainConfig:
   min_lr: float = _env(0.1, "MIN_LR")
   midrun_cap_schedule: str = _env("", "MIDRUN_CAP_SCHEDULE")  # scale@progress, … further factors on every lr
   ema_decay: float = _env(0.9965, "EMA_DECAY")
-  warmup_steps: int = _env(
-    20, "WARMUP_STEPS"
-  )  # run in each looping mode before the clock starts, then undone
+  warmup_steps: int = _env(20, "WARMUP_STEPS")  # run in each looping mode before the clock starts, then undone
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
   log_every: int = _env(500, "TRAIN_LOG_EVERY")
   val_loss_every: int = _env(0, "VAL_LOSS_EVERY")
@@ -307,9 +303,7 @@ class Settings:
         changes.setdefault(section, {})[field.name] = value
     for name, (allowed, reason) in _FIXED.items():
       if name in environ and allowed is not None and not _same_value(environ[name], allowed):
-        raise UserError(
-          f"{name}={environ[name]} is not supported: {reason}; set it to {allowed[0]} or unset it."
-        )
+        raise UserError(f"{name}={environ[name]} is not supported: {reason}; set it to {allowed[0]} or unset it.")
     return _replaced(settings, changes)
 
   @classmethod
@@ -335,9 +329,7 @@ class Settings:
       if section not in sections:
         raise UserError(f"{where}: unknown section or setting {section!r}{_nearest(section, sections)}")
       if not dataclasses.is_dataclass(sections[section].type):
-        changes.setdefault("", {})[section] = _checked(
-          f"{where}: {section}", value, _type_of("", sections[section])
-        )
+        changes.setdefault("", {})[section] = _checked(f"{where}: {section}", value, _type_of("", sections[section]))
         continue
       if not isinstance(value, Mapping):
         raise UserError(f"{where}: {section} is a section, so it needs [{section}] and names under it.")
@@ -372,9 +364,7 @@ def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Settings
 def env_names() -> dict[str, str]:
   """Environment name → dotted setting name, for every setting that has one."""
   return {
-    f.metadata["env"]: f"{section}.{f.name}" if section else f.name
-    for section, f in _fields()
-    if "env" in f.metadata
+    f.metadata["env"]: f"{section}.{f.name}" if section else f.name for section, f in _fields() if "env" in f.metadata
   }
 
 

@@ -50,9 +50,7 @@ def segment_attention(
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is not possible.
   """
-  name, _ = choose(
-    q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment, implementation=implementation
-  )
+  name, _ = choose(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment, implementation=implementation)
   if name == "reference":
     return reference.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
   return xla.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment)

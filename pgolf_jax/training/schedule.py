@@ -16,9 +16,7 @@ def _parse_stages(text: str, what: str, kind) -> list[tuple[float, float]]:
       value, at = stage.split("@", 1)
       stages.append((float(at), kind(value)))
     except ValueError:
-      raise UserError(
-        f"{what} has the stage {stage!r}; each must read value@progress, as in 1024@0.35."
-      ) from None
+      raise UserError(f"{what} has the stage {stage!r}; each must read value@progress, as in 1024@0.35.") from None
   return sorted(stages, key=lambda s: s[0])
 
 

@@ -1,0 +1,56 @@
+"""Low-rank adapters: small matrices, one set per document, that test-time training moves instead of the weights.
+
+An adapter adds scale · B·(A·x) to what a matrix makes of x. They are an argument of the one forward pass.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pgolf_jax.model.params import layer_order
+from pgolf_jax.settings import ModelConfig, TTTConfig
+
+
+class Adapter(NamedTuple):
+  """One pair for each document, or for each position of the looped layer list and document."""
+
+  A: jax.Array  # [(P,) B, R, in]
+  B: jax.Array  # [(P,) B, out, R]
+
+
+Adapters = dict[str, Adapter]
+"""Keys: any of q, k, v, o, mlp (stacked over P positions), and head (without P)."""
+
+
+def delta(adapter: Adapter, x_BxTxD: Float[Array, "B T D"], scale: float) -> Float[Array, "B T out"]:
+  """scale · B·(A·x), in the type of x."""
+  low = jnp.einsum("btd,brd->btr", x_BxTxD, adapter.A.astype(x_BxTxD.dtype))
+  return jnp.einsum("btr,bor->bto", low, adapter.B.astype(x_BxTxD.dtype)) * scale
+
+
+def widths(model: ModelConfig, ttt: TTTConfig) -> dict[str, int]:
+  """Kind → output width, for each kind of adapter that the settings turn on."""
+  D = model.model_dim
+  kinds = {
+    "q": (ttt.adapts_q, D),
+    "k": (ttt.k_lora, model.kv_dim),
+    "v": (ttt.adapts_v, model.kv_dim),
+    "o": (ttt.o_lora, D),
+    "mlp": (ttt.mlp_lora, D),
+    "head": (True, model.vocab_size),
+  }
+  return {kind: width for kind, (on, width) in kinds.items() if on}
+
+
+def init(model: ModelConfig, ttt: TTTConfig, *, batch: int, rank: int, key: jax.Array) -> Adapters:
+  """A uniform in ±1/√D, B zero; float32."""
+  D = model.model_dim
+  positions = sum(map(len, layer_order(model, True)))
+  found = {}
+  for index, (kind, width) in enumerate(widths(model, ttt).items()):
+    lead = (batch,) if kind == "head" else (positions, batch)
+    A = jax.random.uniform(jax.random.fold_in(key, index), (*lead, rank, D), minval=-1.0, maxval=1.0) * D**-0.5
+    found[kind] = Adapter(A, jnp.zeros((*lead, width, rank)))
+  return found

@@ -1,0 +1,117 @@
+"""Parameters: one flat dictionary under the recipe's names. Shapes, initial values, and the layer order they serve.
+
+Everything outside the model — optimizer, checkpoint, quantiser, artifact, golden cases — sees parameters in this form.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.settings import ModelConfig
+
+Params = dict[str, jax.Array]
+
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+"""The stacked matrices, each [B, m, n], that Muon updates."""
+
+SOFTCAPS = ("softcap_pos", "softcap_neg")
+"""The evaluation caps, which no optimizer touches."""
+
+
+@functools.cache
+def layer_order(config: ModelConfig, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """(encoder, decoder): physical layers in the order in which they run. Recipe section 2."""
+  layers = list(range(config.num_layers))
+  if looping and config.num_loops > 0:
+    loop = layers[config.loop_start : config.loop_end + 1]
+    layers = layers[: config.loop_start] + loop * (config.num_loops + 1) + layers[config.loop_end + 1 :]
+  cut = len(layers) // 2
+  return tuple(layers[:cut]), tuple(layers[cut:])
+
+
+@functools.cache
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Name → shape, in the order of the recipe."""
+  m = config
+  L, D, H = m.num_layers, m.model_dim, m.num_heads
+  skips = min(map(len, layer_order(m, True)))
+  found: dict[str, tuple[int, ...]] = {
+    "tok_emb.weight": (m.vocab_size, D),
+    "qo_bank": (2 * L, D, D),
+    "kv_bank": (2 * L, m.kv_dim, D),
+    "mlp_up_bank": (L, m.mlp_dim, D),
+    "mlp_down_bank": (L, D, m.mlp_dim),
+    "skip_weights": (skips, D),
+    "parallel_post_lambdas": (L, 2, 2),
+    "parallel_resid_lambdas": (L, 2),
+  }
+  if m.skip_gates:
+    found["skip_gates"] = (skips, D)
+  if m.smear_gate:
+    found["smear_gate.weight"] = (1, m.gate_window)
+    found["smear_lambda"] = (1,)
+  if m.asym_logit_rescale:
+    found["softcap_pos"] = found["softcap_neg"] = ()
+  for i in range(L):
+    found[f"blocks.{i}.attn_scale"] = found[f"blocks.{i}.mlp_scale"] = (D,)
+    found[f"blocks.{i}.resid_mix"] = (2, D)
+    found[f"blocks.{i}.attn.q_gain"] = (H,)
+    if m.sparse_attn_gate:
+      found[f"blocks.{i}.attn.attn_gate_w"] = (H, m.gate_window)
+  return found
+
+
+def count(config: ModelConfig) -> int:
+  """Number of parameters."""
+  return sum(math.prod(shape) for shape in shapes(config).values())
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+  """Initial parameters, float32. Query, key, value and MLP-up matrices are orthogonal; output matrices zero."""
+  return {
+    name: _initial(name, shape, config, jax.random.fold_in(key, index))
+    for index, (name, shape) in enumerate(shapes(config).items())
+  }
+
+
+def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Array) -> jax.Array:
+  orthogonal = jax.nn.initializers.orthogonal()
+  L = config.num_layers
+  match name.split(".")[-1]:
+    case "weight" if name == "tok_emb.weight":
+      return config.tied_embed_init_std * jax.random.normal(key, shape)
+    case "qo_bank":
+      queries = [orthogonal(k, shape[1:]) for k in jax.random.split(key, L)]
+      return jnp.concatenate([jnp.stack(queries), jnp.zeros((L, *shape[1:]))])
+    case "kv_bank" | "mlp_up_bank":
+      return jnp.stack([orthogonal(k, shape[1:]) for k in jax.random.split(key, shape[0])])
+    case "attn_scale" | "mlp_scale" | "skip_weights" | "parallel_post_lambdas":
+      return jnp.ones(shape)
+    case "parallel_resid_lambdas":
+      return jnp.full(shape, 1.1)
+    case "resid_mix":
+      return jnp.stack([jnp.ones(shape[1]), jnp.zeros(shape[1])])
+    case "q_gain":
+      return jnp.full(shape, config.qk_gain_init)
+    case "attn_gate_w":
+      return config.sparse_attn_gate_init_std * jax.random.normal(key, shape)
+    case "softcap_pos" | "softcap_neg":
+      return jnp.full(shape, config.logit_softcap)
+    case _:  # mlp_down_bank, skip_gates, smear_gate.weight, smear_lambda
+      return jnp.zeros(shape)
+
+
+def check(config: ModelConfig, params: dict[str, jax.Array | np.ndarray], where: str = "parameters") -> None:
+  """Raises UserError if a name is missing or unknown, or a shape is not the config's."""
+  wanted = shapes(config)
+  if missing := sorted(wanted.keys() - params.keys()):
+    raise UserError(f"{where}: {missing[0]} is missing ({len(missing)} in all); does the config belong to them?")
+  if unknown := sorted(params.keys() - wanted.keys()):
+    raise UserError(f"{where}: {unknown[0]} is not a parameter of this config ({len(unknown)} such in all).")
+  for name, shape in wanted.items():
+    if tuple(params[name].shape) != shape:
+      raise UserError(f"{where}: {name} has the shape {tuple(params[name].shape)}, but the config gives {shape}.")

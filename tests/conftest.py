@@ -1,0 +1,41 @@
+"""Eight virtual CPU devices, a compile cache that lasts, and the folders of golden cases and text."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402
+
+
+def _external(variable: str, default: str, what: str) -> Path:
+  """A file or folder that is not part of the repository; the test is skipped, saying so, where it is absent."""
+  path = Path(os.environ.get(variable, ROOT / default))
+  if not path.exists():
+    pytest.skip(f"{what} not found at {path}; set {variable} to where it is")
+  return path
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """golden(kind) → the folder of that golden case of the PyTorch reference."""
+  return lambda kind: _external("PGOLF_GOLDEN", "../shared/golden", "golden cases") / kind
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+  """Folder with web_train.jsonl.zst and fineweb_val.jsonl.zst."""
+  return _external("PGOLF_CORPUS", "../shared/data", "web text")
+
+
+@pytest.fixture(scope="session")
+def published_tokenizer() -> Path:
+  """The published CaseOps SentencePiece model of 8192 pieces."""
+  name = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+  return _external("PGOLF_TOKENIZER", f"../shared/tokenizers/{name}", "the published tokenizer")
