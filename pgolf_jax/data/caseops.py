@@ -1,0 +1,127 @@
+"""CaseOps: a reversible rewriting of ASCII capitals, so that a vocabulary need not hold every word twice.
+
+Four private-use characters mark the case of a run of ASCII letters, which itself is written in lower case:
+`The` → TITLE `the`, `NASA` → ALLCAPS `nasa`, `iPhone` → `i` CAPNEXT `phone`. A literal marker in the text becomes
+ESC + itself; everything else, letters outside ASCII included, passes through.
+"""
+
+import re
+
+import numpy as np
+from jaxtyping import Int
+
+from pgolf_jax.errors import UserError
+
+TITLE, ALLCAPS, CAPNEXT, ESC = MARKERS = ("\ue001", "\ue002", "\ue003", "\ue004")
+NAMES = dict(zip(MARKERS, ("TITLE", "ALLCAPS", "CAPNEXT", "ESC"), strict=True))
+
+_MARKER = re.compile(f"[{TITLE}-{ESC}]")
+_CAPITAL = re.compile("[A-Z]")
+# From the first capital of a run that began in lower case, to the run's end. The capital stands before the
+# look-behind so that the search skips to capitals at the speed of a character set.
+_AFTER_LOWER = re.compile("[A-Z](?<=[a-z][A-Z])[A-Za-z]*")
+_FROM_CAPITAL = re.compile("([A-Z][A-Za-z]*)")
+_MARKED = re.compile(
+  f"(?P<literal>{ESC}(?s:.))"
+  f"|(?<![A-Za-z])(?P<title>{TITLE}[A-Za-z])"
+  f"|(?<![A-Za-z])(?P<allcaps>{ALLCAPS}[A-Za-z](?:{CAPNEXT}?[A-Za-z])*)"
+  f"|(?P<capnext>{CAPNEXT}[A-Za-z])"
+  f"|(?P<misplaced>[{TITLE}-{ESC}])"
+)
+_ESCAPED = re.compile(f"{ESC}(?s:.)")
+
+
+def encode(text: str) -> str:
+  """Rewrites `text`; `decode` gives it back, whatever it contains."""
+  if _MARKER.search(text):
+    text = _MARKER.sub(rf"{ESC}\g<0>", text)
+  text = _AFTER_LOWER.sub(lambda run: _mark_each_capital(run[0]), text)
+  # Every capital that is left starts a run, so the same run is always rewritten in the same way.
+  parts = _FROM_CAPITAL.split(text)
+  parts[1::2] = map(_RUNS.__getitem__, parts[1::2])
+  return "".join(parts)
+
+
+def decode(coded: str, *, strict: bool = True) -> str:
+  """The text of which `coded` is the rewriting.
+
+  Args:
+    coded: rewritten text.
+    strict: refuse a marker where `encode` cannot have put one; otherwise leave it out, which is what a reader of
+      text sampled from a model wants.
+
+  Raises:
+    UserError: `strict`, and a TITLE or ALLCAPS stands inside a run of ASCII letters, or twice, or before anything
+      but an ASCII letter; or a CAPNEXT stands twice or before anything but an ASCII letter; or an ESC at the end.
+  """
+
+  def restore(match: re.Match) -> str:
+    if match.lastgroup == "literal":
+      return match[0][1]
+    if match.lastgroup == "misplaced":
+      if strict:
+        raise UserError(_explain(coded, match.start()))
+      return ""
+    return _MARKER.sub("", match[0]).upper()
+
+  return _MARKED.sub(restore, coded)
+
+
+def original_bytes(coded: str) -> Int[np.ndarray, "chars"]:
+  """UTF-8 bytes of the original text that each character of `coded` stands for.
+
+  A marker counts 0, an escaped marker its 3 bytes (its ESC 0), any other character the length of its UTF-8.
+  """
+  bytes_C = utf8_bytes(coded)
+  points_C = np.frombuffer(coded.encode("utf-32-le"), "<u4")
+  bytes_C[(points_C >= ord(TITLE)) & (points_C <= ord(ESC))] = 0
+  if ESC in coded:
+    escaped = [match.start() + 1 for match in _ESCAPED.finditer(coded)]
+    bytes_C[escaped] = utf8_bytes("".join(coded[i] for i in escaped))
+  return bytes_C
+
+
+def utf8_bytes(text: str) -> Int[np.ndarray, "chars"]:
+  """Length of the UTF-8 encoding of each character of `text`."""
+  points_C = np.frombuffer(text.encode("utf-32-le"), "<u4")
+  return 1 + (points_C >= 0x80).astype(np.int64) + (points_C >= 0x800) + (points_C >= 0x10000)
+
+
+def _mark_each_capital(run: str) -> str:
+  return _CAPITAL.sub(lambda capital: CAPNEXT + capital[0].lower(), run)
+
+
+class _RunCache(dict):
+  """Rewritings of runs that start with a capital; emptied when full, for text without end."""
+
+  LIMIT = 1 << 16
+
+  def __missing__(self, run: str) -> str:
+    rest = run[1:]
+    if not rest or rest.islower():
+      coded = TITLE + run.lower()
+    elif rest.isupper():
+      coded = ALLCAPS + run.lower()
+    else:
+      coded = TITLE + run[0].lower() + _mark_each_capital(rest)
+    if len(self) >= self.LIMIT:
+      self.clear()
+    self[run] = coded
+    return coded
+
+
+_RUNS = _RunCache()
+
+
+def _explain(coded: str, at: int) -> str:
+  marker, following = coded[at], coded[at + 1 : at + 2]
+  name = NAMES[marker]
+  if not following:
+    fault = "at the end of the text"
+  elif following == marker:
+    fault = "twice in a row"
+  elif not re.match("[A-Za-z]", following):
+    fault = "before something that is not an ASCII letter"
+  else:
+    fault = "inside a run of letters"
+  return f"not CaseOps text: {name} at character {at} stands {fault}; check what produced this text"
