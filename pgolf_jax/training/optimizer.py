@@ -1,0 +1,109 @@
+"""Which parameter is updated how: Muon for the banks, AdamW for the embedding and for the rest. Recipe section 3.
+
+With several devices each orthogonalises its share of a bank's stack: gradients of a bank arrive as the device's slice
+of the padded stack (`scatter_stacks`), and its updates are gathered before weight decay and learning rate.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pgolf_jax.model.params import BANKS, SOFTCAPS
+from pgolf_jax.settings import OptimizerConfig
+from pgolf_jax.training.muon import scale_by_muon
+
+
+def make(config: OptimizerConfig, *, axis: str | None = None, axis_size: int = 1) -> optax.GradientTransformationExtraArgs:
+  """The whole optimizer over flat parameters.
+
+  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate) and `momentum` (μ).
+
+  Args:
+    axis: mesh axis inside `jax.shard_map`; the gradients of banks are then slices made by `scatter_stacks`.
+    axis_size: devices along it.
+  """
+  muon = scale_by_muon(dtype=jnp.dtype(config.muon_dtype), steps=config.muon_steps, row_normalize=config.muon_row_normalize)
+  if axis is not None:
+    muon = _over_slices(muon, axis, axis_size)
+  groups = {
+    "bank": _with_decay(muon, config.matrix_lr, config.muon_wd),
+    "embedding": _with_decay(_adam(config), config.embed_lr, config.embed_wd),
+    "scalar": _with_decay(_adam(config), config.scalar_lr, config.adam_wd),
+    "fixed": optax.set_to_zero(),
+  }
+  return optax.partition(groups, lambda params: {name: group(name) for name in params})
+
+
+def group(name: str) -> str:
+  """The group of the optimizer that a parameter belongs to."""
+  if name in BANKS:
+    return "bank"
+  if name in SOFTCAPS:
+    return "fixed"
+  return "embedding" if name == "tok_emb.weight" else "scalar"
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(config.beta1, config.beta2, config.adam_eps)
+
+
+def _with_decay(inner: optax.GradientTransformation, lr: float, decay: float) -> optax.GradientTransformation:
+  """W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·(inner's direction)."""
+  return optax.chain(inner, _decayed_step(lr, decay))
+
+
+def _decayed_step(lr: float, decay: float) -> optax.GradientTransformationExtraArgs:
+  def update(directions, state, params, *, lr_scale, **extra):
+    del extra
+    rate = lr * lr_scale
+    # The decayed W and the step are each rounded, as in PyTorch. The difference of close numbers is exact, so that
+    # `optax.apply_updates` arrives at the same bits.
+    step = lambda d, w: (_rounded(w * (1.0 - rate * decay)) - _rounded(rate * d)) - w  # noqa: E731
+    return jax.tree.map(step, directions, params), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+  """The product as it is: clipping to the finite range keeps the compiler from fusing it into a multiply-add."""
+  largest = jnp.finfo(product.dtype).max
+  return jnp.clip(product, -largest, largest)
+
+
+def padded(stack: int, axis_size: int) -> int:
+  """Length of a stack padded to a multiple of the devices."""
+  return -(-stack // axis_size) * axis_size
+
+
+def _pad(x: jax.Array, axis_size: int) -> jax.Array:
+  return jnp.pad(x, ((0, padded(x.shape[0], axis_size) - x.shape[0]), (0, 0), (0, 0)))
+
+
+def scatter_stacks(grads: dict[str, jax.Array], axis: str, axis_size: int) -> dict[str, jax.Array]:
+  """Means over the devices: of a bank, this device's slice of the padded stack; of all else, the whole."""
+
+  def mean(name: str, g: jax.Array) -> jax.Array:
+    if name in BANKS:
+      return jax.lax.psum_scatter(_pad(g, axis_size), axis, scatter_dimension=0, tiled=True) / axis_size
+    return jax.lax.pmean(g, axis)
+
+  return {name: mean(name, g) for name, g in grads.items()}
+
+
+def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_size: int):
+  """`inner` on this device's slice of every stack; its updates are gathered into whole stacks."""
+
+  def init(params):
+    return inner.init(jax.tree.map(lambda p: _pad(p, axis_size)[: padded(p.shape[0], axis_size) // axis_size], params))
+
+  def update(slices, state, params, **extra):
+    updates, state = inner.update(slices, state, None, **extra)
+    gather = lambda u, p: jax.lax.all_gather(u, axis, tiled=True)[: p.shape[0]]  # noqa: E731
+    return jax.tree.map(gather, updates, params), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_factor(norm: jax.Array, limit: float) -> jax.Array:
+  """min(1, limit / (norm + 1e-6)); 1 where limit is 0."""
+  return jnp.minimum(1.0, limit / (norm + 1e-6)) if limit > 0 else jnp.ones_like(norm)
