@@ -90,6 +90,13 @@ def scatter_stacks(grads: dict[str, jax.Array], axis: str, axis_size: int) -> di
   return {name: mean(name, g) for name, g in grads.items()}
 
 
+def scattered_norm(grads: dict[str, jax.Array], axis: str) -> jax.Array:
+  """Global 2-norm of gradients as `scatter_stacks` returns them."""
+  squares = {name: jnp.sum(jnp.square(g.astype(jnp.float32))) for name, g in grads.items()}
+  banks = sum(squares[name] for name in BANKS)
+  return jnp.sqrt(jax.lax.psum(banks, axis) + sum(s for name, s in squares.items() if name not in BANKS))
+
+
 def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_size: int):
   """`inner` on this device's slice of every stack; its updates are gathered into whole stacks."""
 

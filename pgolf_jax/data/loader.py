@@ -1,0 +1,93 @@
+"""The training stream: one stream of documents, shared out over ranks in consecutive spans. Recipe section 1."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt16
+
+from pgolf_jax.data.shards import list_shards, read_shard
+from pgolf_jax.errors import UserError
+
+
+class Loader:
+  """Reads micro-batches of `world_size` spans of n + 1 tokens each.
+
+  The shards are read in name order, each from its first bos. Where all ranks' spans together would cross the end of
+  a shard, the next one follows, the first after the last. The whole state is (shard index, cursor).
+
+  Args:
+    folder: holds `fineweb_train_*.bin`.
+    world_size: ranks, each given one span of a micro-batch.
+    row_tokens: n, inputs of a span.
+    bos_id: the token that starts a document.
+
+  Raises:
+    UserError: no shards, a shard without a document, or one shorter than a micro-batch.
+  """
+
+  def __init__(self, folder: str | Path, *, world_size: int, row_tokens: int, bos_id: int = 1):
+    self._paths = list_shards(Path(folder), "train")
+    self._world_size = world_size
+    self._span = row_tokens + 1
+    self._bos_id = bos_id
+    self._open(0)
+
+  def _open(self, index: int) -> None:
+    path = self._paths[index]
+    self._tokens = read_shard(path)
+    self._index = index
+    self._cursor = _first(self._tokens, self._bos_id)
+    if self._cursor is None:
+      raise UserError(f"{path}: no document starts in this shard (no token {self._bos_id}); prepare the data again.")
+    if self._cursor + self._world_size * self._span > len(self._tokens):
+      raise UserError(
+        f"{path}: {len(self._tokens)} tokens are too few for one micro-batch of {self._world_size} × {self._span}; "
+        "use larger shards or a smaller train.batch_tokens."
+      )
+
+  def _advance(self) -> int:
+    """Moves over the next micro-batch and returns where it begins."""
+    need = self._world_size * self._span
+    if self._cursor + need > len(self._tokens):
+      self._open((self._index + 1) % len(self._paths))
+    begin = self._cursor
+    self._cursor += need
+    return begin
+
+  def micro_batch(self) -> UInt16[np.ndarray, "world span"]:
+    """The next micro-batch: row r is rank r's span, whose first n tokens are inputs and last n targets."""
+    begin = self._advance()
+    rows = np.asarray(self._tokens[begin : begin + self._world_size * self._span])
+    return rows.reshape(self._world_size, self._span)
+
+  def skip(self, micro_batches: int) -> None:
+    """Passes over micro-batches unread."""
+    for _ in range(micro_batches):
+      self._advance()
+
+  def step(self, accumulation: int) -> UInt16[np.ndarray, "rows span"]:
+    """The micro-batches of one step, [world·accumulation, n+1], the rows of a rank side by side."""
+    rows = np.stack([self.micro_batch() for _ in range(accumulation)], axis=1)
+    return rows.reshape(-1, self._span)
+
+  def state(self) -> dict[str, int]:
+    return {"shard": self._index, "cursor": self._cursor}
+
+  def restore(self, state: dict[str, int]) -> None:
+    """Continues where `state` was taken. Raises UserError if the shards are not those it was taken from."""
+    index, cursor = int(state["shard"]), int(state["cursor"])
+    if index >= len(self._paths):
+      raise UserError(f"The checkpoint stands in training shard {index}, but there are only {len(self._paths)} shards.")
+    self._open(index)
+    if not self._cursor <= cursor <= len(self._tokens):
+      raise UserError(f"The checkpoint stands at token {cursor} of {self._paths[index]}, which has {len(self._tokens)}.")
+    self._cursor = cursor
+
+
+def _first(tokens: np.ndarray, value: int) -> int | None:
+  block = 1 << 20
+  for begin in range(0, len(tokens), block):
+    hits = np.flatnonzero(tokens[begin : begin + block] == value)
+    if hits.size:
+      return begin + int(hits[0])
+  return None
