@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp_kernel
-from pgolf_jax.kernels.segment_attention import api as attention_kernel
 from pgolf_jax.model import rotary
 from pgolf_jax.model.adapters import Adapter, delta
 from pgolf_jax.settings import ModelConfig
@@ -50,8 +49,7 @@ class Weights(NamedTuple):
 class Context(NamedTuple):
   """What every layer of one forward pass is given."""
 
-  start_BxT: jax.Array
-  max_segment: int
+  attend: Callable[..., jax.Array]  # (q, k, v) → y over the keys that each query may see
   angles: rotary.Angles
   x0: jax.Array  # [B, T, D], the normed embedding
   collect: Collect | None
@@ -86,7 +84,7 @@ class Attention(nnx.Module):
     k = rotary.rotate(rms_norm(project("k", w.k, m.num_kv_heads)), context.angles)
     v = project("v", w.v, m.num_kv_heads)
     q = q * self.q_gain[...].astype(q.dtype)[:, None]
-    y = attention_kernel.segment_attention(q, k, v, context.start_BxT, max_segment=context.max_segment)
+    y = context.attend(q, k, v)
     if self.layer >= m.num_layers - m.xsa_last_n:
       y = without_own_value(y, v)
     if m.sparse_attn_gate:

@@ -3,12 +3,15 @@
 Letters: see block.py.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pgolf_jax.kernels.segment_attention.api import segment_starts
+from pgolf_jax.kernels.segment_attention.api import segment_attention, segment_starts
 from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.model import rotary
 from pgolf_jax.model.adapters import Adapter, Adapters, delta
@@ -60,6 +63,9 @@ class GPT(nnx.Module):
     adapters: Adapters | None = None,
     adapter_scale: float = 1.0,
     collect: Collect | None = None,
+    attend: Callable[..., jax.Array] | None = None,
+    offset: Int[Array, ""] | int = 0,
+    before_B: Int[Array, "B"] | None = None,
     dtype=jnp.bfloat16,
   ) -> Float[Array, "B T D"]:
     """Hidden state after the final norm.
@@ -71,23 +77,32 @@ class GPT(nnx.Module):
       adapters: low-rank additions, one set per row; see adapters.py.
       collect: receives the input of every matrix while tracing, under the names of the single matrices
         (`blocks.3.attn.c_q.weight` stands for query, key and value).
+      attend: `(position in the layer list, q, k, v) → y` in place of attention within the row, for rows that go on
+        from keys and values kept elsewhere; `start_BxT` is then its affair.
+      offset: rotary position of each row's first token.
+      before_B: the token before each row, which the smear gate reads; None where rows begin a text.
       dtype: of the computation; parameters are cast where they are used.
     """
     m = self.config
-    x = self._embed(tokens_BxT, dtype)
-    angles = rotary.angles(jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base)
-    context = Context(start_BxT, max_segment, angles, x, collect, adapter_scale)
+    x = self._embed(tokens_BxT, before_B, dtype)
+    angles = rotary.angles(offset + jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base)
+    within_row = partial(segment_attention, start_BxT=start_BxT, max_segment=max_segment)
+    context = Context(within_row, angles, x, collect, adapter_scale)
+
+    def at(position: int) -> Context:
+      return context._replace(attend=partial(attend, position)) if attend else context
+
     encoder, decoder = layer_order(m, looping)
     adapters = adapters or {}
     skips: list[jax.Array] = []
     position = 0
     for layer in encoder:
-      x = self.blocks[layer](x, self._weights(layer), context, _at(adapters, position))
+      x = self.blocks[layer](x, self._weights(layer), at(position), _at(adapters, position))
       skips.append(x)
       position += 1
     lanes = None
     for j, layer in enumerate(decoder):
-      w, own = self._weights(layer), _at(adapters, position)
+      w, own, here = self._weights(layer), _at(adapters, position), at(position)
       position += 1
       if lanes is None and layer >= m.parallel_start_layer > 0:
         lanes = (x, x)
@@ -98,10 +113,10 @@ class GPT(nnx.Module):
         else:
           lanes = (self._join_skip(lanes[0], skip, j), lanes[1])
       if lanes is None:
-        x = self.blocks[layer](x, w, context, own)
+        x = self.blocks[layer](x, w, here, own)
       else:
         resid, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-        lanes = self.blocks[layer].parallel(lanes, w, context, own, resid, post)
+        lanes = self.blocks[layer].parallel(lanes, w, here, own, resid, post)
     if lanes is not None:
       x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
     hidden = rms_norm(x)
@@ -116,8 +131,10 @@ class GPT(nnx.Module):
       z = z + delta(adapters["head"], hidden_BxTxD, adapter_scale)
     return z
 
-  def _embed(self, tokens_BxT, dtype) -> jax.Array:
+  def _embed(self, tokens_BxT, before_B, dtype) -> jax.Array:
     m = self.config
+    if before_B is not None:
+      tokens_BxT = jnp.concatenate([before_B[:, None], tokens_BxT], axis=1)
     x = self.tok_emb.weight[...].astype(dtype)[tokens_BxT]
     if m.smear_gate:
       gate = jax.nn.sigmoid(linear(x[:, 1:, : m.gate_window], self.smear_gate.weight[...]))
@@ -125,7 +142,7 @@ class GPT(nnx.Module):
       inside = (tokens_BxT[:, 1:, None] != m.bos_id).astype(dtype)
       smear = self.smear_lambda[...].astype(dtype) * gate * x[:, :-1] * inside
       x = jnp.concatenate([x[:, :1], x[:, 1:] + smear], axis=1)
-    return rms_norm(x)
+    return rms_norm(x if before_B is None else x[:, 1:])
 
   def _weights(self, layer: int) -> Weights:
     L = self.config.num_layers
