@@ -17,9 +17,10 @@ from jaxtyping import UInt16
 
 from pgolf_jax.data import caseops
 from pgolf_jax.data.documents import Batch, Position, Record
+from pgolf_jax.data.shards import BOS
 from pgolf_jax.data.sidecar import token_bytes
 from pgolf_jax.data.split import digest
-from pgolf_jax.data.tokenizer import BOS, Tokenizer
+from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 
 

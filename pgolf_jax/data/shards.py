@@ -5,8 +5,11 @@ values. Names: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin` and `fineweb_val
 that stands beside each validation shard.
 """
 
+import dataclasses
+import itertools
 import os
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ VERSION = 1
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 TOKEN_TYPE = np.dtype("<u2")
+BOS = 1  # starts every document
 SPLITS = ("train", "val", "val_bytes")
 MAX_COUNT = 2**31 - 1
 
@@ -55,9 +59,7 @@ def write_shard(path: Path, tokens_N: Integer[np.ndarray, "N"]) -> None:
   path = Path(path)
   tokens_N = np.asarray(tokens_N)
   if tokens_N.ndim != 1 or tokens_N.size > MAX_COUNT:
-    raise UserError(
-      f"{path}: a shard holds one row of at most {MAX_COUNT} tokens, got shape {tokens_N.shape}"
-    )
+    raise UserError(f"{path}: a shard holds one row of at most {MAX_COUNT} tokens, got shape {tokens_N.shape}")
   if tokens_N.size:
     low, high = int(tokens_N.min()), int(tokens_N.max())
     if low < 0 or high >= 2**16:
@@ -96,9 +98,7 @@ def read_count(path: Path) -> int:
     raise UserError(f"{path}: shard version {version}, this program reads version {VERSION}; {advice}")
   expected = HEADER_BYTES + TOKEN_TYPE.itemsize * count
   if count < 0 or size != expected:
-    raise UserError(
-      f"{path}: {size} bytes, but its header promises {count} tokens, {expected} bytes; {advice}"
-    )
+    raise UserError(f"{path}: {size} bytes, but its header promises {count} tokens, {expected} bytes; {advice}")
   return count
 
 
@@ -112,6 +112,44 @@ def read_shard(path: Path) -> UInt16[np.ndarray, "N"]:
   if not count:  # an empty range cannot be mapped
     return np.empty(0, TOKEN_TYPE)
   return np.memmap(path, TOKEN_TYPE, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A document in a stream of shards: where it starts, and its tokens, bos first."""
+
+  path: Path
+  at: int
+  tokens_N: UInt16[np.ndarray, "N"]
+
+  @property
+  def place(self) -> str:
+    return f"{self.path}, token {self.at}"
+
+
+def iter_documents(paths: Sequence[Path]) -> Iterator[Document]:
+  """The documents of consecutive shards, those that run on from one shard into the next in one piece.
+
+  Whatever stands before the first bos comes first, as a document without one.
+  """
+  begun: Document | None = None  # the last document of the shards so far, which may go on
+  for path in paths:
+    tokens_N = read_shard(path)
+    starts = np.flatnonzero(tokens_N == BOS)
+    ends = [*starts.tolist(), len(tokens_N)]
+    if ends[0]:
+      head_N = tokens_N[: ends[0]]
+      begun = (
+        dataclasses.replace(begun, tokens_N=np.concatenate([begun.tokens_N, head_N]))
+        if begun
+        else Document(path, 0, head_N)
+      )
+    for start, end in itertools.pairwise(ends):
+      if begun is not None:
+        yield begun
+      begun = Document(path, start, tokens_N[start:end])
+  if begun is not None:
+    yield begun
 
 
 def _known(split: str) -> str:

@@ -19,10 +19,10 @@ from jaxtyping import Int, Integer, UInt16
 from sentencepiece import sentencepiece_model_pb2
 
 from pgolf_jax.data import caseops
+from pgolf_jax.data.shards import BOS
 from pgolf_jax.data.words import SPACE, WordPieces, words_are_separate
 from pgolf_jax.errors import UserError
 
-BOS = 1
 MAX_PIECES = 1 << 16
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import sentencepiece
 
 from pgolf_jax.data.caseops import MARKERS
-from pgolf_jax.data.tokenizer import BOS, MAX_PIECES, Tokenizer
+from pgolf_jax.data.shards import BOS
+from pgolf_jax.data.tokenizer import MAX_PIECES, Tokenizer
 from pgolf_jax.errors import UserError
 
 

@@ -1,0 +1,158 @@
+"""`pgolf data`: documents into shards, and what is in a folder of them."""
+
+from pathlib import Path
+
+import tyro
+
+
+def prepare(
+  out: Path,
+  train: Path | None = None,
+  val: Path | None = None,
+  val_docs: int | None = None,
+  val_every: int = 1,
+  tokenizer: Path | None = None,
+  vocab_size: int | None = None,
+  caseops: bool = True,
+  shard_tokens: int = 100_000_000,
+  workers: int | None = None,
+) -> None:
+  """Turn documents into shards, byte sidecar, tokenizer and manifest.
+
+  Killed and started again, it goes on where it was. The same text and settings give the same files.
+
+  Example: pgolf data prepare --train docs_selected.jsonl --val-docs 50000 --tokenizer published.model --out data/web
+
+  Args:
+    out: folder to make.
+    train: documents: .jsonl, .jsonl.zst (one object with "text" a line) or a folder of .txt files; the speeches that
+      come with the package if not given.
+    val: documents to hold out from, if not the training documents.
+    val_docs: how many documents to hold out, from the first; officially 50000. All of --val if not given.
+    val_every: hold out every N-th document instead of the first ones (1: the first ones).
+    tokenizer: SentencePiece model to use; a lossless one is trained on the training documents if not given.
+    vocab_size: pieces of the tokenizer; 8192 if one is trained and this is not given.
+    caseops: rewrite capitals by CaseOps first.
+    shard_tokens: tokens of a shard.
+    workers: processes; one per core if not given.
+  """
+  from pgolf_jax.data.default_text import default_documents
+  from pgolf_jax.data.documents import open_documents
+  from pgolf_jax.data.prepare import Preparation
+  from pgolf_jax.data.prepare import prepare as run
+  from pgolf_jax.data.split import Choice
+  from pgolf_jax.data.tokenizer import Tokenizer
+  from pgolf_jax.errors import UserError
+
+  choice = Choice(val_docs, val_every)
+  if train is not None:
+    documents = open_documents(train)
+    if val is None and val_docs is None and val_every == 1:
+      raise UserError("say how many documents are held out, as in --val-docs 50000, or give them with --val FILE")
+  else:
+    documents, default_choice = default_documents()
+    if val is None and choice == Choice(None):
+      choice = default_choice
+  given = Tokenizer.load(tokenizer, vocab_size) if tokenizer else None
+  size = given.vocab_size if given else vocab_size or 8192
+  held_out = open_documents(val) if val else None
+  run(out, Preparation(documents, held_out, choice, given, size, caseops, shard_tokens), workers)
+  inspect(out)
+
+
+def inspect(folder: tyro.conf.Positional[Path]) -> None:
+  """Show what is in a data folder.
+
+  Example: pgolf data inspect data/web
+
+  Args:
+    folder: of shards.
+  """
+  from rich.console import Console
+  from rich.table import Table
+
+  from pgolf_jax.data.inspect import inspect as run
+
+  contents = run(folder)
+  table = Table(title=str(folder), title_justify="left")
+  for column in ("split", "shards", "tokens", "documents", "median tokens", "longest"):
+    table.add_column(column, justify="left" if column == "split" else "right")
+  for split in contents.splits:
+    counts = (split.shards, split.tokens, split.documents, split.median_tokens, split.longest_tokens)
+    table.add_row(split.name, *(f"{count:,}" for count in counts))
+  facts = Table(show_header=False, box=None)
+  for name, fact in _facts(contents):
+    facts.add_row(name, fact)
+  console = Console()
+  console.print(table)
+  console.print(facts)
+
+
+def _facts(contents):
+  val = next((split for split in contents.splits if split.name == "val"), None)
+  if contents.sidecar_bytes is not None and val:
+    per_token = contents.sidecar_bytes / max(val.tokens, 1)
+    yield "sidecar", f"{contents.sidecar_bytes:,} bytes, {per_token:.3f} per validation token"
+  else:
+    yield "sidecar", "none"
+  if tokenizer := contents.tokenizer:
+    yield (
+      "tokenizer",
+      f"{tokenizer.vocab_size} pieces, {tokenizer.kind}, CaseOps {'yes' if tokenizer.has_caseops else 'no'}",
+    )
+  else:
+    yield "tokenizer", "none"
+  if manifest := contents.manifest:
+    lost = manifest.val.text_bytes - manifest.val.counted_bytes
+    yield "text", f"{manifest.train.text_bytes:,} bytes for training, {manifest.val.text_bytes:,} for validation"
+    yield "lost", f"{lost:,} validation bytes under no token, by the tokenizer's normalising"
+    yield "held out", f"{manifest.validation} ({manifest.validation_sha256[:16]}…)"
+    yield "dropped", f"{manifest.train.duplicates:,} training documents that are held out for validation"
+  else:
+    yield "manifest", "none of this program"
+  if contents.opening is not None:
+    yield "begins", repr(contents.opening)
+
+
+def verify(folder: tyro.conf.Positional[Path], tokenizer: Path | None = None) -> int:
+  """Check a data folder: headers, token range, documents, sidecar, text, overlap, manifest. Exits 1 if a check fails.
+
+  Example: pgolf data verify data/web
+
+  Args:
+    folder: of shards.
+    tokenizer: SentencePiece model, if not tokenizer.model in the folder.
+  """
+  from rich.console import Console
+  from rich.table import Table
+
+  from pgolf_jax.data.verify import verify as run
+
+  checks = list(run(folder, tokenizer))
+  table = Table(title=str(folder), title_justify="left")
+  for column in ("check", "", "finding"):
+    table.add_column(column, overflow="fold")
+  marks = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "–"}
+  for check in checks:
+    table.add_row(check.name, marks[check.passed], check.finding)
+  Console().print(table)
+  return int(any(check.passed is False for check in checks))
+
+
+def download(name: tyro.conf.Positional[str], out: Path, train_shards: int = 80) -> None:
+  """Fetch published data from the Hugging Face hub; run again to go on with what is missing.
+
+  Example: pgolf data download caseops --train-shards 10 --out data/caseops
+
+  Args:
+    name: caseops (the record's: 8192 pieces, CaseOps), sp1024 (1024 pieces, plain), or documents (the raw text).
+    out: folder for the files.
+    train_shards: training shards to fetch, from the first, of 100 million tokens each.
+  """
+  from pgolf_jax.data.download import download as run
+
+  for path in run(name, out, train_shards):
+    print(path)
+
+
+COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify, "download": download}
