@@ -1,6 +1,8 @@
 """For which hardware a computation is being traced, and the choice of an implementation for it."""
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -13,10 +15,16 @@ class Target(NamedTuple):
   """JAX's platform name: `cpu`, `gpu` or `tpu`."""
   kind: str
   """The maker's name for the chip, such as `NVIDIA H100 80GB HBM3` or `TPU v5 lite`."""
+  cores: int
+  """Multiprocessors of a GPU, cores of a TPU chip; 1 where JAX does not say."""
 
   @property
   def is_hopper(self) -> bool:
     return self.platform in ("gpu", "cuda") and any(name in self.kind for name in ("H100", "H200", "GH200", "H800"))
+
+  def hopper_obstacle(self) -> str | None:
+    """Why kernels for Hopper GPUs cannot run on this hardware, or None."""
+    return None if self.is_hopper else f"it needs a Hopper GPU, not {self.kind} ({self.platform})"
 
 
 class Choice(NamedTuple):
@@ -34,11 +42,21 @@ def target() -> Target:
   """
   described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   if described is not None:
-    return Target(described.platform, described.device_kind)
+    return Target(described.platform, described.device_kind, described.num_cores or 1)
   device = jax.config.jax_default_device
   if not hasattr(device, "device_kind"):
     device = jax.devices(device)[0]
-  return Target(device.platform, device.device_kind)
+  return Target(device.platform, device.device_kind, getattr(device, "core_count", 1))
+
+
+def backend(operation: str, name: str) -> ModuleType:
+  """The module of one implementation, imported when it is first taken: Pallas is slow to import where unused."""
+  return importlib.import_module(f"pgolf_jax.kernels.{operation}.{name}")
+
+
+def mosaic_gpu_obstacle(operation: str, *arguments) -> str | None:
+  """Why `operation` cannot take its Mosaic GPU kernels here, for these arguments, or None."""
+  return target().hopper_obstacle() or backend(operation, "mosaic_gpu").obstacle(*arguments)
 
 
 def choose(

@@ -9,10 +9,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from pgolf_jax.kernels import target
-from pgolf_jax.kernels.leaky_relu2_mlp import reference, xla
 
-_BACKENDS = {"xla": xla}
+from pgolf_jax.kernels import target
+from pgolf_jax.kernels.leaky_relu2_mlp import reference
+
+_NAME = "leaky_relu2_mlp"
 
 
 def choose(x_NxD, up_FxD, down_DxF, *, implementation: str | None = None) -> target.Choice:
@@ -20,13 +21,18 @@ def choose(x_NxD, up_FxD, down_DxF, *, implementation: str | None = None) -> tar
 
   Args:
     x_NxD, up_FxD, down_DxF: arrays or `jax.ShapeDtypeStruct`s.
-    implementation: a name to insist on (`xla`, `reference`), or None to pick.
+    implementation: a name to insist on (`mosaic_gpu`, `xla`, `reference`), or None to pick.
 
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
   """
   _check(x_NxD, up_FxD, down_DxF)
-  return target.choose("leaky_relu2_mlp", implementation, {"xla": lambda: None, "reference": lambda: None})
+  obstacles = {
+    "mosaic_gpu": lambda: target.mosaic_gpu_obstacle(_NAME, x_NxD, up_FxD),
+    "xla": lambda: None,
+    "reference": lambda: None,
+  }
+  return target.choose(_NAME, implementation, obstacles)
 
 
 def leaky_relu2_mlp(
@@ -76,13 +82,13 @@ def _mlp(x_NxD, up_FxD, down_DxF, slope, name):
 
 
 def _forward(x_NxD, up_FxD, down_DxF, slope, name):
-  u_NxF, a_NxF = _BACKENDS[name].up(x_NxD, up_FxD, slope=slope)
+  u_NxF, a_NxF = target.backend(_NAME, name).up(x_NxD, up_FxD, slope=slope)
   return _product("nf,df->nd", a_NxF, down_DxF), (x_NxD, up_FxD, down_DxF, u_NxF, a_NxF)
 
 
 def _backward(slope, name, kept, dy_NxD):
   x_NxD, up_FxD, down_DxF, u_NxF, a_NxF = kept
-  du_NxF = _BACKENDS[name].up_gradient(dy_NxD, down_DxF, u_NxF, slope=slope)
+  du_NxF = target.backend(_NAME, name).up_gradient(dy_NxD, down_DxF, u_NxF, slope=slope)
   dx_NxD = _product("nf,fd->nd", du_NxF, up_FxD)
   return dx_NxD, _product("nf,nd->fd", du_NxF, x_NxD), _product("nd,nf->df", dy_NxD, a_NxF)
 

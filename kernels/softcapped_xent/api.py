@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from pgolf_jax.kernels import target
-from pgolf_jax.kernels.softcapped_xent import linear, reference, xla
 
-_BACKENDS = {"xla": xla}
+from pgolf_jax.kernels import target
+from pgolf_jax.kernels.softcapped_xent import linear, reference
+
+_NAME = "softcapped_xent"
 
 Cap = Float[Array, ""] | float
 
@@ -23,14 +24,19 @@ def choose(z_NxV, *, implementation: str | None = None) -> target.Choice:
 
   Args:
     z_NxV: an array or a `jax.ShapeDtypeStruct`.
-    implementation: a name to insist on (`xla`, `reference`), or None to pick.
+    implementation: a name to insist on (`mosaic_gpu`, `xla`, `reference`), or None to pick.
 
   Raises:
     ValueError: z is not a matrix of a floating type, or the implementation is unknown or not possible.
   """
   if z_NxV.ndim != 2 or not jnp.issubdtype(z_NxV.dtype, jnp.floating):
     raise ValueError(f"z must be [N, V] of a floating type, not {z_NxV.shape} of {z_NxV.dtype}")
-  return target.choose("softcapped_xent", implementation, {"xla": lambda: None, "reference": lambda: None})
+  obstacles = {
+    "mosaic_gpu": lambda: target.mosaic_gpu_obstacle(_NAME, z_NxV),
+    "xla": lambda: None,
+    "reference": lambda: None,
+  }
+  return target.choose(_NAME, implementation, obstacles)
 
 
 def softcapped_xent(
@@ -141,7 +147,7 @@ def _differentiable(z_NxV, target_N, hint_N, cap_pos, cap_neg, name):
 
 
 def _forward(z_NxV, target_N, hint_N, cap_pos, cap_neg, name):
-  lse_N = _BACKENDS[name].log_sum_exp(z_NxV, cap_pos, cap_neg)
+  lse_N = target.backend(_NAME, name).log_sum_exp(z_NxV, cap_pos, cap_neg)
   nll_N = lse_N - _column(z_NxV, target_N, cap_pos, cap_neg)
   hint_logp_N = None if hint_N is None else _column(z_NxV, hint_N, cap_pos, cap_neg) - lse_N
   return (nll_N, hint_logp_N), (z_NxV, lse_N, target_N, hint_N, cap_pos, cap_neg)
@@ -151,7 +157,9 @@ def _backward(name, kept, cotangents):
   z_NxV, lse_N, target_N, hint_N, cap_pos, cap_neg = kept
   d_nll_N, d_hint_N = cotangents
   d_lse_N = d_nll_N if hint_N is None else d_nll_N - d_hint_N
-  dz_NxV = _BACKENDS[name].gradient(z_NxV, lse_N, target_N, -d_nll_N, hint_N, d_hint_N, d_lse_N, cap_pos, cap_neg)
+  dz_NxV = target.backend(_NAME, name).gradient(
+    z_NxV, lse_N, target_N, -d_nll_N, hint_N, d_hint_N, d_lse_N, cap_pos, cap_neg
+  )
   return (
     dz_NxV,
     _no_gradient(target_N),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from pgolf_jax.kernels.softcapped_xent.reference import softcap
 
 

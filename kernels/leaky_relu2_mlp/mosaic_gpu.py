@@ -1,0 +1,180 @@
+"""The LeakyReLU² MLP's two fused products for Hopper GPUs, in Pallas' Mosaic GPU.
+
+Both are persistent, warp-specialised matrix products: one warpgroup keeps copies in flight, two multiply, each its
+half of a tile's columns. The activation and its derivative live in the epilogue, on the float32 sums in registers,
+so that no pass over [N, F] is left to anything else.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pgolf_jax.kernels import target
+
+_TILE_N = 128
+"""Tokens of a tile."""
+_TILE_F = 256
+"""Columns of a tile, half of them for each of the two multiplying warpgroups."""
+_HALF = _TILE_F // 2
+_TILE_D = 64
+"""Summed at a time: one 128-byte swizzle of 16-bit numbers."""
+_STAGES = 3
+"""Copies in flight: with the epilogue's buffers what fits into 227 KiB of shared memory."""
+_PATCH = 64
+"""Rows and columns that the epilogue handles at once."""
+_PATCHES = [(slice(n, n + _PATCH), slice(f, f + _PATCH)) for n in (0, 64) for f in (0, 64)]
+_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def obstacle(x_NxD, up_FxD) -> str | None:
+  """Why arguments of these shapes and types cannot take this backend, or None."""
+  if x_NxD.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"it needs bfloat16 or float16, not {x_NxD.dtype}"
+  f, d = up_FxD.shape
+  if d % _TILE_D or f % _TILE_F:
+    return f"it needs D divisible by {_TILE_D} and F by {_TILE_F}, not D={d} and F={f}"
+  return None
+
+
+def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array, jax.Array]:
+  """See xla.py. Any number of tokens: they are padded to whole tiles of 128."""
+  n, f, dtype = x_NxD.shape[0], up_FxD.shape[0], x_NxD.dtype
+
+  def epilogue(acc, rows, columns, half, refs):
+    u_ref, a_ref, u_smem, a_smem = refs
+    for i, (patch_rows, patch_columns) in enumerate(_PATCHES):
+      slot = i % 2
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      u = acc[patch_rows, patch_columns].astype(dtype)
+      u_smem[half, slot] = u
+      # The slope is at most 1, so that the greater of u and slope·u is LeakyReLU.
+      leaky = jnp.maximum(u.astype(jnp.float32), slope * u.astype(jnp.float32))
+      a_smem[half, slot] = (leaky * leaky).astype(dtype)
+      plgpu.commit_smem()
+      for smem, ref in ((u_smem, u_ref), (a_smem, a_ref)):
+        patch = ref.at[rows, columns].at[patch_rows, patch_columns]
+        plgpu.copy_smem_to_gmem(smem.at[half, slot], patch, commit_group=False)
+      plgpu.commit_smem_to_gmem_group()
+
+  patches = plgpu.SMEM((2, 2, _PATCH, _PATCH), dtype, transforms=_TILED)
+  x = _whole_tiles(x_NxD)
+  hidden = jax.ShapeDtypeStruct((x.shape[0], f), dtype)
+  u_NxF, a_NxF = _fused_product(x, up_FxD.T, outputs=(hidden, hidden), scratch=(patches, patches), epilogue=epilogue)
+  return u_NxF[:n], a_NxF[:n]
+
+
+def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slope: float) -> jax.Array:
+  """See xla.py. A tile of u is fetched while the product runs and overwritten with the result."""
+  n, f, dtype = dy_NxD.shape[0], down_DxF.shape[1], dy_NxD.dtype
+
+  def prologue(rows, columns, half, refs):
+    u_ref, _, u_smem, arrived = refs
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.copy_gmem_to_smem(u_ref.at[rows, columns], u_smem.at[half], arrived.at[half])
+
+  def epilogue(acc, rows, columns, half, refs):
+    _, du_ref, u_smem, arrived = refs
+    plgpu.barrier_wait(arrived.at[half])
+    for patch in _PATCHES:
+      u = u_smem.at[half].at[patch][...].astype(jnp.float32)
+      slope_of_phi = 2 * jnp.maximum(u, slope * slope * u)
+      u_smem.at[half].at[patch][...] = (acc[patch] * slope_of_phi).astype(dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(u_smem.at[half], du_ref.at[rows, columns])
+
+  dy, u = _whole_tiles(dy_NxD), _whole_tiles(u_NxF)
+  tiles = plgpu.SMEM((2, _TILE_N, _HALF), dtype, transforms=_TILED)
+  (du_NxF,) = _fused_product(
+    dy,
+    down_DxF,
+    u,
+    outputs=(jax.ShapeDtypeStruct((dy.shape[0], f), dtype),),
+    scratch=(tiles, plgpu.Barrier(num_barriers=2)),
+    prologue=prologue,
+    epilogue=epilogue,
+  )
+  return du_NxF[:n]
+
+
+def _whole_tiles(x: jax.Array) -> jax.Array:
+  return jnp.pad(x, ((0, -x.shape[0] % _TILE_N), (0, 0)))
+
+
+def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue=lambda *_: None):
+  """Tiles of a · b, each handed over in registers.
+
+  Args:
+    operands: further arrays that prologue and epilogue read.
+    outputs: types of what the epilogue writes.
+    scratch: shared memory and barriers, allocated once.
+    epilogue: (float32 [_TILE_N, _HALF] sums, rows, columns, half, refs) → None, run by each multiplying warpgroup;
+      rows and columns say which part of the product it holds, half which of the two warpgroups it is; refs are
+      those of operands, outputs and scratch.
+    prologue: (rows, columns, half, refs) → None, run before the tile's product.
+  """
+  n, d = a_NxD.shape
+  n_tiles, f_tiles, d_steps = n // _TILE_N, b_DxF.shape[1] // _TILE_F, d // _TILE_D
+
+  def pipeline(step, context):
+    return plgpu.emit_pipeline_warp_specialized(
+      step,
+      grid=(d_steps,),
+      in_specs=[
+        plgpu.BlockSpec((_TILE_N, _TILE_D), lambda i: (0, i), transforms=_TILED, delay_release=1),
+        plgpu.BlockSpec((_TILE_D, _TILE_F), lambda i: (i, 0), transforms=_TILED, delay_release=1),
+      ],
+      max_concurrent_steps=_STAGES,
+      num_compute_wgs=2,
+      memory_registers=40,
+      wg_axis="warpgroup",
+      compute_context=context,
+    )
+
+  def kernel(a_ref, b_ref, *refs):
+    half = lax.axis_index("warpgroup")
+    allocations = pipeline(lambda *_: None, lambda *_: None).get_allocations(a_ref, b_ref)
+
+    @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup")
+    def _(allocations):
+      @plgpu.nd_loop((n_tiles * f_tiles,), collective_axes="block")
+      def _(loop):
+        # Columns move fastest, so that the blocks at work at one time share few rows of a and all of b in L2.
+        n_tile, f_tile = lax.div(loop.index[0], f_tiles), lax.rem(loop.index[0], f_tiles)
+        rows = pl.ds(n_tile * _TILE_N, _TILE_N)
+        columns = pl.ds(f_tile * _TILE_F + half * _HALF, _HALF)
+
+        def context(run_pipeline):
+          prologue(rows, columns, half, refs)
+
+          @functools.partial(pl.run_scoped, acc_ref=plgpu.ACC((_TILE_N, _HALF), jnp.float32))
+          def _(acc_ref):
+            run_pipeline(acc_ref)
+            epilogue(acc_ref[...], rows, columns, half, refs)
+
+        def step(_, a_smem, b_smem, acc_ref):
+          plgpu.wgmma(acc_ref, a_smem, b_smem.at[:, pl.ds(half * _HALF, _HALF)])
+          plgpu.wgmma_wait(1)
+          return acc_ref
+
+        pipeline(step, context)(
+          a_ref.at[rows, :],
+          b_ref.at[:, pl.ds(f_tile * _TILE_F, _TILE_F)],
+          allocations=allocations,
+        )
+
+    plgpu.wait_smem_to_gmem(0)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=outputs,
+    scratch_types=scratch,
+    grid=(min(target.target().cores, n_tiles * f_tiles),),
+    grid_names=("block",),
+    num_threads=3,
+    thread_name="warpgroup",
+    compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+  )(a_NxD, b_DxF, *operands)
