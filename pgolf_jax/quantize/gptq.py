@@ -33,9 +33,7 @@ def inverse_factor(hessian_NxN: Float[Array, "N N"]) -> Float[Array, "N N"]:
   return jax.scipy.linalg.solve_triangular(lower_NxN, identity_NxN, lower=True)[::-1, ::-1]
 
 
-def _quantize_matrix(
-  weight_MxN, hessian_NxN, scale_M, wide_scale_M, is_wide_N, levels, wide_levels, *, damping, block
-):
+def _quantize_matrix(weight_MxN, hessian_NxN, scale_M, wide_scale_M, is_wide_N, levels, wide_levels, *, damping, block):
   """One matrix; see `gptq`. Works on transposes, so that a column of the matrix is a row in memory."""
   columns = weight_MxN.shape[1]
   dead_N = jnp.diagonal(hessian_NxN) == 0
@@ -77,9 +75,7 @@ def _quantize_matrix(
     start_carry = work_KxM, jnp.zeros(work_KxM.shape, jnp.int8), jnp.zeros_like(work_KxM)
     _, q_KxM, error_KxM = jax.lax.fori_loop(0, block, quantize_column, start_carry)
     later_N = jnp.arange(columns + padded) >= start + block
-    repaid_NxM = jnp.matmul(
-      jnp.where(later_N, factor_KxN, 0.0).T, error_KxM, precision=jax.lax.Precision.HIGHEST
-    )
+    repaid_NxM = jnp.matmul(jnp.where(later_N, factor_KxN, 0.0).T, error_KxM, precision=jax.lax.Precision.HIGHEST)
     return work_NxM - repaid_NxM, jax.lax.dynamic_update_slice_in_dim(q_NxM, q_KxM, start, axis=0)
 
   blocks = (columns + padded) // block

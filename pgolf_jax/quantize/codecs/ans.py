@@ -1,0 +1,83 @@
+"""Symbols to bytes and back through constriction's ANS coder, piece by piece, each piece under one table.
+
+An ANS coder is a stack: pieces are read in one order and written in the other. Hence the writer keeps all pieces until
+the end. Probabilities come as whole numbers in float64, so that the coder's rounding of them is the same everywhere.
+"""
+
+import constriction
+import numpy as np
+
+from pgolf_jax.quantize.errors import ArtifactError
+
+_Stack = constriction.stream.stack.AnsCoder
+_Categorical = constriction.stream.model.Categorical
+
+_FIRST_CHUNK = 16
+_COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
+
+
+def table(weights: np.ndarray) -> object:
+  """A distribution over 0 … len(weights) − 1 in proportion to whole numbers; no symbol is impossible."""
+  return _Categorical(np.asarray(weights, np.float64), perfect=False)
+
+
+class Writer:
+  """Takes pieces in the order in which `Reader` will give them."""
+
+  def __init__(self):
+    self._pieces: list[tuple[np.ndarray, object]] = []
+
+  def put(self, symbols: np.ndarray, model: object) -> None:
+    self._pieces.append((np.ascontiguousarray(symbols, np.int32).reshape(-1), model))
+
+  def finish(self) -> bytes:
+    coder = _Stack()
+    for symbols, model in reversed(self._pieces):
+      coder.encode_reverse(symbols, model)
+    return coder.get_compressed().astype("<u4").tobytes()
+
+
+class Reader:
+  """Gives back what a Writer took. Any bytes decode to something; `finish` tells whether they were a Writer's."""
+
+  def __init__(self, data: bytes):
+    if len(data) % 4:
+      raise ArtifactError("A stream of the artifact is not a whole number of 32-bit words: it is damaged.")
+    words = np.frombuffer(data, "<u4").astype(np.uint32)
+    if len(words) and words[-1] == 0:
+      raise ArtifactError("A stream of the artifact ends in a word that no encoder writes: it is damaged.")
+    self._coder = _Stack(words)
+
+  def take(self, count: int, model: object) -> np.ndarray:
+    """The next `count` symbols, int32."""
+    return self._coder.decode(model, count) if count else np.zeros(0, np.int32)
+
+  def finish(self) -> None:
+    if not self._coder.is_empty():
+      raise ArtifactError("A stream of the artifact has bytes left over: it is damaged.")
+
+
+def put_counted(writer: Writer, symbols: np.ndarray, alphabet: int) -> None:
+  """Writes symbols of 0 … alphabet − 1 in growing chunks, each under the counts of all before it."""
+  for start, end in _chunks(len(symbols)):
+    writer.put(symbols[start:end], _counted(symbols[:start], alphabet))
+
+
+def take_counted(reader: Reader, count: int, alphabet: int) -> np.ndarray:
+  """Reads what `put_counted` wrote."""
+  symbols = np.zeros(count, np.int32)
+  for start, end in _chunks(count):
+    symbols[start:end] = reader.take(end - start, _counted(symbols[:start], alphabet))
+  return symbols
+
+
+def _counted(seen: np.ndarray, alphabet: int) -> object:
+  return table(1 + _COUNT_WEIGHT * np.bincount(seen, minlength=alphabet))
+
+
+def _chunks(count: int) -> list[tuple[int, int]]:
+  """Bounds that cut `count` in pieces of which each is as long as a quarter of all before it, at least 16."""
+  bounds = [0]
+  while bounds[-1] < count:
+    bounds.append(min(count, bounds[-1] + max(_FIRST_CHUNK, bounds[-1] // 4)))
+  return list(zip(bounds[:-1], bounds[1:], strict=True))
