@@ -1,0 +1,147 @@
+"""The compiled heart of test-time training: a scan over chunks, on every device over its own documents.
+
+Adapters and moments are the carry, donated; nothing goes to the host inside a scan, and nothing between devices.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pgolf_jax.model.adapters import Adapter, Adapters, widths
+from pgolf_jax.model.params import Params
+from pgolf_jax.scoring import adapt, window
+from pgolf_jax.scoring.adapt import Carry, Rule, row_axis
+from pgolf_jax.scoring.chunks import STEPS_PER_CALL, Shape
+from pgolf_jax.scoring.window import Rows, Scored
+from pgolf_jax.settings import ModelConfig, TTTConfig
+
+AXIS = "data"
+
+
+class Spec(NamedTuple):
+  """What is fixed when a scan is compiled, besides its shape."""
+
+  model: ModelConfig
+  ttt: TTTConfig
+  rule: Rule
+  dtype: np.dtype
+  distributions: bool
+
+
+def scan_chunks(
+  params: Params,
+  stream_N: jax.Array,
+  carry: Carry,
+  rows: Rows,
+  size: jax.Array,
+  k_S: jax.Array,
+  kind_S: jax.Array,
+  hint_SxBxX: jax.Array,
+  *,
+  spec: Spec,
+  shape: Shape,
+) -> tuple[Carry, Scored]:
+  """Chunks k_S of one device's documents.
+
+  Args:
+    rows: documents from longer to shorter; those after the first `shape.slots` are finished.
+    size: targets of a chunk, at most `shape.width`.
+    kind_S: SKIP, SCORE or LEARN.
+    hint_SxBxX: token whose log-probability is wanted beside the target's.
+  """
+  rows = jax.tree.map(lambda x: x[: shape.slots], rows)
+
+  def head(axis, x):
+    return lax.slice_in_dim(x, 0, shape.slots, axis=axis)
+
+  def losses(adapters: Adapters, k, hint):
+    chunk = window.locate(stream_N, rows, k, size, seq_len=spec.ttt.seq_len, width=shape.width)
+    tokens = window.window_tokens(stream_N, rows, chunk, shape.window)
+    hidden = window.forward(spec.model, params, tokens, adapters, spec.rule.scale, spec.dtype)
+    scored = window.score(
+      spec.model, params, hidden, adapters, spec.rule.scale, chunk, hint, distributions=spec.distributions
+    )
+    return window.learning_loss(scored, rows, k, size), scored
+
+  def skip(carry, k, hint):
+    empty = jax.eval_shape(losses, carry.adapters, k, hint)[1]
+    return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
+
+  def score(carry, k, hint):
+    return carry, losses(carry.adapters, k, hint)[1]
+
+  def learn(carry, k, hint):
+    # The scores come out of the pass whose gradient makes the first update: no target is scored after it.
+    grads, scored = jax.grad(losses, has_aux=True)(carry.adapters, k, hint)
+    carry = adapt.update(spec.rule, carry, grads)
+    if spec.ttt.grad_steps > 1:
+
+      def again(_, carry):
+        return adapt.update(spec.rule, carry, jax.grad(losses, has_aux=True)(carry.adapters, k, hint)[0])
+
+      carry = lax.fori_loop(1, spec.ttt.grad_steps, again, carry)
+    return carry, scored
+
+  def step(carry, x):
+    k, kind, hint = x
+    return lax.switch(kind, (skip, score, learn), carry, k, hint)
+
+  active = Carry(*(adapt.map_rows(head, x) for x in carry[:3]), carry.step)
+  active, scored = lax.scan(step, active, (k_S, kind_S, hint_SxBxX))
+
+  def put_back(axis, whole, part):
+    return lax.dynamic_update_slice_in_dim(whole, part, 0, axis)
+
+  both = zip(carry[:3], active[:3], strict=True)
+  return Carry(*(adapt.map_rows(put_back, whole, part) for whole, part in both), active.step), scored
+
+
+def sharded_scan(mesh: Mesh, spec: Spec, shape: Shape):
+  """`scan_chunks` over a mesh: rows of all devices one device after another, parameters and stream everywhere."""
+  carry = carry_specs(spec)
+  scored = Scored(P(None, AXIS), P(None, AXIS), P(None, AXIS) if spec.distributions else None)
+  on_devices = jax.shard_map(
+    functools.partial(scan_chunks, spec=spec, shape=shape),
+    mesh=mesh,
+    in_specs=(P(), P(), carry, P(AXIS), P(), P(), P(), P(None, AXIS)),
+    out_specs=(carry, scored),
+    check_vma=False,  # a switch whose branches differ in what varies over devices cannot be checked
+  )
+  return jax.jit(on_devices, donate_argnums=2)
+
+
+def adapter_specs(spec: Spec) -> dict[str, Adapter]:
+  """Adapters are shared out by row."""
+
+  def of(kind):
+    return P(AXIS) if row_axis(kind) == 0 else P(None, AXIS)
+
+  return {kind: Adapter(of(kind), of(kind)) for kind in widths(spec.model, spec.ttt)}
+
+
+def carry_specs(spec: Spec) -> Carry:
+  """How a carry is shared out."""
+  each = adapter_specs(spec)
+  return Carry(each, each if spec.rule.beta1 else None, each if spec.rule.kind == "adam" else None, P())
+
+
+def place(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
+  """A host array on the mesh; every process holds the whole of it and gives its part."""
+  return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+
+def call_arguments(mesh: Mesh, size: int, ks: list[int], kinds: list[int], hint_SxBxX: np.ndarray) -> tuple:
+  """The last arguments of a scan, padded to `STEPS_PER_CALL` skipped steps."""
+  pad = STEPS_PER_CALL - len(ks)
+  return (
+    place(mesh, np.int32(size)[...], P()),
+    place(mesh, np.array(ks + [0] * pad, np.int32), P()),
+    place(mesh, np.array(kinds + [0] * pad, np.int32), P()),
+    place(mesh, np.pad(hint_SxBxX.astype(np.int32), ((0, pad), (0, 0), (0, 0))), P(None, AXIS)),
+  )
