@@ -298,7 +298,7 @@ class Settings:
     changes: dict[str, dict[str, object]] = {}
     for section, field in _fields():
       name = field.metadata.get("env")
-      if name in environ:
+      if name and name in environ:
         value = _parse_env(name, environ[name], _type_of(section, field))
         changes.setdefault(section, {})[field.name] = value
     for name, (allowed, reason) in _FIXED.items():

@@ -71,7 +71,8 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
     _require(
       row % seq_len == 0,
       f"The sequence length {seq_len} must divide the micro-batch of {row} tokens "
-      f"(train.batch_tokens={t.batch_tokens} / train.micro_batches={t.micro_batches}); {_divisor_near(row, seq_len)} does.",
+      f"(train.batch_tokens={t.batch_tokens} / train.micro_batches={t.micro_batches}); "
+      f"{_divisor_near(row, seq_len)} does.",
     )
   parse_scale_schedule(t.midrun_cap_schedule)
   _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay} must lie in [0, 1).")
@@ -92,7 +93,7 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
   if device_count is not None:
     _require(
       t.micro_batches % device_count == 0,
-      f"{device_count} devices cannot share train.micro_batches={t.micro_batches}: the number of devices must divide it; "
+      f"{device_count} devices cannot share train.micro_batches={t.micro_batches}: they must divide it; "
       f"{_divisor_near(t.micro_batches, device_count)} devices would do.",
     )
     _require(
@@ -107,7 +108,7 @@ def _check_eval(settings: Settings) -> None:
   row = e.batch_tokens // settings.train.micro_batches
   _require(
     row >= e.seq_len,
-    f"eval.batch_tokens={e.batch_tokens} gives each of the {settings.train.micro_batches} rows {row} tokens, fewer than "
+    f"eval.batch_tokens={e.batch_tokens} gives each of {settings.train.micro_batches} rows {row} tokens, fewer than "
     f"eval.seq_len={e.seq_len}; at least {e.seq_len * settings.train.micro_batches} is needed.",
   )
   _require(0 < e.doc_fraction <= 1, f"eval.doc_fraction={e.doc_fraction} must lie in (0, 1].")

@@ -13,7 +13,9 @@ from pgolf_jax.settings import OptimizerConfig
 from pgolf_jax.training.muon import scale_by_muon
 
 
-def make(config: OptimizerConfig, *, axis: str | None = None, axis_size: int = 1) -> optax.GradientTransformationExtraArgs:
+def make(
+  config: OptimizerConfig, *, axis: str | None = None, axis_size: int = 1
+) -> optax.GradientTransformationExtraArgs:
   """The whole optimizer over flat parameters.
 
   `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate) and `momentum` (μ).
@@ -22,7 +24,9 @@ def make(config: OptimizerConfig, *, axis: str | None = None, axis_size: int = 1
     axis: mesh axis inside `jax.shard_map`; the gradients of banks are then slices made by `scatter_stacks`.
     axis_size: devices along it.
   """
-  muon = scale_by_muon(dtype=jnp.dtype(config.muon_dtype), steps=config.muon_steps, row_normalize=config.muon_row_normalize)
+  muon = scale_by_muon(
+    dtype=jnp.dtype(config.muon_dtype), steps=config.muon_steps, row_normalize=config.muon_row_normalize
+  )
   if axis is not None:
     muon = _over_slices(muon, axis, axis_size)
   groups = {
@@ -75,7 +79,7 @@ def padded(stack: int, axis_size: int) -> int:
   return -(-stack // axis_size) * axis_size
 
 
-def _pad(x: jax.Array, axis_size: int) -> jax.Array:
+def pad_stack(x: jax.Array, axis_size: int) -> jax.Array:
   return jnp.pad(x, ((0, padded(x.shape[0], axis_size) - x.shape[0]), (0, 0), (0, 0)))
 
 
@@ -84,7 +88,7 @@ def scatter_stacks(grads: dict[str, jax.Array], axis: str, axis_size: int) -> di
 
   def mean(name: str, g: jax.Array) -> jax.Array:
     if name in BANKS:
-      return jax.lax.psum_scatter(_pad(g, axis_size), axis, scatter_dimension=0, tiled=True) / axis_size
+      return jax.lax.psum_scatter(pad_stack(g, axis_size), axis, scatter_dimension=0, tiled=True) / axis_size
     return jax.lax.pmean(g, axis)
 
   return {name: mean(name, g) for name, g in grads.items()}
@@ -101,7 +105,9 @@ def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_s
   """`inner` on this device's slice of every stack; its updates are gathered into whole stacks."""
 
   def init(params):
-    return inner.init(jax.tree.map(lambda p: _pad(p, axis_size)[: padded(p.shape[0], axis_size) // axis_size], params))
+    return inner.init(
+      jax.tree.map(lambda p: pad_stack(p, axis_size)[: padded(p.shape[0], axis_size) // axis_size], params)
+    )
 
   def update(slices, state, params, **extra):
     updates, state = inner.update(slices, state, None, **extra)

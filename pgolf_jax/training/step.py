@@ -54,9 +54,7 @@ def state_specs(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
   """PartitionSpecs of a TrainState for these parameters (arrays or shapes)."""
   opt_state = jax.eval_shape(partial(_optimizer(settings, mesh).init), params)
   is_muon = lambda x: isinstance(x, MuonState)  # noqa: E731
-  specs = jax.tree.map(
-    lambda x: jax.tree.map(lambda _: P(AXIS), x) if is_muon(x) else P(), opt_state, is_leaf=is_muon
-  )
+  specs = jax.tree.map(lambda x: jax.tree.map(lambda _: P(AXIS), x) if is_muon(x) else P(), opt_state, is_leaf=is_muon)
   return TrainState(jax.tree.map(lambda _: P(), params), specs, jax.tree.map(lambda _: P(), params))
 
 
@@ -137,9 +135,7 @@ def make_step(settings: Settings, mesh: Mesh, params: Params, *, seq_len: int, l
     if per_rank:
       losses, norms, grads = clipped_ranks(state.params, tokens)
       travelling = jnp.dtype(settings.optimizer.muon_dtype)
-      grads = {
-        name: g.astype(travelling) if optimizers.group(name) == "bank" else g for name, g in grads.items()
-      }
+      grads = {name: g.astype(travelling) if optimizers.group(name) == "bank" else g for name, g in grads.items()}
       grads = optimizers.scatter_stacks(grads, AXIS, mesh.size)
     else:
       loss, grads = mean_over_rows(state.params, tokens)

@@ -1,0 +1,12 @@
+"""`pgolf bench`: every benchmark of `pgolf_jax.bench`, by its module's name."""
+
+import importlib
+import pkgutil
+
+from pgolf_jax import bench
+
+COMMANDS = {
+  found.name: importlib.import_module(f"pgolf_jax.bench.{found.name}").COMMAND
+  for found in pkgutil.iter_modules(bench.__path__)
+  if not found.name.startswith("_")
+}

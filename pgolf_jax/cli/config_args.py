@@ -1,0 +1,54 @@
+"""Settings on a command line: CONFIG first, then any setting, over the environment, over the file."""
+
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pgolf_jax import settings as settings_module
+from pgolf_jax.errors import UserError
+from pgolf_jax.settings import Settings, env_names
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigArgs:
+  """What every verb that takes a CONFIG understands."""
+
+  config: tyro.conf.Positional[Path]
+  """TOML file of settings."""
+  out: Path | None = None
+  """Run folder; runs/NAME-OF-CONFIG if not given."""
+  settings: Annotated[Settings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Settings)
+
+
+def parse(verb: str, description: str, args: list[str], *, config_required: bool = True) -> tuple[Settings, Path]:
+  """(settings, run folder) of a command line.
+
+  Raises:
+    UserError: no or a wrong config, an unknown or impossible setting.
+  """
+  if not args or args[0].startswith("-"):
+    if not {"-h", "--help"} & set(args):
+      raise UserError(f"pgolf {verb} needs a config first, as in: pgolf {verb} configs/demo.toml")
+    default = Settings()
+    config = Path("CONFIG")
+  else:
+    config = Path(args[0])
+    check_environment(os.environ)
+    default = settings_module.load(config)
+  defaults = ConfigArgs(config=config, settings=default)
+  found = tyro.cli(ConfigArgs, default=defaults, args=args, prog=f"pgolf {verb}", description=description)
+  return found.settings, found.out or Path("runs") / found.config.stem
+
+
+def check_environment(environ) -> None:
+  """Raises UserError if an environment variable looks like a misspelt setting, for it would be ignored silently."""
+  known = env_names()
+  for name in environ:
+    if name not in known and len(name) >= 8:
+      near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+      if near and name.split("_")[0] == near[0].split("_")[0]:
+        raise UserError(f"The environment sets {name}, which is no setting; did you mean {near[0]}?")

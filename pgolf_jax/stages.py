@@ -1,0 +1,118 @@
+"""The stages of a run, in order. Each reads the run folder, does its work and reports a few figures."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from pgolf_jax import cache
+from pgolf_jax.model import params as parameters
+from pgolf_jax.model.params import Params
+from pgolf_jax.run_folder import RunFolder, log
+from pgolf_jax.scoring import plain
+from pgolf_jax.settings import Settings
+from pgolf_jax.training.step import data_mesh, world_size
+
+
+def data_folder(settings: Settings) -> Path:
+  """The folder of shards; the default text is prepared on first use."""
+  if settings.data.path != "default":
+    return Path(settings.data.path)
+  from pgolf_jax.data.default_text import ensure_default_data
+
+  name = f"speeches-{settings.model.vocab_size}{'' if settings.data.caseops else '-plain'}"
+  folder = cache.root() / "data" / name
+  return ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
+
+
+def plain_score(settings: Settings, params: Params, mesh: Mesh, description: str) -> dict:
+  """Plain BPB of parameters on the validation split, as the stages report it."""
+  data = plain.load_validation(data_folder(settings))
+  began = time.perf_counter()
+  score = plain.score(
+    settings.model,
+    params,
+    data,
+    mesh=mesh,
+    ranks=world_size(settings, mesh),
+    batch_tokens=settings.eval.batch_tokens,
+    rows=settings.train.micro_batches,
+    seq_len=settings.eval.seq_len,
+    dtype=jnp.dtype(settings.train.compute_dtype),
+    description=description,
+  )
+  seconds = time.perf_counter() - began
+  found = {"loss": score.loss, "bpb": score.bpb, "targets": score.targets, "bytes": score.text_bytes}
+  return found | {"seconds": seconds}
+
+
+def _train(run: RunFolder, mesh: Mesh) -> dict:
+  from pgolf_jax.training.loop import Trainer
+
+  settings = run.settings
+
+  def validate(step: int, params: Params) -> None:
+    found = plain_score(settings, params, mesh, f"scoring step {step}")
+    log.info("step %d | validation loss %.4f | %.4f bits per byte", step, found["loss"], found["bpb"])
+
+  return Trainer(run, mesh, data_folder(settings), validate=validate).train()
+
+
+def averaged_params(run: RunFolder, mesh: Mesh) -> Params:
+  """The averaged weights of a trained run."""
+  from pgolf_jax.training.checkpoint import Checkpoints
+
+  shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in parameters.shapes(run.settings.model).items()}
+  checkpoints = Checkpoints(run.checkpoints, run.settings, mesh, shapes)
+  try:
+    return checkpoints.restore_average(run.results()["train"]["steps"])
+  finally:
+    checkpoints.close()
+
+
+def _plain(run: RunFolder, mesh: Mesh) -> dict:
+  return plain_score(run.settings, averaged_params(run, mesh), mesh, "scoring the averaged weights")
+
+
+STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
+  "train": _train,
+  "plain": _plain,
+}
+"""Name → function of the run and the mesh that does the stage and returns its result."""
+
+
+def run(settings: Settings, folder: Path, names: list[str]) -> int:
+  """Runs the stages that are not yet complete, then prints the table. Returns the exit status."""
+  cache.use_compile_cache()
+  mesh = data_mesh()
+  settings.validate(device_count=mesh.size)
+  found = RunFolder(folder, settings)
+  found.log_to_file()
+  log.info("run folder %s, %d × %s", found.path, mesh.size, mesh.devices.flat[0].device_kind)
+  for name in names:
+    if name in found.results():
+      log.info("%s: already complete", name)
+      continue
+    began = time.perf_counter()
+    result = STAGES[name](found, mesh)
+    if jax.process_index() == 0:
+      found.finish(name, result | {"stage_seconds": time.perf_counter() - began})
+  log.info("\n%s", table(found))
+  return 0
+
+
+def table(run: RunFolder) -> str:
+  """What the run reached, one line a stage."""
+  results = run.results()
+  rows = []
+  if train := results.get("train"):
+    note = f"{train['steps']} steps, {train['tokens_per_second']:,.0f} tokens/s, {train['parameters']:,} parameters"
+    rows.append(("train", "", train["seconds"], note))
+  for stage, what in (("plain", "averaged weights"),):
+    if found := results.get(stage):
+      rows.append((what, f"{found['bpb']:.5f}", found["seconds"], f"loss {found['loss']:.5f}"))
+  head = f"{'':<24}{'bits per byte':>14}{'seconds':>10}  "
+  return "\n".join([head, *(f"{what:<24}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])
