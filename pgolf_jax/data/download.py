@@ -73,9 +73,9 @@ def download(name: str, folder: Path, train_shards: int = ALL_SHARDS) -> list[Pa
       bar.note(target)
       _fetch(published.repo, source, folder / target)
       bar.advance()
-  shutil.rmtree(folder / _PARTS, ignore_errors=True)
   if published.shards is not None:
     _compare_with_manifest(published, remote, folder, complete=train_shards == _count(published, remote, "train"))
+  shutil.rmtree(folder / _PARTS, ignore_errors=True)
   return [folder / target for target in sorted(wanted)]
 
 

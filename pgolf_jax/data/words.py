@@ -5,6 +5,7 @@ another character, nothing is ever merged across the front of a space, so the pi
 words one after the other, and each word need be split once.
 """
 
+import array
 import re
 from collections.abc import Callable
 
@@ -26,9 +27,12 @@ def words_are_separate(model: sentencepiece_model_pb2.ModelProto) -> bool:
 
 
 class WordPieces:
-  """Splits text by words and remembers what became of them, up to a limit."""
+  """Splits text by words and remembers what became of the first few hundred thousand of them.
 
-  LIMIT = 1 << 17  # words
+  On web text those are 94 of 100 words met; forgetting old ones for new ones would come to 93.
+  """
+
+  LIMIT = 1 << 18  # words, about 50 MB
   LONGEST = 64  # characters of a word worth remembering
 
   def __init__(self, encode_word: Callable[[str], list[int] | None]):
@@ -59,9 +63,7 @@ class _Memory(dict):
     pieces = self._encode_word(word)
     if pieces is None:
       raise _CannotTellError
-    packed = np.array(pieces, np.uint16).tobytes()
-    if len(word) <= WordPieces.LONGEST:
-      if len(self) >= WordPieces.LIMIT:
-        self.clear()
+    packed = array.array("H", pieces).tobytes()
+    if len(word) <= WordPieces.LONGEST and len(self) < WordPieces.LIMIT:
       self[word] = packed
     return packed

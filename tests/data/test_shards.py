@@ -71,9 +71,7 @@ def test_wrong_header_names_file_and_both_numbers(shard, word, value, message):
       read(shard)
 
 
-@pytest.mark.parametrize(
-  "size, message", [(3023, "3023 bytes.*3024"), (1023, "1023 bytes.*1024"), (0, "0 bytes")]
-)
+@pytest.mark.parametrize("size, message", [(3023, "3023 bytes.*3024"), (1023, "1023 bytes.*1024"), (0, "0 bytes")])
 def test_truncated_file_is_refused(shard, size, message):
   shard.write_bytes(shard.read_bytes()[:size])
   with pytest.raises(UserError, match=message):

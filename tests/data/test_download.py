@@ -1,0 +1,139 @@
+"""Downloading by name, against a folder that stands in for the hub."""
+
+import json
+import shutil
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+from pgolf_jax.data.download import PUBLISHED, download
+from pgolf_jax.data.manifest import TOKENIZER
+from pgolf_jax.data.shards import read_shard, write_shard
+from pgolf_jax.errors import UserError
+
+REPO = PUBLISHED["caseops"].repo
+SHARDS = f"datasets/datasets/{PUBLISHED['caseops'].shards}"
+MODEL = f"datasets/tokenizers/{PUBLISHED['caseops'].files[0]}"
+
+
+class Hub:
+  """A local copy of a hub repository, with a log of what was fetched."""
+
+  def __init__(self, root):
+    self.root, self.fetched = root, []
+
+  def list_repo_files(self, repo, *, repo_type):
+    assert (repo, repo_type) == (REPO, "dataset")
+    return [str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()]
+
+  def hf_hub_download(self, repo, filename, *, repo_type, local_dir):
+    assert (repo, repo_type) == (REPO, "dataset")
+    self.fetched.append(filename.rpartition("/")[2])
+    target = local_dir / filename
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return str(shutil.copy(self.root / filename, target))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, lossless):
+  root = tmp_path / "hub"
+  (root / SHARDS).mkdir(parents=True)
+  (root / "datasets" / "datasets" / "another").mkdir()
+  (root / MODEL).parent.mkdir()
+  (root / MODEL).write_bytes(lossless.model)
+  for i in range(4):
+    write_shard(root / SHARDS / f"fineweb_train_{i:06d}.bin", np.full(10, i))
+  for split in ("val", "val_bytes"):
+    write_shard(root / SHARDS / f"fineweb_{split}_000000.bin", np.arange(7))
+  write_shard(root / "datasets" / "datasets" / "another" / "fineweb_train_000004.bin", np.arange(3))
+  stats = {"tokens_train": 40, "tokens_val": 7}
+  manifest = {"datasets": [{"name": "another"}, {"name": PUBLISHED["caseops"].shards, "stats": stats}]}
+  (root / "datasets" / "manifest.json").write_text(json.dumps(manifest))
+  hub = Hub(root)
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", hub.list_repo_files)
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
+  return hub
+
+
+def test_everything_that_training_needs_comes_in_one_folder(hub, tmp_path, lossless):
+  paths = download("caseops", tmp_path / "out", train_shards=2)
+  names = [
+    "fineweb_train_000000.bin",
+    "fineweb_train_000001.bin",
+    "fineweb_val_000000.bin",
+    "fineweb_val_bytes_000000.bin",
+  ]
+  assert [path.name for path in paths] == [*names, TOKENIZER]
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+    [*names, TOKENIZER, "published_manifest.json"]
+  )
+  assert read_shard(paths[1]).tolist() == [1] * 10
+  assert (tmp_path / "out" / TOKENIZER).read_bytes() == lossless.model
+
+
+def test_what_is_there_is_not_fetched_again_and_more_shards_can_be_added(hub, tmp_path):
+  download("caseops", tmp_path / "out", train_shards=2)
+  hub.fetched.clear()
+  download("caseops", tmp_path / "out", train_shards=4)
+  assert hub.fetched == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
+
+
+def test_a_damaged_file_here_is_fetched_again(hub, tmp_path):
+  paths = download("caseops", tmp_path / "out", train_shards=1)
+  paths[0].write_bytes(paths[0].read_bytes()[:-1])
+  hub.fetched.clear()
+  download("caseops", tmp_path / "out", train_shards=1)
+  assert hub.fetched == ["fineweb_train_000000.bin"] and read_shard(paths[0]).size == 10
+
+
+def test_a_damaged_file_there_is_refused_and_not_kept(hub, tmp_path):
+  shard = hub.root / SHARDS / "fineweb_train_000001.bin"
+  whole = shard.read_bytes()
+  shard.write_bytes(whole[:-1])
+  with pytest.raises(UserError, match=r"fineweb_train_000001\.bin: 1043 bytes"):
+    download("caseops", tmp_path / "out", train_shards=2)
+  shard.write_bytes(whole)
+  assert len(download("caseops", tmp_path / "out", train_shards=2)) == 5
+
+
+def test_token_counts_are_compared_with_the_publishers(hub, tmp_path):
+  write_shard(hub.root / SHARDS / "fineweb_train_000003.bin", np.full(9, 3))
+  download("caseops", tmp_path / "three", train_shards=3)
+  with pytest.raises(UserError, match="39 train tokens, the publisher's manifest has 40"):
+    download("caseops", tmp_path / "all", train_shards=4)
+
+
+def test_sidecar_of_another_length_is_refused(hub, tmp_path):
+  write_shard(hub.root / SHARDS / "fineweb_val_bytes_000000.bin", np.arange(6))
+  with pytest.raises(UserError, match="6 sidecar entries for 7 validation tokens"):
+    download("caseops", tmp_path / "out", train_shards=1)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_more_shards_than_there_are(hub, tmp_path, count):
+  with pytest.raises(UserError, match=f"4 training shards; ask for 1 to 4, not {count}"):
+    download("caseops", tmp_path / "out", train_shards=count)
+
+
+def test_a_file_that_the_publisher_took_away(hub, tmp_path):
+  (hub.root / MODEL).unlink()
+  with pytest.raises(UserError, match=r"no longer has .*\.model"):
+    download("caseops", tmp_path / "out", train_shards=1)
+
+
+def test_unknown_name(tmp_path):
+  with pytest.raises(UserError, match="choose one of caseops, sp1024, documents"):
+    download("fineweb", tmp_path / "out")
+
+
+def test_no_connection(hub, tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise OSError("network is unreachable")
+
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+  with pytest.raises(UserError, match=r"network is unreachable.* again to go on"):
+    download("caseops", tmp_path / "out", train_shards=1)
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+  with pytest.raises(UserError, match="cannot list"):
+    download("caseops", tmp_path / "out", train_shards=1)
