@@ -79,6 +79,12 @@ class _Folder:
   def shards(self, split: str) -> list[Path]:
     return list_shards(self.path, split)
 
+  def sidecar(self) -> list[Path]:
+    """Files of the byte sidecar; data in which nothing was rewritten may go without."""
+    if not any(self.path.glob("fineweb_val_bytes_*.bin")) and not self.manifest and not self.tokenizer.has_caseops:
+      raise _NotApplicable("no sidecar, and text without CaseOps needs none")
+    return self.shards("val_bytes")
+
   def documents(self, split: str) -> Iterator[Document]:
     return iter_documents(self.shards(split))
 
@@ -131,12 +137,11 @@ def _structure(data: _Folder) -> str:
 
 
 def _sidecar(data: _Folder) -> str:
-  paths, sidecar_paths = data.shards("val"), data.shards("val_bytes")
+  paths, sidecar_paths = data.shards("val"), data.sidecar()
   if len(paths) != len(sidecar_paths):
     raise _Failed(
       f"{data.path}: {len(sidecar_paths)} sidecar files for {len(paths)} validation shards; prepare both again"
     )
-  markers = [int(data.tokenizer.encode(marker)[0]) for marker in caseops.MARKERS] if data.is_caseops else []
   total, before = 0, BOS  # the token before the shard
   for path, sidecar_path in zip(paths, sidecar_paths, strict=True):
     tokens_N, bytes_N = read_shard(path), read_shard(sidecar_path)
@@ -144,16 +149,23 @@ def _sidecar(data: _Folder) -> str:
       raise _Failed(
         f"{sidecar_path}: {len(bytes_N)} entries for {len(tokens_N)} tokens of {path.name}; prepare both again"
       )
-    silent_N = tokens_N == BOS
-    if markers:
-      escaped_N = np.concatenate([[before], tokens_N[:-1]]) == markers[-1]
-      silent_N |= np.isin(tokens_N, markers) & ~escaped_N
-      before = int(tokens_N[-1])
-    if (wrong_N := silent_N & (bytes_N != 0)).any():
+    wrong_N = _stands_for_nothing(data, tokens_N, before) & (bytes_N != 0)
+    if wrong_N.any():
       at = int(np.argmax(wrong_N))
       raise _Failed(f"{sidecar_path}: {bytes_N[at]} bytes at {at} for token {tokens_N[at]}, which stands for none")
     total += int(bytes_N.sum(dtype=np.int64))
+    before = int(tokens_N[-1]) if len(tokens_N) else before
   return f"{total:,} bytes of text"
+
+
+def _stands_for_nothing(data: _Folder, tokens_N: np.ndarray, before: int) -> np.ndarray:
+  """Where a bos stands, or a CaseOps marker that is not escaped."""
+  silent_N = tokens_N == BOS
+  if data.is_caseops:
+    *others, esc = (int(data.tokenizer.encode(marker)[0]) for marker in caseops.MARKERS)
+    after_esc_N = np.concatenate([[before], tokens_N])[:-1] == esc
+    silent_N |= np.isin(tokens_N, [*others, esc]) & ~after_esc_N
+  return silent_N
 
 
 def _text(data: _Folder) -> str:
@@ -161,7 +173,7 @@ def _text(data: _Folder) -> str:
   tokenizer = data.tokenizer
   if tokenizer.kind != "lossless":
     raise _NotApplicable("the tokenizer is normalising, so tokens do not give the text back")
-  sidecar = _stream(data.shards("val_bytes"))
+  sidecar = _stream(data.sidecar())
   digests, at = hashlib.sha256(), 0
   for document in data.documents("val"):
     tokens_N = document.tokens_N[1:]
@@ -226,7 +238,7 @@ def _manifest(data: _Folder) -> str:
       raise _Failed(
         f"{data.path}: {count} {split} documents, the manifest has {facts.documents}; prepare the folder again"
       )
-  counted = int(_stream(data.shards("val_bytes")).sum(dtype=np.int64))
+  counted = int(_stream(data.sidecar()).sum(dtype=np.int64))
   if counted != manifest.val.counted_bytes:
     raise _Failed(f"{data.path}: the sidecar adds up to {counted} bytes, the manifest has {manifest.val.counted_bytes}")
   return f"hashes of {len(manifest.files())} files and all counts as it says"

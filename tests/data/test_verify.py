@@ -77,7 +77,16 @@ def test_without_tokenizer_or_manifest_what_can_be_checked_is(folder):
   assert [checks[name] for name in ("token range", "text", "manifest")] == [None] * 3
 
 
-TRAIN, VAL, BYTES = "fineweb_train_000001.bin", "fineweb_val_000001.bin", "fineweb_val_bytes_000001.bin"
+def test_plain_data_may_go_without_a_sidecar(tmp_path, train_other):
+  tokenizer = train_other(model_type="bpe", byte_fallback=True)
+  (tmp_path / TOKENIZER).write_bytes(tokenizer.model)
+  for split, text in (("train", "one text"), ("val", "another")):
+    write_shard(tmp_path / f"fineweb_{split}_000000.bin", np.concatenate([[1], tokenizer.encode(text)]))
+  checks = {check.name: check.passed for check in verify(tmp_path)}
+  assert checks == dict.fromkeys(CHECKS, True) | {"sidecar": None, "text": None, "manifest": None}
+
+
+TRAIN, BYTES = "fineweb_train_000001.bin", "fineweb_val_bytes_000001.bin"
 
 DAMAGES = {
   "cut off": ("shards", lambda f: (f / TRAIN).write_bytes((f / TRAIN).read_bytes()[:-2]), r"000001\.bin: 1422 bytes"),
