@@ -5,8 +5,8 @@ Layout, little-endian:
   magic "PGOLFJAX" | u16 version | u16 codec | u32 header bytes | 16-byte BLAKE2b of all that follows it and of the
   16 bytes before it | header | streams, one after the other
 
-The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the table: form, name, shape and what else the
-form needs), `streams` (bytes of each). Which arrays lie in which stream follows from the table (streams.py).
+The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the table: form, name, shape and what else
+the form needs), `streams` (bytes of each). Which arrays lie in which stream follows from the table (streams.py).
 
 Reading takes any bytes and either returns what `write` was given or raises ArtifactError: the claims in the header are
 checked against each other and against `MAX_PARAMETERS` before memory is taken for them. Reading needs NumPy alone, not
@@ -24,7 +24,7 @@ import numpy as np
 from pgolf_jax.quantize.codecs import NAMES, codec, plain
 from pgolf_jax.quantize.errors import ArtifactError
 from pgolf_jax.quantize.names import rebank
-from pgolf_jax.quantize.streams import assemble, check_entry, describe, parameter_count, part, split
+from pgolf_jax.quantize.streams import Stream, assemble, check_entry, describe, parameter_count, part, split
 from pgolf_jax.quantize.tensors import Quantized
 
 MAGIC = b"PGOLFJAX"
@@ -57,12 +57,16 @@ def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec_
     config: JSON object that travels with the weights, such as `Settings.to_dict()`.
     tensors: the model, by matrix name, as `quantize` gives it.
     codec_name: one of codecs.NAMES.
+
+  Raises:
+    ArtifactError: a step or an fp16 parameter is not finite.
   """
   table = [describe(name, tensor) for name, tensor in tensors.items()]
-  parts = [
-    codec(codec_name).encode(stream.content, [part(tensors[name], field) for name, field, _ in stream.arrays])
-    for stream in split(table)
-  ]
+  parts = []
+  for stream in split(table):
+    arrays = [part(tensors[name], field) for name, field, _ in stream.arrays]
+    _require_finite(stream, arrays)
+    parts.append(codec(codec_name).encode(stream.content, arrays))
   header = {"config": dict(config), "streams": [len(part) for part in parts], "tensors": table}
   text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
   if len(text) > _MAX_HEADER:
@@ -86,6 +90,7 @@ def read(data: bytes) -> Artifact:
   at = 0
   for stream, length in zip(streams, lengths, strict=True):
     arrays = codec(codec_name).decode(stream.content, body[at : at + length], [shape for *_, shape in stream.arrays])
+    _require_finite(stream, arrays)
     found |= {(name, field): array for (name, field, _), array in zip(stream.arrays, arrays, strict=True)}
     at += length
   tensors = {entry[1]: assemble(entry, found) for entry in table}
@@ -100,6 +105,13 @@ def dequantize(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     return artifact.config, artifact.params()
   except (KeyError, ValueError) as error:
     raise ArtifactError(f"The artifact's matrices do not make up whole banks ({error}): it is damaged.") from error
+
+
+def _require_finite(stream: Stream, arrays: list[np.ndarray]) -> None:
+  if stream.content == "half":
+    for (name, *_), array in zip(stream.arrays, arrays, strict=True):
+      if not np.isfinite(array).all():
+        raise ArtifactError(f"{name} holds values that are not finite in fp16, which no artifact may hold.")
 
 
 def _digest(prefix: bytes, body: bytes) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def group_scores(weight_MxN: np.ndarray, act_rms_N: np.ndarray, group: int) -> np.ndarray:
-  """Σ over each `group` neighbouring columns, from column 0, of rms_j · mean|W_·j|; left-over columns belong to none."""
+  """Σ over each `group` neighbouring columns, from column 0, of rms_j · mean|W_·j|; left-over columns are in none."""
   salience_N = act_rms_N.astype(np.float64) * np.mean(np.abs(weight_MxN), axis=0, dtype=np.float64)
   groups = len(salience_N) // group
   return salience_N[: groups * group].reshape(groups, group).sum(axis=1)

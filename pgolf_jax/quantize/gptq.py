@@ -100,7 +100,7 @@ def gptq(
   """Integers q with Ŵ = q · step for a stack of independent matrices of one shape.
 
   Columns are taken in order of falling Hessian diagonal. With U from `inverse_factor` of the damped Hessian, column j
-  becomes q = clip(round(w/s), −r, r); its error e = (w − q·s)/U_jj is then taken out of the later columns, w_k −= e·U_jk.
+  becomes q = clip(round(w/s), −r, r); its error e = (w − q·s)/U_jj is then taken out of later columns, w_k −= e·U_jk.
   Inputs that never fired (H_jj = 0) get the column 0.
 
   Args:

@@ -12,6 +12,7 @@ steps; large fp16 parameters by kind, the others together.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -114,7 +115,6 @@ def assemble(entry: Entry, found: Mapping[tuple[str, str], np.ndarray]) -> Quant
 
 def parameter_count(entry: Entry) -> int:
   """Values that the entry's arrays hold in all, steps and factors included."""
-  _, name, *_ = entry
   return sum(math.prod(shape) for stream in split([entry]) for *_, shape in stream.arrays)
 
 
@@ -147,7 +147,7 @@ def check_entry(entry: object) -> None:
     size, starts = wide
     require(number(size, 1, columns) and 0 < len(starts) <= columns, f"odd groups for {name}")
     require(all(number(start, 0, columns - size) for start in starts), f"odd groups for {name}")
-    require(all(a + size <= b for a, b in zip(starts, starts[1:], strict=False)), f"odd groups for {name}")
+    require(all(a + size <= b for a, b in itertools.pairwise(starts)), f"odd groups for {name}")
   if low_rank is not None:
     require(isinstance(low_rank, list) and len(low_rank) == 3, f"odd factors for {name}")
     rank, a_steps, b_steps = low_rank

@@ -4,6 +4,8 @@ An ANS coder is a stack: pieces are read in one order and written in the other. 
 the end. Probabilities come as whole numbers in float64, so that the coder's rounding of them is the same everywhere.
 """
 
+import itertools
+
 import constriction
 import numpy as np
 
@@ -80,4 +82,4 @@ def _chunks(count: int) -> list[tuple[int, int]]:
   bounds = [0]
   while bounds[-1] < count:
     bounds.append(min(count, bounds[-1] + max(_FIRST_CHUNK, bounds[-1] // 4)))
-  return list(zip(bounds[:-1], bounds[1:], strict=True))
+  return list(itertools.pairwise(bounds))

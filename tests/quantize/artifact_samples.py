@@ -1,0 +1,61 @@
+"""A small model in its stored form, with every kind of tensor, and a way to forge what an artifact says of itself."""
+
+import hashlib
+import json
+
+import numpy as np
+import zstandard
+
+from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.tensors import Grid, Half, LowRank, Rows
+
+CONFIG = {"model": {"num_layers": 2, "rope_base": 10000.0}, "note": "μ"}
+
+
+def sample_tensors(seed: int = 0) -> dict:
+  """Two layers, 32 wide: grids with and without an AWQ group and factors of both kinds, gates, fp16."""
+  rng = np.random.default_rng(seed)
+
+  def half(*shape):
+    return rng.standard_normal(shape).astype(np.float16)
+
+  def integers(bound, *shape):
+    return np.clip(np.rint(rng.standard_normal(shape) * bound / 5), -bound, bound).astype(np.int8)
+
+  def steps(count):
+    return (0.01 + 0.02 * rng.random(count)).astype(np.float16)
+
+  tensors = {}
+  for i in range(2):
+    tensors[f"blocks.{i}.attn.c_q.weight"] = Grid(integers(31, 32, 32), steps(32))
+    tensors[f"blocks.{i}.attn.proj.weight"] = Grid(integers(31, 32, 32), steps(32), (8,), 8, steps(32))
+    tensors[f"blocks.{i}.attn.c_k.weight"] = Half(half(16, 32))
+    tensors[f"blocks.{i}.attn.c_v.weight"] = Half(half(16, 32))
+    factors = LowRank(integers(7, 64, 2), steps(64), integers(7, 2, 32), steps(2))
+    tensors[f"blocks.{i}.mlp.fc.weight"] = Grid(integers(31, 64, 32), steps(64), low_rank=factors)
+    tensors[f"blocks.{i}.mlp.proj.weight"] = Grid(integers(31, 32, 64), steps(32))
+    tensors[f"blocks.{i}.attn_scale"] = Half(half(32))
+    tensors[f"blocks.{i}.attn.attn_gate_w"] = Rows(integers(127, 4, 12), steps(4))
+  group = LowRank(integers(1, 96, 2), steps(1), integers(7, 2, 32), steps(8))
+  common = np.outer(rng.standard_normal(96) * 3, rng.standard_normal(32) * 3)
+  q = np.clip(np.rint(common + rng.standard_normal((96, 32))), -63, 63).astype(np.int8)
+  tensors["tok_emb.weight"] = Grid(q, steps(96), (0, 24), 8, steps(96), group)
+  tensors["softcap_pos"] = Half(np.float16(30).reshape(()))
+  return tensors
+
+
+def sealed(data: bytes) -> bytes:
+  """The bytes with a checksum that fits them."""
+  prefix, body = data[: artifact._PREFIX.size], data[artifact._START :]
+  return prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
+
+
+def with_header(data: bytes, change) -> bytes:
+  """The artifact with its header passed through `change` (which may edit in place or give another), sealed anew."""
+  magic, version, number, size = artifact._PREFIX.unpack_from(data)
+  body = data[artifact._START :]
+  header = json.loads(zstandard.ZstdDecompressor().decompress(body[:size]))
+  changed = change(header)
+  header = header if changed is None else changed
+  packed = zstandard.ZstdCompressor().compress(header if isinstance(header, bytes) else json.dumps(header).encode())
+  return sealed(artifact._PREFIX.pack(magic, version, number, len(packed)) + bytes(16) + packed + body[size:])

@@ -1,0 +1,248 @@
+"""The artifact: what goes in comes out, bit for bit, and whatever else is read is refused."""
+
+import contextlib
+import hashlib
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from artifact_samples import CONFIG, sample_tensors, sealed, with_header
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.codecs import NAMES
+from pgolf_jax.quantize.errors import ArtifactError
+from pgolf_jax.quantize.names import unbank
+from pgolf_jax.quantize.tensors import Half
+
+VECTORS = Path(__file__).parent / "vectors"
+WHOLE = {name: artifact.write(CONFIG, sample_tensors(), name) for name in NAMES}
+both_codecs = pytest.mark.parametrize("name", NAMES)
+
+
+@both_codecs
+def test_everything_comes_back(name):
+  tensors = sample_tensors()
+  found = artifact.read(WHOLE[name])
+  assert found.config == CONFIG and found.codec == name
+  assert list(found.tensors) == list(tensors)
+  assert sum(found.stream_bytes.values()) == len(WHOLE[name])
+  for key, tensor in tensors.items():
+    assert type(found.tensors[key]) is type(tensor)
+    assert np.array_equal(found.tensors[key].dequantize(), tensor.dequantize()), key
+
+
+@both_codecs
+def test_writing_what_was_read_gives_the_same_file(name):
+  found = artifact.read(WHOLE[name])
+  assert artifact.write(found.config, found.tensors, found.codec) == WHOLE[name]
+
+
+@both_codecs
+def test_stored_artifact_decodes_to_the_same_bits(name):
+  """`python tests/quantize/vectors/make.py` made these files, once."""
+  wanted = json.loads((VECTORS / "params.json").read_text())
+  _, params = artifact.dequantize((VECTORS / f"{name}.pgolf").read_bytes())
+  found = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
+  assert found == wanted
+
+
+def test_dequantise_gives_banks():
+  config, params = artifact.dequantize(WHOLE["entropy"])
+  assert config == CONFIG
+  assert params["qo_bank"].shape == (4, 32, 32) and params["mlp_down_bank"].shape == (2, 32, 64)
+  assert all(value.dtype == np.float32 for value in params.values())
+  for key, value in unbank(params).items():
+    assert np.array_equal(value, sample_tensors()[key].dequantize()), key
+
+
+def test_low_rank_product_is_a_chain_of_fused_multiply_adds():
+  factors = sample_tensors()["tok_emb.weight"].low_rank
+  wanted = np.zeros((96, 32), np.float32)
+  for r in range(2):
+    wanted = (
+      wanted.astype(np.longdouble) + np.multiply.outer(factors.a()[:, r], factors.b()[r], dtype=np.longdouble)
+    ).astype(np.float32)
+  assert np.array_equal(factors.dequantize(), wanted)
+
+
+def refused(data: bytes, match: str) -> None:
+  with pytest.raises(ArtifactError, match=match):
+    artifact.read(data)
+
+
+def test_foreign_files_are_refused_by_name():
+  whole = WHOLE["entropy"]
+  refused(b"", "truncated")
+  refused(whole[:20], "truncated")
+  refused(b"GIF89a" + whole[6:], "not an artifact")
+  refused(whole[:8] + b"\x07\x00" + whole[10:], "format version 7")
+  refused(whole[:-1], "checksum")
+  refused(whole + b"\0", "checksum")
+  refused(sealed(whole[:10] + b"\x09\x00" + whole[12:]), "contradict")
+  refused(sealed(whole[:12] + b"\xff\xff\xff\x7f" + whole[16:]), "contradict")
+
+
+def edit(path, value):
+  """A change of the header: the place reached by `path` becomes `value`."""
+
+  def change(header):
+    place = header
+    for step in path[:-1]:
+      place = place[step]
+    place[path[-1]] = value
+
+  return change
+
+
+TOK = next(i for i, name in enumerate(sample_tensors()) if name == "tok_emb.weight")
+
+
+@both_codecs
+@pytest.mark.parametrize(
+  ("path", "value", "match"),
+  [
+    (["tensors", 0, 2], [1 << 14, 1 << 14], "streams|claims|damaged"),
+    (["tensors", 0, 2], [1 << 27, 1 << 27], "claims .* parameters"),
+    (["tensors", 0, 2], [1 << 40, 1], "impossible shape"),
+    (["tensors", 0, 2], [0, 32], "impossible shape"),
+    (["tensors", 0, 2], [32.0, 32], "impossible shape"),
+    (["tensors", 0, 2], [True, 32], "impossible shape"),
+    (["tensors", 0, 2], [32], "impossible shape"),
+    (["tensors", 0, 0], "pickle", "unknown form"),
+    (["tensors", 0, 1], "../../x", "impossible name"),
+    (["tensors", 0, 1], "blocks.1.attn.c_q.weight", "twice"),
+    (["tensors", TOK, 3], [8, [24, 0]], "odd groups"),
+    (["tensors", TOK, 3], [8, [28]], "odd groups"),
+    (["tensors", TOK, 4], [64, 1, 8], "odd factors"),
+    (["tensors", TOK, 4], [2, 1, 7], "odd factors"),
+    (["tensors", 0], None, "wrong type"),
+    (["streams", 0], -4, "impossible length"),
+    (["streams", 0], 1e300, "impossible length"),
+    (["streams"], [], "not those of its table"),
+    (["config"], [], "wrong type"),
+    (["more"], 1, "three parts"),
+  ],
+)
+def test_hostile_headers_are_refused(name, path, value, match):
+  refused(with_header(WHOLE[name], edit(path, value)), match)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [b"[" * 500_000, b'{"config":NaN}', b"\xff\xfe", b"9" * 100_000, b"null", b'{"a":' * 100_000, b""],
+  ids=["deep", "nan", "not text", "long number", "null", "nested", "empty"],
+)
+def test_headers_that_are_not_ours_are_refused(text):
+  refused(with_header(WHOLE["entropy"], lambda _: text), "header")
+
+
+def test_oversized_headers_are_refused_before_they_are_unpacked():
+  bomb = with_header(WHOLE["entropy"], lambda _: b" " * (1 << 28))
+  tracemalloc.start()
+  refused(bomb, "claims 268435456 bytes")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 1 << 20
+
+
+@both_codecs
+@settings(max_examples=1200, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_an_error(name, data):
+  """Cuts, flips and insertions: without a checksum that fits, nothing else is even looked at."""
+  whole = bytearray(WHOLE[name])
+  for _ in range(data.draw(st.integers(1, 3))):
+    place = data.draw(st.integers(0, len(whole) - 1))
+    match data.draw(st.sampled_from(["cut", "flip", "insert", "drop"])):
+      case "cut":
+        del whole[max(place, 1) :]
+      case "flip":
+        whole[place] ^= data.draw(st.integers(1, 255))
+      case "insert":
+        whole[place:place] = data.draw(st.binary(min_size=1, max_size=8))
+      case "drop" if len(whole) > 1:
+        del whole[place]
+  if bytes(whole) != WHOLE[name]:
+    with pytest.raises(ArtifactError):
+      artifact.dequantize(bytes(whole))
+
+
+@both_codecs
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
+@given(data=st.data())
+def test_damage_under_a_forged_checksum_is_an_error_or_other_weights(name, data):
+  """An ANS coder makes something of any bytes, so that other weights may come out, but of the declared shapes."""
+  whole = bytearray(WHOLE[name])
+  for _ in range(data.draw(st.integers(1, 4))):
+    place = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+      whole[place] ^= data.draw(st.integers(1, 255))
+    else:
+      whole[place : place + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=6))
+  try:
+    found = artifact.read(sealed(bytes(whole)))
+  except ArtifactError:
+    return
+  for key, tensor in found.tensors.items():
+    assert np.isfinite(tensor.dequantize()).all(), key
+
+
+json_values = st.recursive(
+  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=4),
+  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+  max_leaves=6,
+)
+
+
+@both_codecs
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_any_header_is_an_error_or_an_artifact(name, data):
+  def change(header):
+    table = header["tensors"]
+    match data.draw(st.sampled_from(["entry", "field", "size", "streams", "length", "swap"])):
+      case "entry":
+        table[data.draw(st.integers(0, len(table) - 1))] = data.draw(json_values)
+      case "field":
+        entry = table[data.draw(st.integers(0, len(table) - 1))]
+        entry[data.draw(st.integers(0, len(entry) - 1))] = data.draw(json_values)
+      case "size":
+        entry = table[data.draw(st.integers(0, len(table) - 1))]
+        if entry[2]:
+          entry[2][data.draw(st.integers(0, len(entry[2]) - 1))] = data.draw(st.integers(1, 5000))
+      case "streams":
+        header["streams"] = data.draw(json_values)
+      case "length":
+        header["streams"][data.draw(st.integers(0, 5))] = data.draw(st.integers(-1, 10**6))
+      case "swap":
+        a, b = data.draw(st.integers(0, len(table) - 1)), data.draw(st.integers(0, len(table) - 1))
+        table[a], table[b] = table[b], table[a]
+
+  with contextlib.suppress(ArtifactError):
+    artifact.dequantize(with_header(WHOLE[name], change))
+
+
+@both_codecs
+def test_memory_stays_below_twice_what_the_table_declares(name):
+  """A short file whose table asks for much gets what it declares, or an error, and no more."""
+  side = 1 << 11
+  table = [["grid", "w", [side, side], None, None]]
+  body = bytes(range(1, 65)) + b"\0\1\2\3"
+  forged = with_header(WHOLE[name], lambda _: {"config": {}, "streams": [64, 4], "tensors": table})
+  header_bytes = len(forged) - len(WHOLE[name]) + artifact.read(WHOLE[name]).stream_bytes["header"]
+  tracemalloc.start()
+  with contextlib.suppress(ArtifactError):
+    artifact.dequantize(sealed(forged[:header_bytes] + body))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2 * 4 * side * side  # fp32 weights
+
+
+def test_values_that_fp16_cannot_hold_are_refused_on_both_sides():
+  tensors = {"w": Half(np.array([1.0, np.inf], np.float16))}
+  with pytest.raises(ArtifactError, match="w holds values that are not finite"):
+    artifact.write({}, tensors)

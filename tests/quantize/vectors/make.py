@@ -1,0 +1,23 @@
+"""Writes the stored artifacts and the hashes of the weights in them. For a new format version only."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from artifact_samples import CONFIG, sample_tensors  # noqa: E402
+
+from pgolf_jax.quantize import artifact  # noqa: E402
+from pgolf_jax.quantize.codecs import NAMES  # noqa: E402
+
+for name in NAMES:
+  data = artifact.write(CONFIG, sample_tensors(), name)
+  (HERE / f"{name}.pgolf").write_bytes(data)
+params = artifact.dequantize(data)[1]
+hashes = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
+(HERE / "params.json").write_text(json.dumps(hashes, indent=1) + "\n")
