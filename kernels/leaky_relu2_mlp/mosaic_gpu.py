@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels import target
+from pgolf_jax.kernels import hopper, target
 
 _TILE_N = 128
 """Tokens of a tile."""
@@ -27,7 +27,6 @@ _STAGES = 3
 _PATCH = 64
 """Rows and columns that the epilogue handles at once."""
 _PATCHES = [(slice(n, n + _PATCH), slice(f, f + _PATCH)) for n in (0, 64) for f in (0, 64)]
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def obstacle(x_NxD, up_FxD) -> str | None:
@@ -60,7 +59,7 @@ def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array,
         plgpu.copy_smem_to_gmem(smem.at[half, slot], patch, commit_group=False)
       plgpu.commit_smem_to_gmem_group()
 
-  patches = plgpu.SMEM((2, 2, _PATCH, _PATCH), dtype, transforms=_TILED)
+  patches = plgpu.SMEM((2, 2, _PATCH, _PATCH), dtype, transforms=hopper.TILED)
   x = _whole_tiles(x_NxD)
   hidden = jax.ShapeDtypeStruct((x.shape[0], f), dtype)
   u_NxF, a_NxF = _fused_product(x, up_FxD.T, outputs=(hidden, hidden), scratch=(patches, patches), epilogue=epilogue)
@@ -87,7 +86,7 @@ def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slo
     plgpu.copy_smem_to_gmem(u_smem.at[half], du_ref.at[rows, columns])
 
   dy, u = _whole_tiles(dy_NxD), _whole_tiles(u_NxF)
-  tiles = plgpu.SMEM((2, _TILE_N, _HALF), dtype, transforms=_TILED)
+  tiles = plgpu.SMEM((2, _TILE_N, _HALF), dtype, transforms=hopper.TILED)
   (du_NxF,) = _fused_product(
     dy,
     down_DxF,
@@ -124,8 +123,8 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
       step,
       grid=(d_steps,),
       in_specs=[
-        plgpu.BlockSpec((_TILE_N, _TILE_D), lambda i: (0, i), transforms=_TILED, delay_release=1),
-        plgpu.BlockSpec((_TILE_D, _TILE_F), lambda i: (i, 0), transforms=_TILED, delay_release=1),
+        plgpu.BlockSpec((_TILE_N, _TILE_D), lambda i: (0, i), transforms=hopper.TILED, delay_release=1),
+        plgpu.BlockSpec((_TILE_D, _TILE_F), lambda i: (i, 0), transforms=hopper.TILED, delay_release=1),
       ],
       max_concurrent_steps=_STAGES,
       num_compute_wgs=2,

@@ -17,17 +17,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pgolf_jax.kernels import hopper
+
 _BLOCK = 64
 """Rows of a block of queries and of a block of keys: the rows that one warpgroup multiplies at once."""
 _STAGES = 2
 """Blocks of keys (or of queries) in flight: the other thread blocks on the multiprocessor hide the rest."""
 _HEAD_WIDTHS = (64, 128)
 _LOG2E = math.log2(math.e)
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-"""How wgmma wants 16-bit operands of 64 columns or more in shared memory."""
-_MATRIX = plgpu.Layout.WGMMA
-_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
-_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
@@ -87,7 +84,7 @@ def _columns_by(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _positions(first: jax.Array, dimension: int) -> jax.Array:
-  return first + plgpu.broadcasted_iota(jnp.int32, (_BLOCK, _BLOCK), dimension, layout=_MATRIX)
+  return first + plgpu.broadcasted_iota(jnp.int32, (_BLOCK, _BLOCK), dimension, layout=hopper.MATRIX)
 
 
 def _product(a, b, shape: tuple[int, int]) -> jax.Array:
@@ -107,7 +104,7 @@ def _filled(shape: tuple[int, ...], value: float, layout) -> jax.Array:
 
 
 def _operand(width: int, dtype) -> plgpu.SMEM:
-  return plgpu.SMEM((_BLOCK, width), dtype, transforms=_TILED)
+  return plgpu.SMEM((_BLOCK, width), dtype, transforms=hopper.TILED)
 
 
 def _visible_keys(start_ref, row, tile):
@@ -137,7 +134,7 @@ def _attend(q, k, v, start):
     queries = pl.ds(tile * _BLOCK, _BLOCK)
     plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
     first, last_start = _visible_keys(start_ref, row, tile)
-    start = plgpu.load(start_ref.at[row, queries], layout=_BY_ROW, optimized=False)
+    start = hopper.load(start_ref.at[row, queries], hopper.BY_ROW)
     plgpu.barrier_wait(arrived)
 
     def step(index, k_smem, v_smem, carry):
@@ -152,11 +149,11 @@ def _attend(q, k, v, start):
       total = total * shrink + p.sum(axis=1)
       return _plus_product(sums * _rows_by(shrink, sums.shape), p.astype(q.dtype), v_smem), new_top, total
 
-    keys = plgpu.BlockSpec((_BLOCK, c), lambda i: (first + i, 0), transforms=_TILED)
+    keys = plgpu.BlockSpec((_BLOCK, c), lambda i: (first + i, 0), transforms=hopper.TILED)
     start_values = (
-      _filled((_BLOCK, c), 0.0, _MATRIX),
-      _filled((_BLOCK,), -jnp.inf, _BY_ROW),
-      _filled((_BLOCK,), 0.0, _BY_ROW),
+      _filled((_BLOCK, c), 0.0, hopper.MATRIX),
+      _filled((_BLOCK,), -jnp.inf, hopper.BY_ROW),
+      _filled((_BLOCK,), 0.0, hopper.BY_ROW),
     )
     kv_head = lax.div(head, h // k.shape[2])
     sums, top, total = plgpu.emit_pipeline(
@@ -194,9 +191,9 @@ def _query_gradient(q, k, v, start, dy, lse, delta):
     plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
     plgpu.copy_gmem_to_smem(dy_ref.at[row, queries, head], dy_smem, arrived)
     first, last_start = _visible_keys(start_ref, row, tile)
-    start = plgpu.load(start_ref.at[row, queries], layout=_BY_ROW, optimized=False)
-    lse = plgpu.load(lse_ref.at[row, head, queries], layout=_BY_ROW, optimized=False)
-    delta = plgpu.load(delta_ref.at[row, head, queries], layout=_BY_ROW, optimized=False)
+    start = hopper.load(start_ref.at[row, queries], hopper.BY_ROW)
+    lse = hopper.load(lse_ref.at[row, head, queries], hopper.BY_ROW)
+    delta = hopper.load(delta_ref.at[row, head, queries], hopper.BY_ROW)
     plgpu.barrier_wait(arrived)
 
     def step(index, k_smem, v_smem, dq):
@@ -207,14 +204,14 @@ def _query_gradient(q, k, v, start, dy, lse, delta):
       ds = p * (_product(dy_smem, v_smem.T, square) - _rows_by(delta, square))
       return _plus_product(dq, ds.astype(q.dtype), k_smem)
 
-    keys = plgpu.BlockSpec((_BLOCK, c), lambda i: (first + i, 0), transforms=_TILED)
+    keys = plgpu.BlockSpec((_BLOCK, c), lambda i: (first + i, 0), transforms=hopper.TILED)
     kv_head = lax.div(head, h // k.shape[2])
     dq = plgpu.emit_pipeline(
       step,
       grid=(tile + 1 - first,),
       in_specs=[keys, keys],
       max_concurrent_steps=_STAGES,
-      init_carry=_filled((_BLOCK, c), 0.0, _MATRIX),
+      init_carry=_filled((_BLOCK, c), 0.0, hopper.MATRIX),
     )(k_ref.at[row, :, kv_head, :], v_ref.at[row, :, kv_head, :])
 
     q_smem[...] = (dq * scale).astype(q.dtype)
@@ -270,14 +267,14 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
 
       def masked():
         queries = pl.ds(query_tile * _BLOCK, _BLOCK)
-        start = plgpu.load(start_ref.at[row, queries], layout=_BY_COLUMN, optimized=False)
+        start = hopper.load(start_ref.at[row, queries], hopper.BY_COLUMN)
         key = _positions(tile * _BLOCK, 0)
         visible = (key <= _positions(query_tile * _BLOCK, 1)) & (key >= _columns_by(start, square))
         return jnp.where(visible, scores, -jnp.inf)
 
       scores = lax.cond((query_tile == tile) | (query_tile >= all_of_it), masked, lambda: scores)
-      lse = plgpu.load(lse_smem, layout=_BY_COLUMN)
-      delta = plgpu.load(delta_smem, layout=_BY_COLUMN)
+      lse = hopper.load(lse_smem, hopper.BY_COLUMN)
+      delta = hopper.load(delta_smem, hopper.BY_COLUMN)
       p = jnp.exp2(scores * (scale * _LOG2E) - _columns_by(lse, square))
       dv = _plus_product(dv, p.astype(q.dtype), dy_smem)
       ds = p * (_product(v_smem, dy_smem.T, square) - _columns_by(delta, square))
@@ -286,9 +283,9 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
     def by_head(i, j):
       return tile + i, kv_head * group + j
 
-    queries = plgpu.BlockSpec((_BLOCK, None, c), lambda i, j: (*by_head(i, j), 0), transforms=_TILED)
+    queries = plgpu.BlockSpec((_BLOCK, None, c), lambda i, j: (*by_head(i, j), 0), transforms=hopper.TILED)
     of_queries = plgpu.BlockSpec((None, _BLOCK), lambda i, j: by_head(i, j)[::-1])
-    zeros = _filled((_BLOCK, c), 0.0, _MATRIX)
+    zeros = _filled((_BLOCK, c), 0.0, hopper.MATRIX)
     dk, dv = plgpu.emit_pipeline(
       step,
       grid=(any_of_it - tile, group),

@@ -12,13 +12,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pgolf_jax.kernels import hopper
+
 _ROWS = 64
 _COLUMNS = 64
 _STAGES = 4
 _LOG2E = math.log2(math.e)
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_MATRIX = plgpu.Layout.WGMMA
-_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _SHAPE = (_ROWS, _COLUMNS)
 _COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
@@ -72,9 +71,11 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
     top, total = plgpu.emit_pipeline(
       step,
       grid=(v // _COLUMNS,),
-      in_specs=[plgpu.BlockSpec(_SHAPE, lambda i: (0, i), transforms=_TILED)],
+      in_specs=[plgpu.BlockSpec(_SHAPE, lambda i: (0, i), transforms=hopper.TILED)],
       max_concurrent_steps=_STAGES,
-      init_carry=tuple(plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), _BY_ROW) for value in (-jnp.inf, 0.0)),
+      init_carry=tuple(
+        plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), hopper.BY_ROW) for value in (-jnp.inf, 0.0)
+      ),
     )(z_ref.at[rows])
     lse_smem[...] = top / _LOG2E + jnp.log(total)
     plgpu.commit_smem()
@@ -101,14 +102,14 @@ def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_
     *vector_refs, dz_ref, dz_smem = refs
     rows = pl.ds(lax.axis_index("rows") * _ROWS, _ROWS)
     constants = [constants_ref[i] for i in range(4)]
-    lse, d_lse, *picked = [plgpu.load(ref.at[rows], layout=_BY_ROW, optimized=False) for ref in vector_refs]
+    lse, d_lse, *picked = [hopper.load(ref.at[rows], hopper.BY_ROW) for ref in vector_refs]
     lse *= _LOG2E
 
     def step(index, z_smem):
       first, slot = index[0] * _COLUMNS, lax.rem(index[0], 2)
       logits, tanh = _capped(z_smem, constants)
       d_capped = _by_row(d_lse) * jnp.exp2(logits - _by_row(lse))
-      column = first + plgpu.broadcasted_iota(jnp.int32, _SHAPE, 1, layout=_MATRIX)
+      column = first + plgpu.broadcasted_iota(jnp.int32, _SHAPE, 1, layout=hopper.MATRIX)
       for place, cotangent in zip(picked[::2], picked[1::2], strict=True):
         d_capped += jnp.where(column == _by_row(place), _by_row(cotangent), 0.0)
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -116,14 +117,14 @@ def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(dz_smem.at[slot], dz_ref.at[rows, pl.ds(first, _COLUMNS)])
 
-    block = plgpu.BlockSpec(_SHAPE, lambda i: (0, i), transforms=_TILED)
+    block = plgpu.BlockSpec(_SHAPE, lambda i: (0, i), transforms=hopper.TILED)
     plgpu.emit_pipeline(step, grid=(v // _COLUMNS,), in_specs=[block], max_concurrent_steps=_STAGES)(z_ref.at[rows])
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct((n, v), z_NxV.dtype),
-    scratch_types=(plgpu.SMEM((2, *_SHAPE), z_NxV.dtype, transforms=_TILED),),
+    scratch_types=(plgpu.SMEM((2, *_SHAPE), z_NxV.dtype, transforms=hopper.TILED),),
     grid=(n // _ROWS,),
     grid_names=("rows",),
     compiler_params=_COMPILER,

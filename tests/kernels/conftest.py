@@ -1,0 +1,134 @@
+"""Kernels without their hardware: in an interpreter on the CPU, or lowered for it."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import jax
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pgolf_jax.kernels import hopper
+
+
+@contextlib.contextmanager
+def _pretend_hopper():
+  """Traces inside take an H100 of 132 multiprocessors for their target."""
+  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    yield
+
+
+def _gpu_interpreter():
+  if hasattr(plgpu, "force_gpu_interpret_mode"):
+    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+  from jax._src.pallas.mosaic_gpu.interpret import params
+
+  return params.force_gpu_interpret_mode(params.InterpretGPUParams())
+
+
+def _is_reference(x) -> bool:
+  return hasattr(x, "transforms") or "Ref" in type(jax.typeof(x)).__name__
+
+
+def _is_transposed(x) -> bool:
+  transforms = getattr(x, "transforms", ())
+  return bool(transforms) and type(transforms[-1]).__name__ == "TransposeTransform"
+
+
+def _value(x) -> jax.Array:
+  if _is_transposed(x):
+    return dataclasses.replace(x, transforms=x.transforms[:-1])[...].T
+  return x[...] if _is_reference(x) else x
+
+
+_wgmma = plgpu.wgmma
+
+
+def _staged_wgmma(sums, a, b):
+  """The interpreter multiplies what lies, untransposed, in shared memory: other operands are put there first."""
+  if _is_reference(a) and not _is_transposed(b):
+    return _wgmma(sums, a, b)
+  a, b = _value(a), _value(b)
+
+  def multiply(a_smem, b_smem):
+    a_smem[...] = a
+    b_smem[...] = b
+    _wgmma(sums, a_smem, b_smem)
+
+  return pl.run_scoped(multiply, plgpu.SMEM(a.shape, a.dtype), plgpu.SMEM(b.shape, b.dtype))
+
+
+def _run_state(f):
+  """pl.run_state of an f that does nothing to its accumulator but add products to it."""
+
+  def run(sums):
+    def scoped(acc):
+      f(acc)
+      return acc[...]
+
+    return sums + pl.run_scoped(scoped, plgpu.ACC(sums.shape, sums.dtype))
+
+  return run
+
+
+@contextlib.contextmanager
+def _interpreted_mosaic_gpu():
+  """Kernels traced inside run in Pallas' Mosaic GPU interpreter.
+
+  What it does not know is replaced by what means the same: layouts are dropped, registers are operands by way of
+  shared memory, accumulators that start from a value start from zero and have the value added.
+  """
+  with contextlib.ExitStack() as stack:
+    for module, name, substitute in (
+      (plgpu, "layout_cast", lambda x, _: x),
+      (hopper, "load", lambda ref, _: ref[...]),
+      (plgpu, "broadcasted_iota", lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis)),
+      (plgpu, "wgmma", _staged_wgmma),
+      (pl, "run_state", _run_state),
+      (plgpu.ACC, "init", staticmethod(lambda x: x)),
+    ):
+      stack.enter_context(mock.patch.object(module, name, substitute))
+    stack.enter_context(_gpu_interpreter())
+    stack.enter_context(_pretend_hopper())
+    yield
+
+
+_INTERPRETERS = {"xla": contextlib.nullcontext, "mosaic_gpu": _interpreted_mosaic_gpu}
+
+
+@pytest.fixture(scope="class")
+def run(request):
+  """run(f)(*args): f, jitted once, with the kernels of the test class's `implementation` interpreted."""
+
+  def compiled(f):
+    jitted = jax.jit(f)
+
+    def call(*arguments):
+      with _INTERPRETERS[request.cls.implementation]():
+        # The interpreter's callbacks compute with JAX: other work dispatched beside them can deadlock.
+        return jax.block_until_ready(jitted(*arguments))
+
+    return call
+
+  return compiled
+
+
+@pytest.fixture
+def hopper_kernels():
+  """hopper_kernels(f, *args) → how many Mosaic GPU kernels f holds when lowered for CUDA and an H100."""
+
+  def count(f, *arguments) -> int:
+    with _pretend_hopper():
+      lowered = jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
+
+  return count
+
+
+@pytest.fixture
+def pretend_hopper():
+  """A context in which traces take an H100 for their target."""
+  return _pretend_hopper

@@ -1,0 +1,122 @@
+"""Every implementation of the LeakyReLU² MLP, forward and gradient, against the formula in float32."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgolf_jax.kernels.leaky_relu2_mlp import api, reference
+
+
+def arguments(seed, n, d, f, dtype):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  shapes = ((n, d), (f, d), (d, f), (n, d))
+  scales = (1, d**-0.5, f**-0.5, 1)
+  return [
+    (scale * jax.random.normal(key, shape)).astype(dtype)
+    for key, shape, scale in zip(keys, shapes, scales, strict=True)
+  ]
+
+
+def with_gradient(f):
+  def both(x, up, down, dy):
+    y, pull = jax.vjp(f, x, up, down)
+    return y, *pull(dy.astype(y.dtype))
+
+  return both
+
+
+def distance(got, want):
+  return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
+
+
+class Cases:
+  """What every implementation must pass; a class per implementation says for which shapes and types."""
+
+  implementation: str
+  n, d, f = 24, 16, 40
+  dtype = jnp.bfloat16
+  tolerance = 1e-2
+  examples = 3
+  slopes = (0.3, 1.0)
+
+  @pytest.fixture(scope="class")
+  @classmethod
+  def compiled(cls, run):
+    def mlp(slope):
+      return lambda *a: api.leaky_relu2_mlp(*a, slope=slope, implementation=cls.implementation)
+
+    return {slope: run(with_gradient(mlp(slope))) for slope in cls.slopes}
+
+  def test_agrees_with_the_formula(self, compiled):
+    @settings(max_examples=self.examples, deadline=None)
+    @given(seed=st.integers(0, 2**31 - 1), slope=st.sampled_from(self.slopes))
+    def check(seed, slope):
+      values = arguments(seed, self.n, self.d, self.f, self.dtype)
+      got = compiled[slope](*values)
+      exact = with_gradient(lambda *a: reference.leaky_relu2_mlp(*a, slope=slope))
+      want = exact(*(a.astype(jnp.float32) for a in values))
+      for name, g, w in zip(("y", "dx", "d_up", "d_down"), got, want, strict=True):
+        assert g.dtype == self.dtype
+        assert distance(g, w) < self.tolerance, name
+
+    check()
+
+
+class TestXla(Cases):
+  implementation = "xla"
+  examples = 10
+  slopes = (0.3, 0.7, 1.0)
+
+
+class TestXlaFloat32(TestXla):
+  dtype = jnp.float32
+  tolerance = 1e-5
+
+
+class TestMosaicGpu(Cases):
+  """More steps than stages, and tokens that do not fill their tile."""
+
+  implementation = "mosaic_gpu"
+  n, d, f = 100, 256, 256
+  examples = 2
+  slopes = (0.3,)
+
+
+def test_slope_decides_the_negative_side():
+  x, up, down = jnp.array([[-2.0]]), jnp.ones((1, 1)), jnp.ones((1, 1))
+  assert api.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0] == 1.0
+  assert jax.grad(lambda x: api.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0])(x)[0, 0] == -1.0
+
+
+@pytest.mark.parametrize(("n", "d", "f"), [(98304, 512, 2048), (24 * 3072, 512, 2048), (1000, 64, 256)])
+def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, d, f):
+  shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((n, d), (f, d), (d, f), (n, d))]
+  assert hopper_kernels(with_gradient(lambda *a: api.leaky_relu2_mlp(*a, slope=0.3)), *shapes) == 2
+
+
+def test_chooses_xla_on_a_cpu_and_says_why():
+  name, reason = api.choose(*arguments(0, 8, 8, 8, jnp.float32)[:3])
+  assert name == "xla"
+  assert "it needs a Hopper GPU" in reason
+
+
+def test_refuses_with_the_numbers():
+  x, up, down, _ = arguments(0, 8, 16, 32, jnp.float32)
+  with pytest.raises(ValueError, match=r"\(8, 16\).*\(32, 16\).*\(32, 16\)"):
+    api.leaky_relu2_mlp(x, up, up, slope=0.3)
+  with pytest.raises(ValueError, match="float32, bfloat16 and float32"):
+    api.leaky_relu2_mlp(x, up.astype(jnp.bfloat16), down, slope=0.3)
+  with pytest.raises(ValueError, match="slope=1.5"):
+    api.leaky_relu2_mlp(x, up, down, slope=1.5)
+  with pytest.raises(ValueError, match="no implementation='triton'"):
+    api.leaky_relu2_mlp(x, up, down, slope=0.3, implementation="triton")
+
+
+def test_mosaic_gpu_refuses_what_it_cannot_do(pretend_hopper):
+  x, up, down, _ = arguments(0, 8, 96, 256, jnp.bfloat16)
+  with pretend_hopper(), pytest.raises(ValueError, match="D=96 and F=256"):
+    api.choose(x, up, down, implementation="mosaic_gpu")
+  with pytest.raises(ValueError, match="not cpu"):
+    api.choose(x, up, down, implementation="mosaic_gpu")
