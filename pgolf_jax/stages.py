@@ -58,7 +58,7 @@ def _train(run: RunFolder, mesh: Mesh) -> dict:
     found = plain_score(settings, params, mesh, f"scoring step {step}")
     log.info("step %d | validation loss %.4f | %.4f bits per byte", step, found["loss"], found["bpb"])
 
-  return Trainer(run, mesh, data_folder(settings), validate=validate).train()
+  return Trainer(run, mesh, data_folder(settings), validate=validate).train()[1]
 
 
 def averaged_params(run: RunFolder, mesh: Mesh) -> Params:

@@ -112,8 +112,8 @@ class Trainer:
   def _progress(self) -> dict:
     return {"elapsed": self._elapsed(), "loader": self.loader.state(), "schedule": self.schedule.state()}
 
-  def train(self) -> dict:
-    """Trains to the end and returns the stage's result.
+  def train(self) -> tuple[TrainState, dict]:
+    """Trains to the end; returns the last state and the stage's result.
 
     Raises:
       UserError: the loss or the gradient is not finite; the newest good checkpoint is kept.
@@ -144,7 +144,7 @@ class Trainer:
     finally:
       checkpoints.close()
       writer.close()
-    return {
+    return state, {
       "steps": step,
       "seconds": self._before,
       "tokens": step * t.batch_tokens,
