@@ -1,0 +1,78 @@
+"""`pgolf generate`: text from an artifact."""
+
+from pathlib import Path
+
+import tyro
+
+
+def COMMAND(
+  artifact: tyro.conf.Positional[Path],
+  prompt: str = "",
+  tokens: int = 200,
+  temperature: float = 0.8,
+  top_p: float = 0.95,
+  seed: int = 0,
+  tokenizer: Path | None = None,
+) -> None:
+  """Continue a prompt with an artifact's model, in the terminal, as it comes.
+
+  Example: pgolf generate runs/demo/artifact.pgolf --prompt "My fellow citizens," --temperature 0.7
+
+  Args:
+    artifact: an artifact's file, or the folder of a run or submission that holds one.
+    prompt: text to continue.
+    tokens: most tokens to make.
+    temperature: 0 takes the likeliest token each time; 1 samples as the model says.
+    top_p: sample from the fewest tokens that together have this probability.
+    seed: the same seed gives the same text.
+    tokenizer: the model's .model file; else tokenizer.model beside the artifact, or the run's.
+  """
+  import jax.numpy as jnp
+
+  from pgolf_jax import cache
+  from pgolf_jax.data.tokenizer import Tokenizer
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.quantize.artifact import dequantize
+  from pgolf_jax.quantize.generate import generate
+  from pgolf_jax.settings import Settings
+
+  path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an artifact.") from error
+  config, params = dequantize(data)
+  settings = Settings.from_dict(config, where=f"{path}'s config")
+  cache.use_compile_cache()
+  pieces = generate(
+    settings.model,
+    {name: jnp.asarray(value) for name, value in params.items()},
+    Tokenizer.load(tokenizer or _tokenizer_beside(path)),
+    prompt,
+    tokens=tokens,
+    context=settings.eval.seq_len,
+    temperature=temperature,
+    top_p=top_p,
+    seed=seed,
+    rewritten=settings.data.caseops,
+    dtype=jnp.dtype(settings.train.compute_dtype),
+  )
+  print(prompt, end="", flush=True)
+  for piece in pieces:
+    print(piece, end="", flush=True)
+  print()
+
+
+def _tokenizer_beside(path: Path) -> Path:
+  """tokenizer.model next to the artifact, or the tokenizer of the run folder that it lies in."""
+  from pgolf_jax.errors import UserError
+
+  if (path.parent / "tokenizer.model").is_file():
+    return path.parent / "tokenizer.model"
+  if (path.parent / "config.toml").is_file():
+    from pgolf_jax import stages
+    from pgolf_jax.run_folder import RunFolder
+
+    settings = RunFolder(path.parent).settings
+    return Path(settings.data.tokenizer or stages.data_folder(settings) / "tokenizer.model")
+  raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")

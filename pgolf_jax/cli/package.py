@@ -1,0 +1,53 @@
+"""`pgolf package`: a submission folder that scores from itself alone."""
+
+from pathlib import Path
+
+import tyro
+
+
+def COMMAND(
+  run: tyro.conf.Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False
+) -> None:
+  """Build a submission folder from a run, count its bytes, and score it in a fresh process before saying yes.
+
+  Example: pgolf package runs/demo --out submissions/demo
+
+  Args:
+    run: run folder with an artifact.
+    out: the submission folder; RUN/submission if not given.
+    data: folder of validation shards; the run's own if not given.
+    ttt: check the score with test-time training too, not only the plain one.
+  """
+  from pgolf_jax import stages
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.quantize import accounting, package
+  from pgolf_jax.run_folder import RunFolder
+
+  folder = RunFolder(run)
+  if not folder.artifact.is_file():
+    raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
+  data = data or stages.data_folder(folder.settings)
+  tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
+  logs = [
+    p for p in (folder.path / "run.log", folder.path / "results.json", folder.path / "config.toml") if p.is_file()
+  ]
+  results = folder.results()
+  score = results.get("ttt") or results.get("artifact")
+  out = out or folder.path / "submission"
+  found = package.build(
+    out,
+    folder.artifact.read_bytes(),
+    tokenizer=tokenizer if tokenizer.is_file() else None,
+    logs=logs,
+    score=score,
+    name=folder.path.resolve().name,
+  )
+  print(accounting.table(found))
+  plain = results.get("artifact", {}).get("bpb")
+  print(f"plain score from the folder alone: {package.verify(out, data, expected_bpb=plain)['bpb']:.5f} bits per byte")
+  if ttt:
+    expected = results.get("ttt", {}).get("bpb")
+    print(
+      f"with test-time training: {package.verify(out, data, expected_bpb=expected, ttt=True)['bpb']:.5f} bits per byte"
+    )
+  print(f"{out}: complete")
