@@ -10,12 +10,16 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One line of the table: what was done, by how many processes or threads, to how many bytes, in what time."""
+  """One line of the table: what was done, by how many processes or threads, to how many bytes, in what time.
+
+  `core_seconds` is the time that cores worked on it; on a machine that does other work too, it tells more.
+  """
 
   what: str
   parallel: int
   text_bytes: int
   seconds: float
+  core_seconds: float
 
   @property
   def rate(self) -> float:
@@ -30,7 +34,9 @@ def data(
   workers: int | None = None,
   sample_mb: float = 10.0,
 ) -> None:
-  """Time the preparation of text: all of it, then its parts on a sample, in MB of original text per second.
+  """Time the preparation of text: all of it (sidecar for validation only), then its parts on a sample.
+
+  Rates are in MB of original text per second. A part that says "or" is what the one above it replaces.
 
   Example: pgolf bench data --train web.jsonl.zst --val val.jsonl.zst --tokenizer published.model
 
@@ -46,11 +52,12 @@ def data(
 
   workers = workers or len(os.sched_getaffinity(0))
   table = Table(title="preparing text", title_justify="left")
-  for column in ("what", "in parallel", "MB", "s", "MB/s"):
+  for column in ("what", "in parallel", "MB", "core s", "s", "MB/s"):
     table.add_column(column, justify="left" if column == "what" else "right")
   with tempfile.TemporaryDirectory() as folder:
     for row in measure(Path(folder), train, val, tokenizer, workers, sample_mb):
-      table.add_row(row.what, str(row.parallel), f"{row.text_bytes / 1e6:.1f}", f"{row.seconds:.2f}", f"{row.rate:.1f}")
+      figures = (f"{figure:.2f}" for figure in (row.text_bytes / 1e6, row.core_seconds, row.seconds, row.rate))
+      table.add_row(row.what, str(row.parallel), *figures)
   Console().print(table)
 
 
@@ -74,11 +81,10 @@ def measure(
     preparation = Preparation(
       documents, held_out, Choice(None) if val else choice, pieces, pieces.vocab_size, pieces.has_caseops
     )
-    began = time.perf_counter()
+    clock = _Clock()
     manifest = prepare(folder / f"by_{processes}", preparation, processes)
-    seconds = time.perf_counter() - began
     text_bytes = manifest.train.text_bytes + manifest.val.text_bytes
-    rows.append(Row("prepare (sidecar for validation only)", processes, text_bytes, seconds))
+    rows.append(Row("prepare, all of it", processes, text_bytes, *clock.read()))
   return rows + _parts(documents, model, workers, sample_mb)
 
 
@@ -96,9 +102,9 @@ def _parts(documents, model: Path, workers: int, sample_mb: float) -> list[Row]:
   rows = []
 
   def timed(what: str, work: Callable[[], list], parallel: int = 1) -> list:
-    began = time.perf_counter()
+    clock = _Clock()
     result = work()
-    rows.append(Row(what, parallel, text_bytes, time.perf_counter() - began))
+    rows.append(Row(what, parallel, text_bytes, *clock.read()))
     return result
 
   pieces = Tokenizer.load(model)
@@ -106,15 +112,32 @@ def _parts(documents, model: Path, workers: int, sample_mb: float) -> list[Row]:
   timed("floor: parse and hash", lambda: [digest(record.text().encode()) for record in records])
   texts = [record.text() for record in records]
   coded = timed("CaseOps", lambda: list(map(caseops.encode if pieces.has_caseops else str, texts)))
-  tokens = timed("tokenize, every word new at first", lambda: list(map(pieces.encode, coded)))
-  timed("tokenize, words remembered", lambda: list(map(pieces.encode, coded)))
-  timed("instead: SentencePiece, text by text", lambda: list(map(direct.encode, coded)))
-  timed("instead: SentencePiece, batch", lambda: direct.encode(coded, num_threads=workers), workers)
+  tokens = timed("tokenize, nothing known", lambda: list(map(pieces.encode, coded)))
+  timed("tokenize, words known", lambda: list(map(pieces.encode, coded)))
+  timed("or: SentencePiece, singly", lambda: list(map(direct.encode, coded)))
+  timed("or: SentencePiece, batch", lambda: direct.encode(coded, num_threads=workers), workers)
   timed(
     "sidecar",
     lambda: [token_bytes(pieces, c, t, is_caseops=pieces.has_caseops) for c, t in zip(coded, tokens, strict=True)],
   )
   return rows
+
+
+class _Clock:
+  """Starts when made."""
+
+  def __init__(self):
+    self._began = self._now()
+
+  def read(self) -> tuple[float, float]:
+    """Seconds since, and seconds that cores worked for this process and its finished children."""
+    seconds, core_seconds = (now - began for now, began in zip(self._now(), self._began, strict=True))
+    return seconds, core_seconds
+
+  @staticmethod
+  def _now() -> tuple[float, float]:
+    times = os.times()
+    return time.perf_counter(), times.user + times.system + times.children_user + times.children_system
 
 
 def _sample(documents, size: float) -> list:
