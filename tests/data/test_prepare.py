@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,23 @@ def test_done_once_is_not_done_again(docs, lossless, tmp_path):
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
   prepare(tmp_path / "out", plan(docs, lossless), workers=1)
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_two_at_once_do_the_work_once(docs, lossless, tmp_path, monkeypatch):
+  from pgolf_jax.data import shard_writer
+
+  written = []
+
+  def write_slowly(path, tokens):
+    written.append(path.name)
+    time.sleep(0.05)
+    write_shard(path, tokens)
+
+  monkeypatch.setattr(shard_writer, "write_shard", write_slowly)
+  with ThreadPoolExecutor(2) as pool:
+    first, second = pool.map(lambda _: prepare(tmp_path / "out", plan(docs, lossless), workers=1), range(2))
+  assert first == second
+  assert sorted(written) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"]
 
 
 class KilledError(BaseException):
