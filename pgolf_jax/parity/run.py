@@ -1,4 +1,4 @@
-"""Our outputs for a golden case, under the names of its expected file. Everything runs through the product's own code."""
+"""Our outputs for a golden case, under the names of its expected file, made by the product's own code."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def _optimizer(case: Case) -> Arrays:
 
   @jax.jit
   def step(params, state, grads, lr_scale, momentum):
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g: g * optimizers.clip_factor(norm, config.grad_clip_norm), grads)
     updates, state = optimizer.update(grads, state, params, lr_scale=lr_scale, momentum=momentum)
     return optax.apply_updates(params, updates), state, norm

@@ -117,7 +117,7 @@ def make_step(settings: Settings, mesh: Mesh, params: Params, *, seq_len: int, l
 
     def one(row):
       loss, grads = mean_over_rows(params, row)
-      norm = optax.global_norm(grads)
+      norm = optax.tree.norm(grads)
       return loss, norm, jax.tree.map(lambda g: g * optimizers.clip_factor(norm, limit), grads)
 
     if ranks == 1:
