@@ -89,7 +89,7 @@ def generate(
     )
   if tokenizer.vocab_size != config.vocab_size:
     raise UserError(
-      f"The tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size}; give the model's with --tokenizer."
+      f"The tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size}; give its own with --tokenizer."
     )
   step, rng = next_logits(config, dtype), np.random.default_rng(seed)
   known = [BOS, *tokenizer.encode(caseops.encode(prompt) if rewritten else prompt).tolist()]

@@ -1,0 +1,101 @@
+"""Calibration: the moments are those of the inputs that one forward pass sees."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import MODEL, SETTINGS, random_params, with_quantize, write_data
+
+from pgolf_jax.data.shards import list_shards
+from pgolf_jax.errors import UserError
+from pgolf_jax.kernels.segment_attention.api import segment_starts
+from pgolf_jax.model.gpt import GPT
+from pgolf_jax.quantize.calibrate import calibrate, draw_rows, row_count
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  write_data(folder)
+  return list_shards(folder, "train")
+
+
+def collected(params, rows, respect_documents: bool) -> dict[str, list[np.ndarray]]:
+  """Every matrix's inputs, by one plain forward pass."""
+  inputs: dict[str, list] = {}
+  start = segment_starts(rows, bos_id=1, seq_len=rows.shape[1]) if respect_documents else jnp.zeros_like(rows)
+
+  def forward(params):
+    found = {}
+    model = GPT(MODEL, params)
+    model(
+      rows,
+      start,
+      looping=True,
+      max_segment=rows.shape[1],
+      collect=lambda name, x: found.setdefault(name, []).append(x.reshape(-1, x.shape[-1])),
+      dtype=jnp.float32,
+    )
+    return found
+
+  for name, uses in jax.jit(forward)(params).items():
+    inputs[name] = [np.asarray(x, np.float64) for x in uses]
+  return inputs
+
+
+@pytest.mark.parametrize("respect_documents", [False, True])
+def test_moments_are_those_of_the_inputs(shards, respect_documents):
+  params = random_params()
+  rows = draw_rows(shards, seq_len=32, count=11, seed=3)  # no multiple of the 8 devices
+  found = calibrate(
+    MODEL, params, rows, batches=5, respect_documents=respect_documents, dtype=jnp.float32, step_tokens=64
+  )
+  wanted = collected(params, jnp.asarray(rows), respect_documents)
+  assert len(wanted["blocks.0.attn.c_q.weight"]) == 2  # a looped layer adds up its uses
+  for name, uses in wanted.items():
+    x = np.concatenate(uses)
+    np.testing.assert_allclose(found.hessian[name], x.T @ x / 5, rtol=1e-4, atol=1e-4 * np.abs(x.T @ x / 5).max())
+    np.testing.assert_allclose(found.act_rms[name], np.sqrt(np.mean(x**2, axis=0)), rtol=1e-4)
+  for layer in range(2):
+    for other in ("c_k", "c_v"):
+      shared = found.hessian[f"blocks.{layer}.attn.{other}.weight"]
+      assert np.array_equal(shared, found.hessian[f"blocks.{layer}.attn.c_q.weight"])
+
+
+def test_documents_change_the_moments_only_if_respected(shards):
+  params = random_params()
+  rows = draw_rows(shards, seq_len=32, count=8, seed=0)
+  apart, joined = (
+    calibrate(MODEL, params, rows, batches=1, respect_documents=r, dtype=jnp.float32).hessian["tok_emb.weight"]
+    for r in (True, False)
+  )
+  assert not np.allclose(apart, joined, rtol=1e-3)
+
+
+def test_rows_are_stretches_of_the_shards_without_repetition(shards):
+  streams = [np.fromfile(path, "<u2")[512:] for path in shards]
+  windows = {tuple(s[i : i + 32]): (n, i) for n, s in enumerate(streams) for i in range(len(s) - 31)}
+  rows = draw_rows(shards, seq_len=32, count=20, seed=1)
+  places = [windows[tuple(row)] for row in rows]
+  assert len(set(places)) == 20
+  assert {shard for shard, _ in places} == {0, 1}
+  assert np.array_equal(rows, draw_rows(shards, seq_len=32, count=20, seed=1))
+  assert not np.array_equal(rows, draw_rows(shards, seq_len=32, count=20, seed=2))
+
+
+def test_more_rows_than_there_are_come_round_again(shards):
+  assert draw_rows(shards, seq_len=100, count=40, seed=0).shape == (40, 100)
+
+
+def test_shards_shorter_than_a_row_are_refused(shards):
+  with pytest.raises(UserError, match="rows of 4096 tokens"):
+    draw_rows(shards, seq_len=4096, count=1, seed=0)
+
+
+def test_row_count_follows_the_scope():
+  assert row_count(SETTINGS, world=4) == 5 * 2
+  assert row_count(with_quantize(calibration_scope="all"), world=4) == 5 * 2 * 4
+  record = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, batch_tokens=786432, seq_len=3072))
+  assert row_count(record, world=8) == 5 * 32
