@@ -149,10 +149,11 @@ class TTTConfig:
   short_doc_len: int = _env(2000, "TTT_SHORT_DOC_LEN")
   short_chunk_size: int = _env(32, "TTT_SHORT_CHUNK_SIZE")
   short_lora: bool = _env(False, "TTT_SHORT_LORA_ENABLED")
-  short_lora_rank: int = _env(80, "TTT_SHORT_LORA_RANK")
-  short_lora_lr: float = _env(1e-4, "TTT_SHORT_LORA_LR")
-  short_weight_decay: float = _env(0.5, "TTT_SHORT_WEIGHT_DECAY")
-  short_beta2: float = _env(0.99, "TTT_SHORT_BETA2")
+  # Adapters of short documents; what is unset is as for the others.
+  short_lora_rank: int | None = _env(None, "TTT_SHORT_LORA_RANK")
+  short_lora_lr: float | None = _env(None, "TTT_SHORT_LORA_LR")
+  short_weight_decay: float | None = _env(None, "TTT_SHORT_WEIGHT_DECAY")
+  short_beta2: float | None = _env(None, "TTT_SHORT_BETA2")
   lora_rank: int = _env(80, "TTT_LORA_RANK")  # R
   lora_alpha: float = _env(144.0, "TTT_LORA_ALPHA")
   lora_lr: float = _env(1e-4, "TTT_LORA_LR")
@@ -170,7 +171,7 @@ class TTTConfig:
   mlp_lora: bool = _env(True, "TTT_MLP_LORA")
   warm_start_a: bool = _env(True, "TTT_WARM_START_A")
   warm_start_mean: bool = _env(False, "TTT_WARM_START_MEAN_ENABLED")
-  warm_start_mean_doc_len: int = _env(2000, "TTT_WARM_START_MEAN_DOC_LEN")
+  warm_start_mean_doc_len: int | None = _env(None, "TTT_WARM_START_MEAN_DOC_LEN")  # unset: short_doc_len
   warm_start_mean_momentum: float = _env(0.95, "TTT_WARM_START_MEAN_MOMENTUM")
   train_min_doc_len: int = _env(0, "TTT_TRAIN_MIN_DOC_LEN")
   train_max_doc_len: int = _env(0, "TTT_TRAIN_MAX_DOC_LEN")

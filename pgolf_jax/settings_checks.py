@@ -1,6 +1,7 @@
 """Combinations of settings that cannot work, refused before anything starts."""
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.scoring.chunks import parse_steps
 from pgolf_jax.settings import Settings
 from pgolf_jax.training.schedule import parse_scale_schedule, parse_seq_schedule
 
@@ -10,6 +11,7 @@ def check(settings: Settings, *, device_count: int | None = None) -> None:
   _check_model(settings)
   _check_train(settings, device_count)
   _check_eval(settings)
+  _check_ttt(settings)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -113,3 +115,28 @@ def _check_eval(settings: Settings) -> None:
   )
   _require(0 < e.doc_fraction <= 1, f"eval.doc_fraction={e.doc_fraction} must lie in (0, 1].")
   _require(1 <= settings.hints.order - 1 <= 32, f"hints.order={settings.hints.order} must lie in 2 … 33.")
+
+
+def _check_ttt(settings: Settings) -> None:
+  t = settings.ttt
+  for name in ("batch_size", "chunk_size", "lora_rank", "short_lora_rank", "grad_steps", "num_phases"):
+    _require(getattr(t, name) is None or getattr(t, name) > 0, f"ttt.{name}={getattr(t, name)} must be positive.")
+  sizes = [size for _, size in parse_steps(t.short_score_first_steps)] if t.short_score_first else []
+  longest = max([t.chunk_size, *sizes])
+  _require(
+    t.seq_len >= longest,
+    f"ttt.seq_len={t.seq_len} must hold a chunk of {longest} targets; 3072 is usual.",
+  )
+  for name in ("beta1", "beta2", "short_beta2", "warm_start_mean_momentum"):
+    value = getattr(t, name)
+    _require(value is None or 0 <= value < 1, f"ttt.{name}={value} must lie in [0, 1).")
+  _require(
+    all(x.strip().isdigit() for x in t.eval_batches.split(",") if x.strip()),
+    f"ttt.eval_batches={t.eval_batches!r} must be numbers of batches, as in 1,5,20.",
+  )
+  if t.prefix_docs > 0 and t.global_epochs > 0:
+    _require(
+      t.global_chunk_tokens >= settings.eval.seq_len and t.global_batch_seqs > 0,
+      f"ttt.global_chunk_tokens={t.global_chunk_tokens} holds no row of eval.seq_len={settings.eval.seq_len} tokens; "
+      "make it a multiple, or set ttt.prefix_docs=0 to leave the global phase out.",
+    )

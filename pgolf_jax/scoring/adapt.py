@@ -38,15 +38,19 @@ class Carry(NamedTuple):
 
 def rule(ttt: TTTConfig, *, short: bool = False) -> Rule:
   """The rule for batches of ordinary, or of short, documents."""
-  rank = ttt.short_lora_rank if short else ttt.lora_rank
+
+  def pick(own, general):
+    return own if short and own is not None else general
+
+  rank = pick(ttt.short_lora_rank, ttt.lora_rank)
   return Rule(
     kind=ttt.optimizer,
     rank=rank,
     scale=ttt.lora_alpha / rank,
-    lr=(ttt.short_lora_lr if short else ttt.lora_lr) * ttt.local_lr_mult,
-    weight_decay=ttt.short_weight_decay if short else ttt.weight_decay,
+    lr=pick(ttt.short_lora_lr, ttt.lora_lr) * ttt.local_lr_mult,
+    weight_decay=pick(ttt.short_weight_decay, ttt.weight_decay),
     beta1=ttt.beta1,
-    beta2=ttt.short_beta2 if short else ttt.beta2,
+    beta2=pick(ttt.short_beta2, ttt.beta2),
   )
 
 

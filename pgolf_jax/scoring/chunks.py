@@ -24,6 +24,8 @@ STEPS_PER_CALL = 8
 
 _ROUND_WINDOW = 16
 _TARGET_EFFICIENCY = 0.85
+_COMPILATION_FLOPS = 2e11
+"""What a CPU core could compute while it compiles one more shape; next to nothing for an accelerator."""
 
 
 class Step(NamedTuple):
@@ -107,12 +109,12 @@ def need(ttt: TTTConfig, step: Step, size: int, devices: int) -> Shape:
 
 
 def choose_shapes(
-  ttt: TTTConfig, batches: Iterable[Batch], costs: Costs, *, devices: int = 1, limit: int = 24
+  ttt: TTTConfig, batches: Iterable[Batch], costs: Costs, *, devices: int = 1, limit: int = 16
 ) -> list[Shape]:
   """A few shapes in which all steps of all batches can run with little padding.
 
-  Starts with the one that covers everything, then adds the one that saves most, until the work padded is within 15 %
-  of the work needed or there are `limit` of them.
+  Starts with the one that covers everything, then adds the one that saves most, until the padding is 15 % of the work,
+  there are `limit` of them, or the next would save less work than its compilation is.
   """
   weight: Counter[tuple[Shape, int]] = Counter()
   for batch in batches:
@@ -135,6 +137,8 @@ def choose_shapes(
   best = table[chosen[0]]
   while len(chosen) < limit and own.sum() < _TARGET_EFFICIENCY * best.sum():
     gain = (best - np.minimum(best, table)).sum(axis=1)
+    if gain.max() < _COMPILATION_FLOPS:
+      break
     chosen.append(int(gain.argmax()))
     best = np.minimum(best, table[chosen[-1]])
   return [candidates[i] for i in chosen]

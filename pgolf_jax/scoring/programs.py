@@ -98,7 +98,6 @@ class Programs:
       lambda params: {k: v if k in SOFTCAPS else v.astype(self._dtype) for k, v in params.items()},
       out_shardings=NamedSharding(mesh, P()),
     )
-    self.copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
     self.zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like))
 
   @property
@@ -143,13 +142,13 @@ class Programs:
       compiled = dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
     self._compiled_update = compiled.pop("update", None)
     self._scans = compiled
-    copied = self.copy(params)
     if self.mesh.devices.flat[0].platform == "cpu":
       return  # nothing is loaded or tuned at the first run there
     for (short, shape), arguments in inputs.items():
       scan = self._scans[short, shape]
       jax.block_until_ready(scan(computing, stream, self._first_carry(short), *arguments))
     if phases:
+      copied = jax.tree.map(jnp.copy, params)
       jax.block_until_ready(self.update(copied, self.zeros(params), step))
 
   def row_integers(self, x_B: np.ndarray) -> jax.Array:

@@ -65,8 +65,10 @@ class AdapterSets:
   def renew(self) -> None:
     """Forgets the kept sets; one of the full size is made."""
     self._kept.clear()
-    if self._ttt.warm_start_a:
+    if self._ttt.warm_start_a and self._ttt.batch_size <= self._programs.rows:
       self._keep(False)
+    else:
+      self._made += 1  # the set is counted, but no batch is as large
 
   def _keep(self, short: bool) -> None:
     label = str(self._made)
@@ -105,7 +107,8 @@ class AdapterSets:
       ids = range(len(batch.documents)) if ttt.warm_start_a else [d.index for d in batch.documents]
       adapters, label, carried = self._make(short, ids), str(self._made - 1), 0
     adapters = self._programs.adapters[short].without_B(adapters)
-    if ttt.warm_start_mean and batch.longest <= ttt.warm_start_mean_doc_len and self._fits_template(adapters):
+    limit = ttt.short_doc_len if ttt.warm_start_mean_doc_len is None else ttt.warm_start_mean_doc_len
+    if ttt.warm_start_mean and batch.longest <= limit and self._fits_template(adapters):
       rows = self._programs.rows
       filled = map_rows(lambda axis, mean: np.repeat(np.expand_dims(mean, axis), rows, axis), self._template)
       adapters, label, carried = self._programs.adapters[short].place(filled), "mean", 1

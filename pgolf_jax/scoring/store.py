@@ -122,7 +122,7 @@ def unflatten(prefix: str, arrays: dict[str, np.ndarray]) -> Adapters | None:
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
   partial = path.with_name(f".{path.name}.partial")
-  save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial)
+  save_file({k: np.array(v, order="C") for k, v in arrays.items()}, partial)
   os.replace(partial, path)
 
 

@@ -19,7 +19,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.progress import progress
 from pgolf_jax.run_folder import log
 from pgolf_jax.scoring import chunks, evaluation, global_phase, order
-from pgolf_jax.scoring.chunks import LEARN, Call
+from pgolf_jax.scoring.chunks import LEARN, Call, Shape
 from pgolf_jax.scoring.documents import Batch, batches, find_documents, phase_boundaries, select
 from pgolf_jax.scoring.evaluation import Clocks, Evaluation
 from pgolf_jax.scoring.flops import Costs
@@ -64,7 +64,24 @@ class Evaluator:
     watch: frozenset[int] = frozenset(),
   ):
     self.settings, self.mesh, self.dtype = settings, mesh, dtype
-    self._draw, self._folder, self._save_seconds, self._watch = draw, folder, save_seconds, watch
+    self.draw, self.folder, self.save_seconds, self.watch = draw, folder, save_seconds, watch
+    self._compiled: dict[tuple, Programs] = {}
+
+  def programs(self, params: Params, scans: list[tuple[bool, Shape]], *, slots: int, stream_length: int, phases: bool):
+    """Compiled programs, made when first asked for; an evaluation of the same shapes finds them ready."""
+    key = (tuple(dict.fromkeys(scans)), slots, stream_length, phases)
+    if key not in self._compiled:
+      self._compiled[key] = Programs(
+        self.settings,
+        self.mesh,
+        slots=slots,
+        stream_length=stream_length,
+        world=world_size(self.settings, self.mesh),
+        dtype=self.dtype,
+        distributions=bool(self.watch),
+      )
+      self._compiled[key].compile(params, scans, phases=phases)
+    return self._compiled[key]
 
   def __call__(self, params: Params, data: ValidationData) -> Evaluation:
     """Scores every selected document once.
@@ -81,7 +98,7 @@ class _Run:
 
   def __init__(self, evaluator: Evaluator, params: Params, data: ValidationData):
     self.settings, self.mesh = evaluator.settings, evaluator.mesh
-    self._watch, self._save_seconds = evaluator._watch, evaluator._save_seconds
+    self._watch, self._save_seconds = evaluator.watch, evaluator.save_seconds
     s, ttt = self.settings, self.settings.ttt
     self._data = data
     self._targets = len(data.tokens) - 1
@@ -92,33 +109,27 @@ class _Run:
     self._boundaries = phase_boundaries(ttt.prefix_docs, ttt.num_phases, len(documents))
     self._world = world_size(s, self.mesh)
     self._costs = Costs.of(s.model, ttt)
-    largest = max(len(b.documents) for b in self._batches)
     began = time.monotonic()
-    self._programs = Programs(
-      s,
-      self.mesh,
-      slots=-(-largest // self.mesh.size),
-      stream_length=len(data.tokens) + ttt.seq_len + ttt.chunk_size,
-      world=self._world,
-      dtype=evaluator.dtype,
-      distributions=bool(self._watch),
+    self._params = jax.device_put(
+      {k: jnp.array(v, jnp.float32) for k, v in params.items()}, NamedSharding(self.mesh, P())
     )
-    self._params = self._programs.copy(jax.device_put(params, NamedSharding(self.mesh, P())))
     self._calls = self._plan()
-    self._programs.compile(
+    self._programs = evaluator.programs(
       self._params,
       [(is_short(ttt, b), call.shape) for b in self._batches for call in self._calls[b.index]],
+      slots=-(-max(len(b.documents) for b in self._batches) // self.mesh.size),
+      stream_length=len(data.tokens) + ttt.seq_len + ttt.chunk_size,
       phases=bool(self._boundaries),
     )
     self._stream = place(self.mesh, np.pad(data.tokens.astype(np.int32), (0, ttt.seq_len + ttt.chunk_size)), P())
     writes = jax.process_index() == 0
     self._store = Store(
-      evaluator._folder,
+      evaluator.folder,
       self._targets,
-      evaluation.identity(s, params, data, evaluator.dtype) if evaluator._folder is not None else {},
+      evaluation.identity(s, params, data, evaluator.dtype) if evaluator.folder is not None else {},
       writes=writes,
     )
-    self._sets = AdapterSets(ttt, self._programs, seed=s.seed, draw=evaluator._draw)
+    self._sets = AdapterSets(ttt, self._programs, seed=s.seed, draw=evaluator.draw)
     self._computing = self._programs.computing(self._params)
     jax.block_until_ready((self._stream, self._computing))
     self._compilation = time.monotonic() - began
