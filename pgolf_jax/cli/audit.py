@@ -1,0 +1,48 @@
+"""`pgolf audit`: the rules of scoring, proved or refuted on runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def audit(
+  runs: Annotated[list[Path], tyro.conf.Positional],
+  data: Path | None = None,
+  probes: int = 3,
+  probe_tokens: int = 600,
+) -> int:
+  """Check every rule of scoring on one run, or on all seeds of a set, and print the evidence.
+
+  Exit status 1 if a rule is broken. In reference order the trace is reported as not acyclic.
+
+  Example: pgolf audit runs/demo
+
+  Args:
+    runs: run folders.
+    data: folder of shards and sidecar; the run's if not given.
+    probes: perturbations of each kind; each is an evaluation of a small stream.
+    probe_tokens: tokens of that stream.
+  """
+  from pgolf_jax import cache, stages
+  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.scoring import audit as audits
+  from pgolf_jax.training.step import data_mesh
+
+  cache.use_compile_cache()
+  mesh = data_mesh()
+  found = [RunFolder(path) for path in runs]
+  broken = 0
+  for run in found:
+    folder = data or stages.data_folder(run.settings)
+    checks = list(audits.audit(run, folder, mesh, probe_tokens=probe_tokens, count=probes))
+    print(f"{run.path}\n{audits.table(checks)}")
+    broken += sum(check.passed is False for check in checks)
+  if len(found) > 1:
+    check = audits.one_config(found)
+    print(audits.table([check]))
+    broken += check.passed is False
+  return int(broken > 0)
+
+
+COMMAND = audit

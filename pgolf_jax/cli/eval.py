@@ -1,0 +1,72 @@
+"""`pgolf eval`: the score of a run or of a bare artifact."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def evaluate(
+  target: Annotated[Path, tyro.conf.Positional],
+  ttt: bool = True,
+  weights: Literal["artifact", "averaged"] = "artifact",
+  data: Path | None = None,
+  documents: int | None = None,
+  order: Literal["strict", "reference"] | None = None,
+  method: Literal["exact", "cached"] | None = None,
+  out: Path | None = None,
+) -> None:
+  """Score a run or a bare artifact on the validation documents, with test-time training or without.
+
+  Settings are the run's or the artifact's; environment names of the recipe go over them.
+
+  Example: TTT_CHUNK_SIZE=32 pgolf eval runs/demo/artifact.pgolf --data data/web --documents 100
+
+  Args:
+    target: run folder or artifact.
+    ttt: score first, then learn, chunk by chunk, with hints; or plainly.
+    weights: of a run: those of its artifact, or the averaged ones before quantising.
+    data: folder of shards and sidecar; the run's if not given.
+    documents: score only the first so many.
+    order: of hints and documents, if not as configured.
+    method: exact windows or cached keys and values, if not as configured.
+    out: folder for scores and progress; the same command goes on there after a kill.
+  """
+  import dataclasses
+  import os
+
+  from pgolf_jax import cache, stages
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.scoring import plain, stage
+  from pgolf_jax.settings import Settings
+  from pgolf_jax.training.step import data_mesh
+
+  cache.use_compile_cache()
+  mesh = data_mesh()
+  if target.is_dir():
+    run = RunFolder(target)
+    settings = run.settings
+    if weights == "artifact":
+      params = stage.load_artifact(run.artifact)[1]
+    else:
+      params = stages.averaged_params(run, mesh)
+  else:
+    settings, params = stage.load_artifact(target)
+    if weights == "averaged":
+      raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
+  settings = Settings.from_env(os.environ, base=settings)
+  changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
+  settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
+  settings.validate()
+  folder = data or stages.data_folder(settings)
+  found = stage.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
+  if ttt:
+    _, result = stage.score(settings, params, found, mesh, folder=out)
+  else:
+    result = stages.plain_score(settings, params, mesh, "scoring")
+  for name, value in result.items():
+    print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
+
+
+COMMAND = evaluate

@@ -1,0 +1,145 @@
+"""Every rule of scoring, with an evaluator that breaks it: our own, with one line put wrong."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ttt_case import SETTINGS, changed, random_documents, random_params
+
+from pgolf_jax.model.gpt import GPT
+from pgolf_jax.scoring import audit, chunks, order, probes, scan, ttt, window
+from pgolf_jax.scoring.plain import ValidationData
+from pgolf_jax.scoring.ttt import Evaluator
+from pgolf_jax.training.step import data_mesh
+
+DATA = random_documents([40, 31, 52, 36, 45])
+FUTURE, TARGET, NORMAL, ONCE = range(4)
+
+
+def make_evaluate(settings=None):
+  settings = settings or changed(SETTINGS, prefix_docs=3, batch_size=2)
+  watch = frozenset(range(len(DATA.tokens) - 1))
+  evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
+  params = random_params()
+  return lambda tokens: evaluator(params, ValidationData(tokens, DATA.token_bytes))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+  return make_evaluate()
+
+
+def run(evaluate):
+  model = SETTINGS.model
+  return probes.run(evaluate, DATA.tokens, bos_id=model.bos_id, vocab_size=model.vocab_size, probes=4)
+
+
+def test_our_evaluator_passes(compiled):
+  checks = run(compiled)
+  assert [check.passed for check in checks] == [True] * 4, audit.table(checks)
+  assert "with an open gate" in checks[TARGET].finding and " 0 of them" not in checks[TARGET].finding
+
+
+def test_a_future_leak_is_caught(monkeypatch):
+  def attend(position, q, k, v):
+    """Attention that forgets to be causal."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    p = jax.nn.softmax(jnp.einsum("bthc,bshc->bhts", q, k) * q.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("bhts,bshc->bthc", p, v)
+
+  def forward(config, params, tokens, adapters, scale, dtype):
+    options = {"looping": True, "max_segment": tokens.shape[1], "adapters": adapters, "adapter_scale": scale}
+    return GPT(config, params)(tokens, jnp.zeros_like(tokens), attend=attend, dtype=dtype, **options)
+
+  monkeypatch.setattr(window, "forward", forward)
+  checks = run(make_evaluate())
+  assert not checks[FUTURE].passed
+
+
+def test_scoring_after_the_update_is_caught(monkeypatch):
+  def switch(kind, branches, *operands):
+    skip, score, learn = branches
+
+    def late(carry, *rest):
+      carry, _ = learn(carry, *rest)
+      return carry, score(carry, *rest)[1]
+
+    return jax.lax.switch(kind, (skip, score, late), *operands)
+
+  monkeypatch.setattr(scan, "lax", SimpleNamespace(**{**vars(jax.lax), "switch": switch}))
+  checks = run(make_evaluate())
+  assert not checks[FUTURE].passed
+  assert not checks[TARGET].passed
+
+
+def test_a_target_gated_hint_is_caught(compiled, monkeypatch):
+  def extend(self, targets):
+    tokens = self._tokens[targets.start + 1 : targets.stop + 1]
+    hint, gate = self._state.update(tokens)
+    gate &= hint == tokens
+    self.hint_N[targets], self.gate_N[targets] = np.where(gate, hint, 0), gate
+
+  monkeypatch.setattr(order._Base, "_extend", extend)
+  checks = run(compiled)
+  assert not checks[TARGET].passed
+
+
+def test_an_unnormalised_tilt_is_caught(compiled, monkeypatch):
+  def tilt(nll, hint_logp, hits, gate, boost):
+    return np.where(gate, nll - np.float32(boost) * hits, nll)
+
+  def tilt_distribution(logp, hint, gate, boost):
+    return logp + np.where(gate[:, None] & (np.arange(logp.shape[1]) == hint[:, None]), np.float32(boost), 0)
+
+  monkeypatch.setattr(ttt, "tilt", tilt)
+  monkeypatch.setattr(ttt, "tilt_distribution", tilt_distribution)
+  checks = run(compiled)
+  assert not checks[NORMAL].passed
+  assert [check.passed for check in checks if check is not checks[NORMAL]] == [True] * 3
+
+
+def test_a_score_that_is_not_the_distributions_is_caught(compiled, monkeypatch):
+  honest = ttt.tilt
+  monkeypatch.setattr(ttt, "tilt", lambda nll, *rest: honest(nll, *rest) * np.float32(0.999))
+  assert not run(compiled)[NORMAL].passed
+
+
+def test_a_token_scored_twice_is_caught(compiled, monkeypatch):
+  honest = chunks.steps
+  monkeypatch.setattr(
+    chunks, "steps", lambda *arguments: [s for s in honest(*arguments) for _ in range(1 + (s.k == 1))]
+  )
+  assert not run(compiled)[ONCE].passed
+
+
+def test_a_token_left_out_is_caught(compiled, monkeypatch):
+  def scored(tokens):
+    found = compiled(tokens)
+    found.times_N[7] = 0
+    return found
+
+  assert not run(scored)[ONCE].passed
+
+
+def test_counts_of_documents_that_come_later_are_not_acyclic(compiled):
+  documents = 5
+  strict = compiled(DATA.tokens).trace
+  assert audit.acyclic(strict, documents).passed
+  settings = changed(SETTINGS, prefix_docs=3, batch_size=2, order="reference")
+  found = audit.acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
+  assert not found.passed and "not acyclic" in found.finding
+
+
+def test_documents_scored_twice_or_never_are_caught():
+  score = {"event": "score", "batch": 0, "documents": [0, 1, 1], "weights": 0, "adapters": "0", "carried": 0}
+  assert not audit.acyclic([score], 2).passed
+  assert not audit.acyclic([{**score, "documents": [0]}], 2).passed
+  assert audit.acyclic([{**score, "documents": [0, 1]}], 2).passed
+
+
+def test_weights_that_saw_a_document_before_its_score_are_caught():
+  score = {"event": "score", "batch": 0, "documents": [0], "weights": 1, "adapters": "0", "carried": 0}
+  trained = {"event": "weights", "version": 1, "documents": [0]}
+  assert "weights 1" in audit.acyclic([trained, score], 1).finding
