@@ -17,7 +17,8 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """One number for each column of such a matrix."""
 
-_NO_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_NO_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
 
 
 def load(ref, layout) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
 from pgolf_jax.kernels import target
 from pgolf_jax.kernels.polar_express import reference, xla
 

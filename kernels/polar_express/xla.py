@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 
 
