@@ -98,7 +98,7 @@ def test_impossible_combinations_are_refused(section, changes, part):
 
 
 def test_devices_must_fit_the_ranks():
-  with pytest.raises(UserError, match="they must divide it; 2"):
+  with pytest.raises(UserError, match="number of ranks, 3, must divide train"):
     Settings().validate(device_count=3)
   ranks = dataclasses.replace(Settings(), train=dataclasses.replace(Settings().train, world_size=2))
   with pytest.raises(UserError, match="clip_scope='global'"):

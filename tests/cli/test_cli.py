@@ -1,0 +1,56 @@
+import importlib
+
+import pytest
+
+from pgolf_jax.cli import VERBS, main
+
+
+def test_every_verb_explains_itself_with_an_example(capsys):
+  for verb in VERBS:
+    module = importlib.import_module(f"pgolf_jax.cli.{verb}")
+    commands = [[verb, name] for name in module.COMMANDS] if hasattr(module, "COMMANDS") else [[verb]]
+    for command in commands:
+      try:
+        status = main([*command, "--help"])
+      except SystemExit as exit:
+        status = exit.code
+      assert not status, command
+      assert "Example" in capsys.readouterr().out, command
+
+
+@pytest.mark.parametrize(
+  "args, status, part",
+  [
+    ([], 2, ""),
+    (["rnu"], 2, "did you mean run"),
+    (["data", "prepair"], 2, "did you mean prepare"),
+    (["run"], 1, "needs a config first"),
+    (["run", "configs/dmo.toml"], 1, "did you mean configs/demo.toml"),
+    (["data", "inspect", "nowhere"], 1, "nowhere"),
+  ],
+)
+def test_errors_are_one_sentence_without_a_traceback(args, status, part, capsys):
+  assert main(args) == status
+  error = capsys.readouterr().err
+  assert part in error and "Traceback" not in error
+
+
+def test_an_environment_variable_that_looks_like_a_setting_is_refused(monkeypatch, capsys):
+  monkeypatch.setenv("TTT_LORA_RNK", "80")
+  assert main(["run", "configs/demo.toml"]) == 1
+  assert "did you mean TTT_LORA_RANK" in capsys.readouterr().err
+
+
+def test_impossible_settings_are_refused_before_anything_starts(tmp_path, capsys):
+  assert main(["run", "configs/demo.toml", "--out", str(tmp_path / "run"), "--model.num-heads", "3"]) == 1
+  assert "must divide model.model_dim" in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
+  from pgolf_jax.cli.config_args import parse
+
+  monkeypatch.setenv("ITERATIONS", "7")
+  monkeypatch.setenv("SEED", "8")
+  settings, out = parse("run", "", ["configs/demo.toml", "--seed", "9"])
+  assert (settings.train.iterations, settings.seed, out.name) == (7, 9, "demo")

@@ -1,0 +1,185 @@
+"""A run killed at any moment continues to the same numbers, bit for bit."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from pgolf_jax.data.shards import shard_path, write_shard
+from pgolf_jax.errors import UserError
+from pgolf_jax.run_folder import RunFolder, read_metrics
+from pgolf_jax.settings import (
+  DataConfig,
+  EvalConfig,
+  ModelConfig,
+  OptimizerConfig,
+  QuantizeConfig,
+  Settings,
+  TrainConfig,
+)
+from pgolf_jax.training.loop import Trainer
+from pgolf_jax.training.step import data_mesh
+
+SETTINGS = Settings(
+  model=ModelConfig(
+    vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=0,
+    parallel_start_layer=1, rope_dims=8,
+  ),
+  optimizer=OptimizerConfig(muon_dtype="float32"),
+  train=TrainConfig(
+    iterations=60, max_wallclock_seconds=0.0, batch_tokens=512, micro_batches=2, world_size=1,
+    seq_schedule="16@0.4,32@1",
+    compute_dtype="float32", warmup_steps=1, checkpoint_every_steps=7, ema_decay=0.9, seq_change_warmup_steps=4,
+  ),
+  eval=EvalConfig(batch_tokens=256, seq_len=32),
+  quantize=QuantizeConfig(reserve_seconds=0.0),
+)  # fmt: skip
+
+PROGRAM = """
+import sys, time
+import numpy as np
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.training import loop
+from pgolf_jax.training.step import data_mesh
+import jax
+report = loop.Trainer._report
+def slowly(self, *args):  # so that a kill has something to interrupt
+  report(self, *args)
+  time.sleep(0.02)
+loop.Trainer._report = slowly
+state, _ = loop.Trainer(RunFolder(sys.argv[1]), data_mesh(jax.devices()[:1]), sys.argv[2]).train()
+np.savez(sys.argv[1] + "/final.npz", **{k: np.asarray(v) for k, v in state.average.items()})
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  tokens = np.random.default_rng(0).integers(1, 64, 9000)
+  tokens[0] = 1
+  for index, part in enumerate(np.split(tokens, [5000])):
+    part[0] = 1
+    write_shard(shard_path(folder, "train", index), part)
+  return folder
+
+
+def train_with_kills(run, data, kills, rng):
+  """Trains in a process of its own, killing it `kills` times at random moments; returns how often it was killed."""
+  done = 0
+  while True:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(run), str(data)], env=os.environ | {"XLA_FLAGS": ""})
+    if done < kills:
+      before = len(read_metrics(run / "metrics.jsonl"))
+      # Wait for training to begin, so that the kill falls on steps and checkpoints as well as on the start.
+      while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) <= before:
+        time.sleep(0.01)
+      time.sleep(rng.uniform(0, 0.25))
+      if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done += 1
+        continue
+    assert process.wait() == 0
+    return done
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, data, kills):
+  rng = random.Random(kills)
+  for name, count in (("whole", 0), ("killed", kills)):
+    RunFolder(tmp_path / name, SETTINGS)
+    killed = train_with_kills(tmp_path / name, data, count, rng)
+    assert killed == count
+  whole, again = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+  assert [line["step"] for line in again] == list(range(1, 61))
+  assert [line["loss"] for line in again] == [line["loss"] for line in whole]
+  a, b = (np.load(tmp_path / name / "final.npz") for name in ("whole", "killed"))
+  assert all(np.array_equal(a[k], b[k]) for k in a.files)
+
+
+def test_a_checkpoint_moves_between_numbers_of_devices(tmp_path, data):
+  import jax
+
+  train = dataclasses.replace(SETTINGS.train, iterations=20, stop_step=10, checkpoint_every_steps=0)
+  optimizer = dataclasses.replace(SETTINGS.optimizer, clip_scope="global")
+  losses = {}
+  for name, devices in (("same", (1, 1)), ("moved", (2, 1))):
+    first = dataclasses.replace(SETTINGS, train=train, optimizer=optimizer)
+    folder = tmp_path / name
+    Trainer(RunFolder(folder, first), data_mesh(jax.devices()[: devices[0]]), data).train()
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("stop_step = 10", "stop_step = 20"))
+    Trainer(RunFolder(folder), data_mesh(jax.devices()[: devices[1]]), data).train()
+    losses[name] = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+  np.testing.assert_allclose(losses["moved"], losses["same"], atol=1e-4)
+  assert len(losses["moved"]) == 20
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data):
+  import jax
+
+  optimizer = dataclasses.replace(SETTINGS.optimizer, embed_lr=1e30, grad_clip_norm=0.0)
+  settings = dataclasses.replace(
+    SETTINGS, optimizer=optimizer, train=dataclasses.replace(SETTINGS.train, checkpoint_every_steps=1)
+  )
+  run = RunFolder(tmp_path / "run", settings)
+  with pytest.raises(UserError, match=r"stopped at step \d+: loss"):
+    Trainer(run, data_mesh(jax.devices()[:1]), data).train()
+  bad = 1 + max(line["step"] for line in read_metrics(run.metrics))
+  kept = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
+  assert kept and max(kept) < bad
+
+
+def test_nothing_is_compiled_inside_the_clock(tmp_path, data):
+  import jax
+
+  run = RunFolder(tmp_path / "run", SETTINGS)
+  _, result = Trainer(run, data_mesh(jax.devices()[:1]), data).train()
+  assert result["recompilations_in_clock"] == 0 and result["steps"] == 60
+
+
+def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
+  import jax
+  import jax.numpy as jnp
+
+  settings = dataclasses.replace(
+    SETTINGS, train=dataclasses.replace(SETTINGS.train, iterations=2, seq_schedule="16@1", checkpoint_every_steps=0)
+  )
+  trainer = Trainer(RunFolder(tmp_path / "run", settings), data_mesh(jax.devices()[:1]), data)
+  step = trainer.loader.step
+
+  def compiling(accumulation):
+    jax.jit(lambda x: jnp.sin(x) * np.random.default_rng().random())(1.0)
+    return step(accumulation)
+
+  trainer.loader.step = compiling
+  assert trainer.train()[1]["recompilations_in_clock"] > 0
+
+
+def test_a_folder_made_with_other_settings_is_refused(tmp_path):
+  RunFolder(tmp_path / "run", SETTINGS)
+  RunFolder(tmp_path / "run", SETTINGS)
+  with pytest.raises(UserError, match="seed was 1337, now 7"):
+    RunFolder(tmp_path / "run", dataclasses.replace(SETTINGS, seed=7))
+  with pytest.raises(UserError, match="is not a run folder"):
+    RunFolder(tmp_path / "elsewhere")
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+  assert read_metrics(path) == [{"step": 1}]
+
+
+def test_data_settings_are_part_of_the_config(tmp_path):
+  settings = dataclasses.replace(SETTINGS, data=DataConfig(path="somewhere"))
+  RunFolder(tmp_path / "run", settings)
+  assert RunFolder(tmp_path / "run").settings == settings
