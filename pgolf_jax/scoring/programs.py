@@ -15,6 +15,7 @@ from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.scoring import adapt, global_phase
 from pgolf_jax.scoring.adapt import Carry
+from pgolf_jax.scoring.cached import Memory, memory_shape
 from pgolf_jax.scoring.chunks import LEARN, SCORE, STEPS_PER_CALL, Shape
 from pgolf_jax.scoring.scan import (
   AXIS,
@@ -108,9 +109,20 @@ class Programs:
   def place_rows(self, rows: Rows) -> Rows:
     return Rows(*(place(self.mesh, x, P(AXIS)) for x in rows))
 
-  def scan(self, short: bool, shape: Shape, params: Params, stream_N, carry: Carry, rows: Rows, arguments: tuple):
-    """Runs up to `STEPS_PER_CALL` chunks; the carry is given up."""
-    return self._scans[short, shape](params, stream_N, carry, rows, *arguments)
+  def scan(
+    self, short: bool, shape: Shape, params: Params, stream_N, carry: Carry, memory, rows: Rows, arguments: tuple
+  ):
+    """Runs up to `STEPS_PER_CALL` chunks; carry and memory are given up. → (carry, memory, scores)."""
+    return self._scans[short, shape](params, stream_N, carry, memory, rows, *arguments)
+
+  def new_memory(self) -> Memory | None:
+    """Room for the keys and values of a batch, in cached evaluation."""
+    ttt = self.settings.ttt
+    if ttt.method != "cached":
+      return None
+    shape = memory_shape(self.settings.model, self.rows, ttt.seq_len)
+    zeros = jax.jit(lambda: jnp.zeros(shape, self._dtype), out_shardings=NamedSharding(self.mesh, P(None, AXIS)))
+    return Memory(zeros(), zeros())
 
   def update(self, params: Params, momentum: Params, step: global_phase.PhaseStep):
     """One update of a global phase; parameters and momentum are given up."""
@@ -132,7 +144,7 @@ class Programs:
       inputs[short, shape] = self._random_call(shape)
       spec = self.adapters[short].spec
       lowered[short, shape] = sharded_scan(self.mesh, spec, shape).lower(
-        computing, stream, self._first_carry(short), *inputs[short, shape]
+        computing, stream, self._first_carry(short), self.new_memory(), *inputs[short, shape]
       )
     if phases:
       step = self._random_phase_step()
@@ -146,7 +158,7 @@ class Programs:
       return  # nothing is loaded or tuned at the first run there
     for (short, shape), arguments in inputs.items():
       scan = self._scans[short, shape]
-      jax.block_until_ready(scan(computing, stream, self._first_carry(short), *arguments))
+      jax.block_until_ready(scan(computing, stream, self._first_carry(short), self.new_memory(), *arguments))
     if phases:
       copied = jax.tree.map(jnp.copy, params)
       jax.block_until_ready(self.update(copied, self.zeros(params), step))

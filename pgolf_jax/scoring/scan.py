@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.model.adapters import Adapter, Adapters, widths
 from pgolf_jax.model.params import Params
-from pgolf_jax.scoring import adapt, window
+from pgolf_jax.scoring import adapt, cached, window
 from pgolf_jax.scoring.adapt import Carry, Rule, row_axis
+from pgolf_jax.scoring.cached import Memory
 from pgolf_jax.scoring.chunks import STEPS_PER_CALL, Shape
 from pgolf_jax.scoring.window import Rows, Scored
 from pgolf_jax.settings import ModelConfig, TTTConfig
@@ -38,6 +39,7 @@ def scan_chunks(
   params: Params,
   stream_N: jax.Array,
   carry: Carry,
+  memory: Memory | None,
   rows: Rows,
   size: jax.Array,
   k_S: jax.Array,
@@ -46,10 +48,11 @@ def scan_chunks(
   *,
   spec: Spec,
   shape: Shape,
-) -> tuple[Carry, Scored]:
+) -> tuple[Carry, Memory | None, Scored]:
   """Chunks k_S of one device's documents.
 
   Args:
+    memory: keys and values of earlier chunks in cached evaluation; None where windows are computed afresh.
     rows: documents from longer to shorter; those after the first `shape.slots` are finished.
     size: targets of a chunk, at most `shape.width`.
     kind_S: SKIP, SCORE or LEARN.
@@ -60,60 +63,71 @@ def scan_chunks(
   def head(axis, x):
     return lax.slice_in_dim(x, 0, shape.slots, axis=axis)
 
-  def losses(adapters: Adapters, k, hint):
+  def losses(adapters: Adapters, memory, k, hint):
     chunk = window.locate(stream_N, rows, k, size, seq_len=spec.ttt.seq_len, width=shape.width)
-    tokens = window.window_tokens(stream_N, rows, chunk, shape.window)
-    hidden = window.forward(spec.model, params, tokens, adapters, spec.rule.scale, spec.dtype)
-    scored = window.score(
-      spec.model, params, hidden, adapters, spec.rule.scale, chunk, hint, distributions=spec.distributions
-    )
-    return window.learning_loss(scored, rows, k, size), scored
+    common = (adapters, spec.rule.scale)
+    if memory is None:
+      tokens = window.window_tokens(stream_N, rows, chunk, shape.window)
+      hidden, kept = window.forward(spec.model, params, tokens, *common, spec.dtype), None
+    else:
+      lengths = {"width": shape.width, "window": shape.window}
+      hidden, kept = cached.forward(spec.model, params, memory, stream_N, rows, k, size, *common, spec.dtype, **lengths)
+      chunk = chunk._replace(position=jnp.broadcast_to(jnp.arange(shape.width), chunk.position.shape))
+    scored = window.score(spec.model, params, hidden, *common, chunk, hint, distributions=spec.distributions)
+    return window.learning_loss(scored, rows, k, size), (scored, kept)
 
-  def skip(carry, k, hint):
-    empty = jax.eval_shape(losses, carry.adapters, k, hint)[1]
-    return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
+  def keep(memory, kept, k):
+    return None if memory is None else cached.write(memory, kept, k, size)
 
-  def score(carry, k, hint):
-    return carry, losses(carry.adapters, k, hint)[1]
+  def skip(carry, memory, k, hint):
+    empty = jax.eval_shape(losses, carry.adapters, memory, k, hint)[1][0]
+    return carry, memory, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
-  def learn(carry, k, hint):
+  def score(carry, memory, k, hint):
+    scored, kept = losses(carry.adapters, memory, k, hint)[1]
+    return carry, keep(memory, kept, k), scored
+
+  def learn(carry, memory, k, hint):
     # The scores come out of the pass whose gradient makes the first update: no target is scored after it.
-    grads, scored = jax.grad(losses, has_aux=True)(carry.adapters, k, hint)
+    grads, (scored, kept) = jax.grad(losses, has_aux=True)(carry.adapters, memory, k, hint)
     carry = adapt.update(spec.rule, carry, grads)
     if spec.ttt.grad_steps > 1:
 
       def again(_, carry):
-        return adapt.update(spec.rule, carry, jax.grad(losses, has_aux=True)(carry.adapters, k, hint)[0])
+        return adapt.update(spec.rule, carry, jax.grad(losses, has_aux=True)(carry.adapters, memory, k, hint)[0])
 
       carry = lax.fori_loop(1, spec.ttt.grad_steps, again, carry)
-    return carry, scored
+    return carry, keep(memory, kept, k), scored
 
-  def step(carry, x):
+  def step(state, x):
     k, kind, hint = x
-    return lax.switch(kind, (skip, score, learn), carry, k, hint)
-
-  active = Carry(*(adapt.map_rows(head, x) for x in carry[:3]), carry.step)
-  active, scored = lax.scan(step, active, (k_S, kind_S, hint_SxBxX))
+    *state, scored = lax.switch(kind, (skip, score, learn), *state, k, hint)
+    return tuple(state), scored
 
   def put_back(axis, whole, part):
     return lax.dynamic_update_slice_in_dim(whole, part, 0, axis)
 
+  active = Carry(*(adapt.map_rows(head, x) for x in carry[:3]), carry.step)
+  recent = jax.tree.map(lambda x: head(1, x), memory)
+  (active, recent), scored = lax.scan(step, (active, recent), (k_S, kind_S, hint_SxBxX))
   both = zip(carry[:3], active[:3], strict=True)
-  return Carry(*(adapt.map_rows(put_back, whole, part) for whole, part in both), active.step), scored
+  carry = Carry(*(adapt.map_rows(put_back, whole, part) for whole, part in both), active.step)
+  return carry, jax.tree.map(lambda whole, part: put_back(1, whole, part), memory, recent), scored
 
 
 def sharded_scan(mesh: Mesh, spec: Spec, shape: Shape):
   """`scan_chunks` over a mesh: rows of all devices one device after another, parameters and stream everywhere."""
   carry = carry_specs(spec)
+  memory = Memory(P(None, AXIS), P(None, AXIS)) if spec.ttt.method == "cached" else None
   scored = Scored(P(None, AXIS), P(None, AXIS), P(None, AXIS) if spec.distributions else None)
   on_devices = jax.shard_map(
     functools.partial(scan_chunks, spec=spec, shape=shape),
     mesh=mesh,
-    in_specs=(P(), P(), carry, P(AXIS), P(), P(), P(), P(None, AXIS)),
-    out_specs=(carry, scored),
+    in_specs=(P(), P(), carry, memory, P(AXIS), P(), P(), P(), P(None, AXIS)),
+    out_specs=(carry, memory, scored),
     check_vma=False,  # a switch whose branches differ in what varies over devices cannot be checked
   )
-  return jax.jit(on_devices, donate_argnums=2)
+  return jax.jit(on_devices, donate_argnums=(2, 3))
 
 
 def adapter_specs(spec: Spec) -> dict[str, Adapter]:

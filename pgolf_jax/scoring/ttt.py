@@ -131,6 +131,7 @@ class _Run:
     )
     self._sets = AdapterSets(ttt, self._programs, seed=s.seed, draw=evaluator.draw)
     self._computing = self._programs.computing(self._params)
+    self._memory = self._programs.new_memory()
     jax.block_until_ready((self._stream, self._computing))
     self._compilation = time.monotonic() - began
     self._trace = Trace()
@@ -212,7 +213,9 @@ class _Run:
       at, valid = _places(batch, call, size, n)
       hint = np.where(valid, self._hints.hint_N[at], 0)
       arguments = call_arguments(self.mesh, size, [s.k for s in call.steps], [s.kind for s in call.steps], hint)
-      carry, scored = programs.scan(lease.short, call.shape, self._computing, self._stream, carry, rows, arguments)
+      carry, self._memory, scored = programs.scan(
+        lease.short, call.shape, self._computing, self._stream, carry, self._memory, rows, arguments
+      )
       self._pending.append((batch, call, scored))
       updates = ttt.grad_steps * sum(step.kind == LEARN for step in call.steps)
       done_B[np.arange(programs.rows) % programs.slots < call.shape.slots] += updates

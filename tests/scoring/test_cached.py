@@ -1,0 +1,48 @@
+"""Cached evaluation: the same as the exact one where nothing is learnt, and legal where something is."""
+
+import jax
+import numpy as np
+from ttt_case import SETTINGS, changed, random_documents, random_params
+
+from pgolf_jax.scoring import probes
+from pgolf_jax.scoring.plain import ValidationData
+from pgolf_jax.scoring.ttt import Evaluator
+from pgolf_jax.training.step import data_mesh
+
+CACHED = changed(SETTINGS, method="cached")
+
+
+def evaluate(settings, data, **options):
+  return Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, **options)(random_params(), data)
+
+
+def test_without_learning_kept_keys_are_those_computed_again():
+  # Within one window, that is: beyond it a kept key has seen tokens that have left the window since.
+  data = random_documents([30, 9, 47, 41, 22])
+  exact, cached = (evaluate(changed(s, lora_lr=0.0), data) for s in (SETTINGS, CACHED))
+  np.testing.assert_allclose(cached.model_nll_N, exact.model_nll_N, atol=1e-5)
+
+
+def test_the_first_chunks_are_those_of_the_exact_evaluation_and_later_ones_differ():
+  data = random_documents([30, 47])
+  exact, cached = evaluate(SETTINGS, data), evaluate(CACHED, data)
+  size = SETTINGS.ttt.chunk_size
+  # The second chunk's update is the same, so the third is the first to see keys of older adapters.
+  np.testing.assert_allclose(cached.model_nll_N[:size], exact.model_nll_N[:size], atol=1e-5)
+  assert np.abs(cached.model_nll_N[3 * size : 29] - exact.model_nll_N[3 * size : 29]).max() > 1e-4
+
+
+def test_documents_longer_than_the_ring_and_every_probe():
+  data = random_documents([40, 131, 52, 77])
+  watch = frozenset(range(len(data.tokens) - 1))
+  settings = changed(CACHED, prefix_docs=2, batch_size=2, chunk_size=7)
+  evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
+  params = random_params()
+  model = settings.model
+  checks = probes.run(
+    lambda tokens: evaluator(params, ValidationData(tokens, data.token_bytes)),
+    data.tokens,
+    bos_id=model.bos_id,
+    vocab_size=model.vocab_size,
+  )
+  assert all(check.passed for check in checks), checks
