@@ -1,0 +1,11 @@
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_folder_of_code_is_packaged():
+  listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+  folders = [p.parent.relative_to(ROOT) for top in ("pgolf_jax", "kernels") for p in (ROOT / top).rglob("__init__.py")]
+  names = {".".join(f.parts if f.parts[0] == "pgolf_jax" else ("pgolf_jax", *f.parts)) for f in folders}
+  assert set(listed) == names
