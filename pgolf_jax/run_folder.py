@@ -19,6 +19,7 @@ from pathlib import Path
 
 import tomli_w
 
+from pgolf_jax.distributed import is_leader
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import Settings
 
@@ -85,7 +86,12 @@ class RunFolder:
     write_atomically(self.path / "results.json", json.dumps({**self.results(), stage: result}, indent=2) + "\n")
 
   def log_to_file(self) -> None:
-    """Sends what is logged to the terminal and, with times, to run.log."""
+    """Sends what is logged to the terminal and, with times, to run.log; of several processes, the first one's."""
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    if not is_leader():
+      log.handlers = [logging.NullHandler()]
+      return
     to_file = logging.FileHandler(self.path / "run.log", encoding="utf-8")
     formatter = logging.Formatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
@@ -93,14 +99,17 @@ class RunFolder:
     to_terminal = logging.StreamHandler(sys.stdout)
     to_terminal.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [to_file, to_terminal]
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 def write_atomically(path: Path, text: str) -> None:
   """Writes the whole file or none of it."""
+  write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+  """Writes the whole file or none of it."""
   partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  partial.write_text(text, encoding="utf-8")
+  partial.write_bytes(data)
   partial.replace(path)
 
 

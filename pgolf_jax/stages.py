@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgolf_jax import cache
+from pgolf_jax import cache, distributed
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import RunFolder, log
+from pgolf_jax.run_folder import RunFolder, log, write_bytes_atomically
 from pgolf_jax.scoring import plain
 from pgolf_jax.settings import Settings
 from pgolf_jax.training.step import data_mesh, world_size
@@ -25,7 +26,8 @@ def data_folder(settings: Settings) -> Path:
 
   name = f"speeches-{settings.model.vocab_size}{'' if settings.data.caseops else '-plain'}"
   folder = cache.root() / "data" / name
-  return ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
+  with distributed.leader_first("default data"):
+    return ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
 
 
 def plain_score(settings: Settings, params: Params, mesh: Mesh, description: str) -> dict:
@@ -77,31 +79,71 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
   return plain_score(run.settings, averaged_params(run, mesh), mesh, "scoring the averaged weights")
 
 
+def _quantize(run: RunFolder, mesh: Mesh) -> dict:
+  """Makes the artifact and scores what is read back from it."""
+  from pgolf_jax.quantize import accounting, package, stage
+  from pgolf_jax.scoring.stage import load_artifact
+
+  settings = run.settings
+  made = stage.make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
+  if jax.process_index() == 0:
+    write_bytes_atomically(run.artifact, made.data)
+  code = package.code()
+  parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
+  found = accounting.account(made.data, **parts, tokenizer=0, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", accounting.table(found))
+  score = plain_score(settings, load_artifact(run.artifact)[1], mesh, "scoring the artifact")
+  return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
+
+
+def _ttt(run: RunFolder, mesh: Mesh) -> dict:
+  from pgolf_jax.scoring import stage
+
+  return stage.ttt(run, data_folder(run.settings), mesh)
+
+
+def _audit(run: RunFolder, mesh: Mesh) -> dict:
+  from pgolf_jax.scoring import stage
+
+  return stage.audit(run, data_folder(run.settings), mesh)
+
+
 STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
   "train": _train,
   "plain": _plain,
+  "artifact": _quantize,
+  "ttt": _ttt,
+  "audit": _audit,
 }
 """Name → function of the run and the mesh that does the stage and returns its result."""
 
 
 def run(settings: Settings, folder: Path, names: list[str]) -> int:
   """Runs the stages that are not yet complete, then prints the table. Returns the exit status."""
+  distributed.initialize()
   cache.use_compile_cache()
   mesh = data_mesh()
   settings.validate(device_count=mesh.size)
-  found = RunFolder(folder, settings)
+  with distributed.leader_first("run folder"):
+    found = RunFolder(folder, settings)
   found.log_to_file()
   log.info("run folder %s, %d × %s", found.path, mesh.size, mesh.devices.flat[0].device_kind)
-  for name in names:
+  for name in filter(partial(_wanted, settings), names):
     if name in found.results():
       log.info("%s: already complete", name)
       continue
     began = time.perf_counter()
     result = STAGES[name](found, mesh)
-    if jax.process_index() == 0:
+    if distributed.is_leader():
       found.finish(name, result | {"stage_seconds": time.perf_counter() - began})
+    distributed.barrier(f"{name} complete")
   log.info("\n%s", table(found))
-  return 0
+  broken = found.results().get("audit", {}).get("broken", [])
+  return 1 if broken else 0
+
+
+def _wanted(settings: Settings, name: str) -> bool:
+  return settings.ttt.enabled or name not in ("ttt", "audit")
 
 
 def table(run: RunFolder) -> str:
@@ -111,8 +153,18 @@ def table(run: RunFolder) -> str:
   if train := results.get("train"):
     note = f"{train['steps']} steps, {train['tokens_per_second']:,.0f} tokens/s, {train['parameters']:,} parameters"
     rows.append(("train", "", train["seconds"], note))
-  for stage, what in (("plain", "averaged weights"),):
-    if found := results.get(stage):
-      rows.append((what, f"{found['bpb']:.5f}", found["seconds"], f"loss {found['loss']:.5f}"))
-  head = f"{'':<24}{'bits per byte':>14}{'seconds':>10}  "
-  return "\n".join([head, *(f"{what:<24}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])
+  if plain_ := results.get("plain"):
+    rows.append(("averaged weights", f"{plain_['bpb']:.5f}", plain_["seconds"], f"loss {plain_['loss']:.5f}"))
+  if made := results.get("artifact"):
+    total = made["artifact_bytes"] + made["code_bytes"]
+    note = f"{made['artifact_bytes']:,} bytes, {total:,} with the code, of {run.settings.quantize.budget_bytes:,}"
+    rows.append(("artifact", f"{made['bpb']:.5f}", made["seconds"], note))
+  if ttt := results.get("ttt"):
+    note = f"{ttt['order']} order, {ttt['method']}; without hints {ttt['bpb_without_hints']:.5f}"
+    rows.append(("test-time training", f"{ttt['bpb']:.5f}", ttt["seconds"], note))
+  if audit := results.get("audit"):
+    broken = audit["broken"]
+    note = f"broken: {', '.join(broken)}" if broken else f"all {len(audit['checks'])} checks pass or do not apply"
+    rows.append(("audit", "", audit["stage_seconds"], note))
+  head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
+  return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])

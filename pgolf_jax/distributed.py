@@ -1,0 +1,84 @@
+"""Several processes working on one run: how they find each other, and who speaks for all.
+
+All processes see the same run folder and data folder. Process 0, the leader, alone writes files and logs; Orbax shares
+out the writing of checkpoints by itself.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import jax
+
+from pgolf_jax.errors import UserError
+
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def initialize() -> None:
+  """Joins the other processes of the run, if there are any. Must come before the first look at a device.
+
+  Processes are described by `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or else by
+  the cluster that started them, which JAX detects by itself: a SLURM step or an Open MPI job of several tasks, a TPU
+  slice of several hosts, a Kubernetes job. Collectives between CPUs go through gloo, JAX's default.
+
+  Raises:
+    UserError: only some of the three variables are set, or a number is not one.
+  """
+  if jax.distributed.is_initialized():
+    return
+  given = [name for name in _EXPLICIT if os.environ.get(name)]
+  if len(given) == len(_EXPLICIT):
+    address, count, index = (os.environ[name] for name in _EXPLICIT)
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+      raise UserError(f"JAX_PROCESS_ID={index} must count from 0 to below JAX_NUM_PROCESSES={count}.")
+    jax.distributed.initialize(address, int(count), int(index), cluster_detection_method="deactivate")
+  elif _is_cluster(os.environ):
+    jax.distributed.initialize()
+  elif given:
+    missing = ", ".join(name for name in _EXPLICIT if name not in given)
+    raise UserError(f"{given[0]} is set, but {missing} is not; several processes need all three, one process none.")
+  else:
+    return
+  if not is_leader():
+    from pgolf_jax import progress
+
+    progress.silence()
+
+
+def _is_cluster(environ) -> bool:
+  """Whether a cluster that JAX can detect has started several processes; one process needs no coordinator."""
+  if environ.get("SLURM_PROCID") and environ.get("SLURM_STEP_NODELIST"):
+    return int(environ.get("SLURM_NTASKS", "1")) > 1
+  if environ.get("OMPI_COMM_WORLD_SIZE"):
+    return int(environ["OMPI_COMM_WORLD_SIZE"]) > 1
+  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
+  if hosts:
+    return len(hosts.split(",")) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environ
+  # An indexed Kubernetes job, as in configs/launch/gke.yaml.
+  return "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
+
+
+def is_leader() -> bool:
+  """Whether this is the process that writes files and logs."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Returns once every process has come here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def leader_first(name: str) -> Iterator[None]:
+  """The leader does what is in the block before the others begin it, so that they find what it has written."""
+  if not is_leader():
+    barrier(name)
+  try:
+    yield
+  finally:
+    if is_leader():
+      barrier(name)
