@@ -275,6 +275,7 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
       scores = lax.cond((query_tile == tile) | (query_tile >= all_of_it), masked, lambda: scores)
       lse = hopper.load(lse_smem, hopper.BY_COLUMN)
       delta = hopper.load(delta_smem, hopper.BY_COLUMN)
+      plgpu.commit_smem()  # both have been read before copies may overwrite them
       p = jnp.exp2(scores * (scale * _LOG2E) - _columns_by(lse, square))
       dv = _plus_product(dv, p.astype(q.dtype), dy_smem)
       ds = p * (_product(v_smem, dy_smem.T, square) - _columns_by(delta, square))

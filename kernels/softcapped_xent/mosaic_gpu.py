@@ -65,6 +65,7 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
     def step(_, z_smem, carry):
       top, total = carry
       logits, _ = _capped(z_smem, constants)
+      plgpu.commit_smem()  # z has been read before a copy may overwrite it
       new_top = jnp.maximum(top, logits.max(axis=1))
       return new_top, total * jnp.exp2(top - new_top) + jnp.exp2(logits - _by_row(new_top)).sum(axis=1)
 

@@ -21,9 +21,13 @@ def _pretend_hopper():
     yield
 
 
+_RECENT = hasattr(plgpu, "force_gpu_interpret_mode")
+"""Whether the interpreter is a public one, which finds races and multiplies transposed operands."""
+
+
 def _gpu_interpreter():
-  if hasattr(plgpu, "force_gpu_interpret_mode"):
-    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+  if _RECENT:
+    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
   from jax._src.pallas.mosaic_gpu.interpret import params
 
   return params.force_gpu_interpret_mode(params.InterpretGPUParams())
@@ -38,27 +42,28 @@ def _is_transposed(x) -> bool:
   return bool(transforms) and type(transforms[-1]).__name__ == "TransposeTransform"
 
 
-def _value(x) -> jax.Array:
-  if _is_transposed(x):
-    return dataclasses.replace(x, transforms=x.transforms[:-1])[...].T
-  return x[...] if _is_reference(x) else x
-
-
 _wgmma = plgpu.wgmma
 
 
 def _staged_wgmma(sums, a, b):
-  """The interpreter multiplies what lies, untransposed, in shared memory: other operands are put there first."""
-  if _is_reference(a) and not _is_transposed(b):
+  """The interpreter multiplies what lies in shared memory: an operand in registers is put there first, and for an
+  older one a transposed operand too."""
+  operands, values = [a, b], {}
+  if not _is_reference(a):
+    values[0] = a
+  if _is_transposed(b) and not _RECENT:
+    values[1] = dataclasses.replace(b, transforms=b.transforms[:-1])[...].T
+  if not values:
     return _wgmma(sums, a, b)
-  a, b = _value(a), _value(b)
 
-  def multiply(a_smem, b_smem):
-    a_smem[...] = a
-    b_smem[...] = b
-    _wgmma(sums, a_smem, b_smem)
+  def multiply(*staged):
+    for (i, value), smem in zip(values.items(), staged, strict=True):
+      smem[...] = value
+      operands[i] = smem
+    plgpu.commit_smem()
+    _wgmma(sums, *operands)
 
-  return pl.run_scoped(multiply, plgpu.SMEM(a.shape, a.dtype), plgpu.SMEM(b.shape, b.dtype))
+  return pl.run_scoped(multiply, *(plgpu.SMEM(value.shape, value.dtype) for value in values.values()))
 
 
 def _run_state(f):

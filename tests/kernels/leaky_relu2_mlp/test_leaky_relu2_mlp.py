@@ -80,7 +80,7 @@ class TestMosaicGpu(Cases):
 
   implementation = "mosaic_gpu"
   n, d, f = 100, 256, 256
-  examples = 2
+  examples = 1
   slopes = (0.3,)
 
 
@@ -108,7 +108,7 @@ def test_refuses_with_the_numbers():
     api.leaky_relu2_mlp(x, up, up, slope=0.3)
   with pytest.raises(ValueError, match="float32, bfloat16 and float32"):
     api.leaky_relu2_mlp(x, up.astype(jnp.bfloat16), down, slope=0.3)
-  with pytest.raises(ValueError, match="slope=1.5"):
+  with pytest.raises(ValueError, match=r"slope=1\.5"):
     api.leaky_relu2_mlp(x, up, down, slope=1.5)
   with pytest.raises(ValueError, match="no implementation='triton'"):
     api.leaky_relu2_mlp(x, up, down, slope=0.3, implementation="triton")

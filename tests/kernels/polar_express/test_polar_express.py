@@ -66,6 +66,14 @@ def test_bfloat16_rounds_each_product_and_each_sum(shape):
     assert np.abs(got.astype(np.float32) - want.astype(np.float32)).max() < 0.05
 
 
+def test_no_compiler_may_skip_a_rounding():
+  """A cast alone leaves XLA free to keep float32 inside a fusion, which it does on some backends and not on others."""
+  u = jax.ShapeDtypeStruct((2, 16, 16), jnp.bfloat16)
+  text = jax.jit(lambda u: api.polar_express(u, steps=3)).lower(u).as_text()
+  norms, per_step = 3, 8
+  assert text.count("stablehlo.reduce_precision") == norms + 3 * per_step
+
+
 def test_matrices_of_a_stack_do_not_mix():
   u = jax.random.normal(jax.random.key(4), (3, 12, 20))
   whole = api.polar_express(u)

@@ -85,10 +85,10 @@ class TestXlaFloat32(TestXla):
 
 
 class TestMosaicGpu(Cases):
-  """Two blocks of rows, three of columns."""
+  """Two blocks of rows, more blocks of columns than stages."""
 
   implementation = "mosaic_gpu"
-  n, v = 128, 192
+  n, v = 128, 384
 
 
 @pytest.mark.parametrize("n", [1, 7, 16, 23])
