@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,3 +178,15 @@ def test_quantising_twice_gives_the_same(case, quantised):
   again = quantize(params, hessian, act_rms, Settings.from_env(environ).quantize)
   for name, tensor in quantised.items():
     assert np.array_equal(tensor.dequantize(), again[name].dequantize()), name
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_accelerators_in_full_precision(platform):
+  """Matrix products must not fall to bfloat16 or TF32: the integers would differ from machine to machine."""
+  f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+  half, mask = jax.ShapeDtypeStruct((3, 40), jnp.float16), jax.ShapeDtypeStruct((3, 64), jnp.bool_)
+  arguments = f32(3, 40, 64), f32(3, 64, 64), half, half, mask, f32(3), f32(3)
+  text = gptq.trace(*arguments, block=32).lower(lowering_platforms=(platform,)).as_text()
+  products = [line for line in text.splitlines() if "dot_general" in line]
+  assert products
+  assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
