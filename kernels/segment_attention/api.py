@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from pgolf_jax.kernels import target
 from pgolf_jax.kernels.segment_attention import reference, xla
 
+_NAME = "segment_attention"
+
 
 def choose(
   q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int, implementation: str | None = None
@@ -25,7 +27,12 @@ def choose(
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
   """
   _check(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment)
-  return target.choose("segment_attention", implementation, {"xla": lambda: None, "reference": lambda: None})
+  obstacles = {
+    "mosaic_gpu": lambda: target.mosaic_gpu_obstacle(_NAME, q_BxTxHxC),
+    "xla": lambda: None,
+    "reference": lambda: None,
+  }
+  return target.choose(_NAME, implementation, obstacles)
 
 
 def segment_attention(
@@ -53,6 +60,8 @@ def segment_attention(
   name, _ = choose(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment, implementation=implementation)
   if name == "reference":
     return reference.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
+  if name == "mosaic_gpu":
+    return target.backend(_NAME, name).segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
   return xla.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment)
 
 

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax import distributed
 from pgolf_jax.data.loader import Loader
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
@@ -27,6 +28,7 @@ from pgolf_jax.progress import progress
 from pgolf_jax.run_folder import RunFolder, log
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.compile_watch import compilations
+from pgolf_jax.training.implementations import chosen
 from pgolf_jax.training.metrics import MetricsWriter
 from pgolf_jax.training.schedule import Schedule, StepPlan
 from pgolf_jax.training.step import (
@@ -104,10 +106,16 @@ class Trainer:
         copy, metrics = program(copy, rows, np.float32(0.0), np.float32(0.0))
     jax.block_until_ready(metrics)
 
+  def _local_elapsed(self) -> float:
+    return self._before + time.perf_counter() - self._began
+
   def _elapsed(self) -> float:
-    """Seconds of training so far, the same on every process."""
-    now = self._before + time.perf_counter() - self._began
-    return float(multihost_utils.broadcast_one_to_all(np.float64(now))) if jax.process_count() > 1 else now
+    """Seconds of training so far, the same on every process: what decides anything must come from here.
+
+    With several processes it waits for the steps that were dispatched before.
+    """
+    now = self._local_elapsed()
+    return float(multihost_utils.broadcast_one_to_all(np.float32(now))) if jax.process_count() > 1 else now
 
   def _progress(self) -> dict:
     return {"elapsed": self._elapsed(), "loader": self.loader.state(), "schedule": self.schedule.state()}
@@ -128,7 +136,10 @@ class Trainer:
       f"{parameters.count(self.settings.model):,}", self.mesh.size, self._world, len(programs),
       time.perf_counter() - started,
     )  # fmt: skip
+    for operation, choice in chosen(self.settings).items():
+      log.info("implementation of %s: %s", operation, choice)
     checkpoints = Checkpoints(self.run.checkpoints, self.settings, self.mesh, self._shapes)
+    checkpoints.warm_up(state)
     step, self._before = 0, 0.0
     if (latest := checkpoints.latest()) is not None:
       state, kept = checkpoints.restore(latest)
@@ -136,14 +147,17 @@ class Trainer:
       self.loader.restore(kept["loader"])
       self.schedule.restore(kept["schedule"])
       log.info("train: continuing after step %d, %.1f s into the clock", step, self._before)
-    writer = MetricsWriter(self.run.metrics, self.run.path / "tensorboard", first_step=step)
+    writer = None
+    if distributed.is_leader():
+      writer = MetricsWriter(self.run.metrics, self.run.path / "tensorboard", first_step=step)
     try:
       state, step = self._loop(programs, state, step, checkpoints, writer)
       if checkpoints.latest() != step:
         checkpoints.save(step, state, self._progress())
     finally:
       checkpoints.close()
-      writer.close()
+      if writer is not None:
+        writer.close()
     return state, {
       "steps": step,
       "seconds": self._before,
@@ -162,6 +176,8 @@ class Trainer:
     # With a step schedule the bar counts steps, else seconds of the clock.
     timed = math.isfinite(self.schedule.time_cap)
     total, unit = (self.schedule.time_cap, "s") if timed else (last, "steps")
+    self._began = time.perf_counter()
+    self._elapsed()  # compiles what several processes compare their clocks with
     compiled = compilations()
     self._recompilations = 0
     self._began = self._began_first = time.perf_counter()
@@ -182,14 +198,14 @@ class Trainer:
         if pending is not None:
           self._report(pending, writer, bar)
         pending = (step, plan, metrics)
-        bar.advance(self._elapsed() - shown if timed else 1)
-        shown = self._elapsed()
-        due = shown - saved_at >= t.checkpoint_every_seconds
+        bar.advance(elapsed - shown if timed else 1)
+        shown = elapsed
+        due = elapsed - saved_at >= t.checkpoint_every_seconds
         if due or (t.checkpoint_every_steps and step % t.checkpoint_every_steps == 0):
           self._report(pending, writer, bar)
           pending = None
           checkpoints.save(step, state, self._progress())
-          saved_at = self._elapsed()
+          saved_at = elapsed
         if self._validate is not None and t.val_loss_every and step % t.val_loss_every == 0:
           jax.block_until_ready(state)
           self._before = self._elapsed()
@@ -207,17 +223,17 @@ class Trainer:
       log.warning("train: FAULT: %d programs were compiled inside the clock", self._recompilations)
     return state, step
 
-  def _report(self, pending: tuple[int, StepPlan, StepMetrics], writer: MetricsWriter, bar) -> None:
+  def _report(self, pending: tuple[int, StepPlan, StepMetrics], writer: MetricsWriter | None, bar) -> None:
     step, plan, metrics = pending
-    loss = float(np.mean(_local(metrics.loss)))
-    grad_norm = float(np.max(_local(metrics.grad_norm)))
+    loss = float(np.asarray(metrics.loss).mean())
+    grad_norm = float(np.asarray(metrics.grad_norm).max())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
       raise UserError(
         f"Training stopped at step {step}: loss {loss}, gradient norm {grad_norm}. The newest good checkpoint is in "
         f"{self.run.checkpoints}; lower the learning rates and run again."
       )
-    seconds = self._elapsed() if jax.process_count() == 1 else self._before + time.perf_counter() - self._began
-    if jax.process_index() == 0:
+    seconds = self._local_elapsed()
+    if writer is not None:
       writer.write(
         {
           "step": step,
@@ -237,10 +253,3 @@ class Trainer:
       rate = step * self.settings.train.batch_tokens / max(seconds, 1e-9)
       log.info("step %d | loss %.4f | lr × %.3f | seq %d%s | %.1f s | %s tokens/s", step, loss, plan.lr_scale,
                plan.seq_len, " looping" if plan.looping else "", seconds, f"{rate:,.0f}")  # fmt: skip
-
-
-def _local(x: jax.Array) -> np.ndarray:
-  """The part of an array that this process holds."""
-  if x.is_fully_addressable:
-    return np.asarray(x)
-  return np.concatenate([np.ravel(s.data) for s in x.addressable_shards])
