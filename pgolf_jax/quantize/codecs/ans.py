@@ -5,6 +5,8 @@ the end. Probabilities come as whole numbers in float64, so that the coder's rou
 """
 
 import itertools
+import math
+from collections.abc import Sequence
 
 import constriction
 import numpy as np
@@ -83,3 +85,14 @@ def _chunks(count: int) -> list[tuple[int, int]]:
   while bounds[-1] < count:
     bounds.append(min(count, bounds[-1] + max(_FIRST_CHUNK, bounds[-1] // 4)))
   return list(itertools.pairwise(bounds))
+
+
+def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+  """All values in one int32 row."""
+  return np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
+
+
+def parts(values: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+  """The row cut into arrays of these shapes."""
+  ends = np.cumsum([0, *map(math.prod, shapes)]).tolist()
+  return [values[a:b].reshape(shape) for a, b, shape in zip(ends[:-1], ends[1:], shapes, strict=True)]

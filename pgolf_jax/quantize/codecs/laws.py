@@ -12,7 +12,8 @@ import numpy as np
 STEPS = 8  # widths per octave
 CENTRE = 32  # class of σ = 1
 CLASSES = 96  # σ from 2^-4 to 2^8
-PHASES = 8  # fractions of a unit that a mean may have
+PHASE_BITS = 3
+PHASES = 1 << PHASE_BITS  # fractions of a unit that a mean may have
 
 # β and α/σ = √(Γ(1/β)/Γ(3/β)).
 SHAPES = (
