@@ -32,7 +32,7 @@ def _cut(x_BxTxHxC: jax.Array, size: int, kv_heads: int | None = None) -> jax.Ar
 
 def _join(x: jax.Array) -> jax.Array:
   """[N, B, K, (G,) S, C] → [B, N·S, K·G, C]."""
-  N, B, *heads, S, C = x.shape
+  N, B, *_, S, C = x.shape
   x = x.reshape(N, B, -1, S, C)
   return x.transpose(1, 0, 3, 2, 4).reshape(B, N * S, x.shape[2], C)
 

@@ -80,7 +80,9 @@ class Loader:
       raise UserError(f"The checkpoint stands in training shard {index}, but there are only {len(self._paths)} shards.")
     self._open(index)
     if not self._cursor <= cursor <= len(self._tokens):
-      raise UserError(f"The checkpoint stands at token {cursor} of {self._paths[index]}, which has {len(self._tokens)}.")
+      raise UserError(
+        f"The checkpoint stands at token {cursor} of {self._paths[index]}, which has {len(self._tokens)}."
+      )
     self._cursor = cursor
 
 
