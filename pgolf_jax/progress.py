@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 _APPEAR_AFTER = 2.0  # seconds; shorter work shows nothing
 _LINE_EVERY = 10.0  # seconds between plain lines
+_silent = False
+
+
+def silence() -> None:
+  """Shows no more progress in this process: of several processes on one run, one speaks."""
+  global _silent
+  _silent = True
 
 
 class Progress:
@@ -31,7 +38,7 @@ class Progress:
 
   def _show(self) -> None:
     now = time.monotonic()
-    if now - self._began < _APPEAR_AFTER:
+    if _silent or now - self._began < _APPEAR_AFTER:
       return
     if self._live:
       self._draw()

@@ -88,6 +88,7 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   made = stage.make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
   if jax.process_index() == 0:
     write_bytes_atomically(run.artifact, made.data)
+  distributed.barrier("artifact written")
   code = package.code()
   parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
   found = accounting.account(made.data, **parts, tokenizer=0, budget=settings.quantize.budget_bytes)

@@ -4,9 +4,11 @@ Kept: parameters, moving average, optimizer state, and as JSON the step, the clo
 schedule's memory. Randomness needs no state of its own: after initialisation a run draws none.
 """
 
+import functools
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,7 +18,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.settings import Settings
 from pgolf_jax.training import optimizer
 from pgolf_jax.training.muon import MuonState
-from pgolf_jax.training.step import TrainState, shardings, state_specs
+from pgolf_jax.training.step import TrainState, shardings, state_shapes, state_specs
 
 
 class Checkpoints:
@@ -42,7 +44,8 @@ class Checkpoints:
     )
     self._abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract)
     # Both make new arrays: what is being written must not be donated to the next step, nor what Orbax restored.
-    self._unpad = jax.jit(lambda s: self._with_stacks(s, lambda x, n: x[:n]), out_shardings=replicated)
+    self._unpad_jitted = jax.jit(lambda s: self._with_stacks(s, lambda x, n: x[:n]), out_shardings=replicated)
+    self._padded = state_shapes(settings, mesh, params)
     self._pad = jax.jit(
       lambda s: jax.tree.map(jax.numpy.copy, self._with_stacks(s, lambda x, n: optimizer.pad_stack(x, mesh.size))),
       out_shardings=shardings(mesh, specs),
@@ -60,13 +63,25 @@ class Checkpoints:
     opt_state = jax.tree.map(apply, state.opt_state, is_leaf=lambda x: isinstance(x, MuonState))
     return state._replace(opt_state=opt_state)
 
+  def _host_copy(self, state: TrainState) -> TrainState:
+    # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.
+    return jax.tree.map(np.asarray, self._unpad(state))
+
+  @functools.cached_property
+  def _unpad(self):
+    return self._unpad_jitted.lower(self._padded).compile()
+
+  def warm_up(self) -> None:
+    """Compiles what `save` runs, so that it may be called while the clock runs."""
+    _ = self._unpad
+
   def latest(self) -> int | None:
     """Steps done at the newest whole checkpoint."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, progress: dict) -> None:
-    """Begins to write; returns once the state has been copied."""
-    whole = jax.block_until_ready(self._unpad(state))
+    """Begins to write; returns once the state has been copied to the host."""
+    whole = self._host_copy(state)
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(whole.params),
       average=ocp.args.StandardSave(whole.average),

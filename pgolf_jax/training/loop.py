@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from pgolf_jax import distributed
 from pgolf_jax.data.loader import Loader
@@ -34,12 +33,10 @@ from pgolf_jax.training.schedule import Schedule, StepPlan
 from pgolf_jax.training.step import (
   StepMetrics,
   TrainState,
-  batch_sharding,
+  argument_shapes,
   init_state,
   make_step,
   place_rows,
-  shardings,
-  state_specs,
   world_size,
 )
 
@@ -72,17 +69,11 @@ class Trainer:
 
   def compile(self) -> dict[tuple[int, bool], jax.stages.Compiled]:
     """Every step program, by (sequence length, looping)."""
-    specs = state_specs(self.settings, self.mesh, self._shapes)
-    abstract = jax.eval_shape(lambda p: init_state(self.settings, self.mesh, p), self._shapes)
-    state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings(self.mesh, specs)
-    )
-    tokens = jax.ShapeDtypeStruct((self._rows, self._span), np.uint16, sharding=batch_sharding(self.mesh))
-    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(self.mesh, P()))
+    arguments = argument_shapes(self.settings, self.mesh, self._shapes)
 
     def build(shape: tuple[int, bool]):
       step = make_step(self.settings, self.mesh, self._shapes, seq_len=shape[0], looping=shape[1])
-      return step.lower(state, tokens, scalar, scalar).compile()
+      return step.lower(*arguments).compile()
 
     shapes = self.schedule.shapes()
     with progress("compiling", total=len(shapes), unit="programs") as bar, ThreadPoolExecutor() as pool:
@@ -139,7 +130,7 @@ class Trainer:
     for operation, choice in chosen(self.settings).items():
       log.info("implementation of %s: %s", operation, choice)
     checkpoints = Checkpoints(self.run.checkpoints, self.settings, self.mesh, self._shapes)
-    checkpoints.warm_up(state)
+    checkpoints.warm_up()
     step, self._before = 0, 0.0
     if (latest := checkpoints.latest()) is not None:
       state, kept = checkpoints.restore(latest)

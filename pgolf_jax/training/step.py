@@ -63,15 +63,37 @@ def shardings(mesh: Mesh, specs):
   return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def init_state(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
-  """The state before the first step; the moving average starts at the parameters."""
-  specs = state_specs(settings, mesh, params)
+def _first_state(settings: Settings, mesh: Mesh, specs: TrainState):
+  """The function from parameters to the state before the first step."""
 
   @partial(jax.shard_map, mesh=mesh, in_specs=(P(),), out_specs=specs, check_vma=False)
   def init(params):
     return TrainState(params, _optimizer(settings, mesh).init(params), jax.tree.map(jnp.copy, params))
 
-  return jax.jit(init)(jax.device_put(params, NamedSharding(mesh, P())))
+  return jax.jit(init)
+
+
+def init_state(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
+  """The state before the first step; the moving average starts at the parameters."""
+  specs = state_specs(settings, mesh, params)
+  return _first_state(settings, mesh, specs)(jax.device_put(params, NamedSharding(mesh, P())))
+
+
+def state_shapes(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
+  """A TrainState's shapes, types and shardings, from parameters or their shapes."""
+  specs = state_specs(settings, mesh, params)
+  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+  found = jax.eval_shape(_first_state(settings, mesh, specs), shapes)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), found, shardings(mesh, specs))
+
+
+def argument_shapes(settings: Settings, mesh: Mesh, params: Params) -> tuple:
+  """What `make_step`'s function is called with, as shapes: enough to lower it, on a mesh that need not be there."""
+  rows = settings.train.micro_batches
+  span = settings.train.batch_tokens // rows + 1
+  tokens = jax.ShapeDtypeStruct((rows, span), np.uint16, sharding=batch_sharding(mesh))
+  scalar = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, P()))
+  return state_shapes(settings, mesh, params), tokens, scalar, scalar
 
 
 def make_step(settings: Settings, mesh: Mesh, params: Params, *, seq_len: int, looping: bool):
@@ -153,7 +175,10 @@ def make_step(settings: Settings, mesh: Mesh, params: Params, *, seq_len: int, l
   sharded = jax.shard_map(
     step, mesh=mesh, in_specs=(specs, P(AXIS), P(), P()), out_specs=(specs, metric_specs), check_vma=False
   )
-  return jax.jit(sharded, donate_argnums=0)
+  # Every process reports the whole step, so the few metrics go to all.
+  everywhere = NamedSharding(mesh, P())
+  layout = shardings(mesh, specs), StepMetrics(everywhere, everywhere)
+  return jax.jit(sharded, donate_argnums=0, out_shardings=layout)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
