@@ -59,6 +59,14 @@ def mosaic_gpu_obstacle(operation: str, *arguments) -> str | None:
   return target().hopper_obstacle() or backend(operation, "mosaic_gpu").obstacle(*arguments)
 
 
+def mosaic_tpu_obstacle(operation: str, *arguments) -> str | None:
+  """Why `operation` cannot take its Mosaic TPU kernels here, for these arguments, or None."""
+  here = target()
+  if here.platform != "tpu":
+    return f"it needs a TPU, not {here.kind} ({here.platform})"
+  return backend(operation, "mosaic_tpu").obstacle(*arguments)
+
+
 def choose(
   operation: str,
   implementation: str | None,

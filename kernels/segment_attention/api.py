@@ -29,6 +29,7 @@ def choose(
   _check(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment)
   obstacles = {
     "mosaic_gpu": lambda: target.mosaic_gpu_obstacle(_NAME, q_BxTxHxC),
+    "mosaic_tpu": lambda: target.mosaic_tpu_obstacle(_NAME, q_BxTxHxC),
     "xla": lambda: None,
     "reference": lambda: None,
   }
@@ -49,8 +50,8 @@ def segment_attention(
   Each key/value head serves H/K consecutive query heads. Scores, softmax and sums are float32.
 
   Args:
-    start_BxT: first key position that each query may see. Never falls along a row, and
-      0 ≤ t − start[t] < max_segment.
+    start_BxT: where each query's segment begins, the first key that it may see. Segments are stretches of a row:
+      start[j] = start[t] for every start[t] ≤ j ≤ t, and 0 ≤ t − start[t] < max_segment.
     max_segment: static bound on the length of a segment, in tokens.
     implementation: see `choose`.
 
@@ -62,7 +63,8 @@ def segment_attention(
     return reference.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
   if name == "mosaic_gpu":
     return target.backend(_NAME, name).segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
-  return xla.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment)
+  backend = xla if name == "xla" else target.backend(_NAME, name)
+  return backend.segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, max_segment=max_segment)
 
 
 def segment_starts(tokens_BxT: Int[Array, "B T"], *, bos_id: int, seq_len: int) -> Int[Array, "B T"]:

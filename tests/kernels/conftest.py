@@ -101,7 +101,12 @@ def _interpreted_mosaic_gpu():
     yield
 
 
-_INTERPRETERS = {"xla": contextlib.nullcontext, "mosaic_gpu": _interpreted_mosaic_gpu}
+# The TPU kernels are told to be interpreted by an argument.
+_INTERPRETERS = {
+  "xla": contextlib.nullcontext,
+  "mosaic_gpu": _interpreted_mosaic_gpu,
+  "mosaic_tpu": contextlib.nullcontext,
+}
 
 
 @pytest.fixture(scope="class")

@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgolf_jax.kernels import target
-from pgolf_jax.kernels.segment_attention import api, mosaic_gpu, reference
+from pgolf_jax.kernels.segment_attention import api, mosaic_gpu, mosaic_tpu, reference
 
 
-def starts(cuts, t):
-  """Each position's segment start, for segments that begin at 0 and at the cuts."""
+def starts(cuts, t, longest):
+  """Each position's segment start, for segments that begin at 0, at the cuts, and every `longest` tokens after."""
   begins = np.zeros(t, np.int32)
   begins[list(cuts)] = list(cuts)
-  return np.maximum.accumulate(begins)
+  begins = np.maximum.accumulate(begins)
+  position = np.arange(t)
+  return position - (position - begins) % longest
 
 
 def with_gradient(f):
@@ -35,6 +37,7 @@ class Cases:
 
   implementation: str
   b, t, h, k, c = 2, 37, 4, 2, 8
+  longest = 1000
   dtype = jnp.bfloat16
   tolerance = 1e-2
   examples = 3
@@ -64,7 +67,7 @@ class Cases:
     )
     def check(seed, cuts):
       q, k, v, dy = self.arguments(seed)
-      start = jnp.asarray(np.stack([starts(sorted(row), self.t) for row in cuts]))
+      start = jnp.asarray(np.stack([starts(sorted(row), self.t, self.longest) for row in cuts]))
       got = compiled(q, k, v, start, dy)
       exact = with_gradient(reference.segment_attention)
       want = exact(*(a.astype(jnp.float32) for a in (q, k, v)), start, dy.astype(jnp.float32))
@@ -79,7 +82,7 @@ class Cases:
     q, k, v, dy = self.arguments(1)
     others = self.arguments(2)
     first, end = self.t // 3, 2 * self.t // 3
-    start = jnp.broadcast_to(jnp.asarray(starts((first, end), self.t)), (self.b, self.t))
+    start = jnp.broadcast_to(jnp.asarray(starts((first, end), self.t, self.longest)), (self.b, self.t))
     changed = [
       a.at[:, :first].set(b[:, :first]).at[:, end:].set(b[:, end:]) for a, b in zip((q, k, v, dy), others, strict=True)
     ]
@@ -110,6 +113,19 @@ class TestMosaicGpu(Cases):
   @classmethod
   def attend(cls, q, k, v, start):
     return mosaic_gpu.segment_attention(q, k, v, start)
+
+
+class TestMosaicTpu(Cases):
+  """Rows of three chunks, the last not full; segments are cut to the bound, and so begin in the chunk before, too."""
+
+  implementation = "mosaic_tpu"
+  examples = 1
+  b, t, h, k, c = 1, 290, 2, 1, 64
+  longest = 128
+
+  @classmethod
+  def attend(cls, q, k, v, start):
+    return mosaic_tpu.segment_attention(q, k, v, start, max_segment=cls.longest, interpret=True)
 
 
 @pytest.mark.parametrize(
