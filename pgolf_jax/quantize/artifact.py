@@ -47,7 +47,7 @@ class Artifact:
 
   def params(self) -> dict[str, np.ndarray]:
     """fp32 parameters under their bank names, the same bits on every machine."""
-    return rebank({name: tensor.dequantize() for name, tensor in self.tensors.items()})
+    return rebank(self.tensors, lambda name: self.tensors[name].dequantize())
 
 
 def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec_name: str = "entropy") -> bytes:
@@ -115,7 +115,9 @@ def _require_finite(stream: Stream, arrays: list[np.ndarray]) -> None:
 
 
 def _digest(prefix: bytes, body: bytes) -> bytes:
-  return hashlib.blake2b(prefix + body, digest_size=_DIGEST).digest()
+  digest = hashlib.blake2b(prefix, digest_size=_DIGEST)
+  digest.update(body)
+  return digest.digest()
 
 
 def _opened(data: bytes) -> tuple[str, bytes, bytes]:

@@ -4,7 +4,7 @@ Shape letters: L layers, B rows of a stack, M outputs, N inputs.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -42,15 +42,34 @@ def unbank(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return matrices | {name: value for name, value in params.items() if name not in BANKS}
 
 
-def rebank(matrices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The inverse of `unbank`. Raises KeyError for a bank of which only a part is there."""
-  layers = num_layers(matrices)
+def rebank(names: Collection[str], value: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+  """The inverse of `unbank`, with one matrix at a time beside the banks.
+
+  Args:
+    names: of all matrices and parameters.
+    value: gives the matrix of a name; called once for each.
+
+  Raises:
+    KeyError: a bank's matrices are not all there.
+    ValueError: they are of different shapes.
+  """
+  layers = num_layers(names)
   params = {}
   for bank, suffixes in BANKS.items():
-    names = [f"blocks.{i}.{suffix}" for suffix in suffixes for i in range(layers)]
-    if any(name in matrices for name in names):
-      params[bank] = np.stack([np.asarray(matrices[name]) for name in names])
-  return params | {name: value for name, value in matrices.items() if bank_of(name) is None}
+    parts = [f"blocks.{i}.{suffix}" for suffix in suffixes for i in range(layers)]
+    if not any(name in names for name in parts):
+      continue
+    if missing := [name for name in parts if name not in names]:
+      raise KeyError(missing[0])
+    for i, name in enumerate(parts):
+      matrix = value(name)
+      if i == 0:
+        params[bank] = np.empty((len(parts), *matrix.shape), matrix.dtype)
+      if matrix.shape != params[bank].shape[1:]:
+        raise ValueError(f"{name} is {matrix.shape}, {parts[0]} {params[bank].shape[1:]}")
+      params[bank][i] = matrix
+      del matrix  # before the next one is made
+  return params | {name: value(name) for name in names if bank_of(name) is None}
 
 
 def bank_of(name: str) -> str | None:

@@ -25,7 +25,8 @@ from pgolf_jax.quantize.names import kind
 from pgolf_jax.quantize.tensors import Grid, Half, LowRank, Quantized, Rows
 
 _LARGE = 4096  # fp16 values of one kind from which on they get a stream of their own
-_MAX_TENSORS = 4096
+_MAX_SIDE = 1 << 20  # rows or columns of a grid
+_MAX_RANK = 64  # of a correction
 _MAX_DIMENSIONS = 4
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,99}")
 
@@ -141,6 +142,7 @@ def check_entry(entry: object) -> None:
     require(not more, f"too much to say of {name}")
     return
   require(form == "grid" and len(more) == 2, f"an unknown form for {name}")
+  require(max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")
   (rows, columns), (wide, low_rank) = shape, more
   if wide is not None:
     require(isinstance(wide, list) and len(wide) == 2 and isinstance(wide[1], list), f"odd groups for {name}")
@@ -151,6 +153,6 @@ def check_entry(entry: object) -> None:
   if low_rank is not None:
     require(isinstance(low_rank, list) and len(low_rank) == 3, f"odd factors for {name}")
     rank, a_steps, b_steps = low_rank
-    require(number(rank, 1, min(rows, columns)) and a_steps in (1, rows), f"odd factors for {name}")
+    require(number(rank, 1, min(rows, columns, _MAX_RANK)) and a_steps in (1, rows), f"odd factors for {name}")
     require(number(b_steps, 1, rank * columns) and rank * columns % b_steps == 0, f"odd factors for {name}")
     require(type(a_steps) is int, f"odd factors for {name}")

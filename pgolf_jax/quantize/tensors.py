@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+_SLAB = 1 << 18  # values of a product worked on at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Half:
@@ -52,11 +54,14 @@ class LowRank:
 
   def dequantize(self) -> np.ndarray:
     a_MxR, b_RxN = self.a(), self.b()
-    # One rank after the other, each sum in float64 and rounded to float32: what a fused multiply-add gives.
     total_MxN = np.zeros((a_MxR.shape[0], b_RxN.shape[1]), np.float32)
-    for r in range(b_RxN.shape[0]):
-      product_MxN = np.multiply.outer(a_MxR[:, r].astype(np.float64), b_RxN[r].astype(np.float64))
-      total_MxN = (total_MxN + product_MxN).astype(np.float32)
+    rows = max(1, _SLAB // b_RxN.shape[1])
+    for first in range(0, len(total_MxN), rows):
+      slab = slice(first, first + rows)
+      # One rank after the other, each sum in float64 and rounded to float32: what a fused multiply-add gives.
+      for r in range(b_RxN.shape[0]):
+        product = np.multiply.outer(a_MxR[slab, r].astype(np.float64), b_RxN[r].astype(np.float64))
+        total_MxN[slab] = total_MxN[slab] + product
     return total_MxN
 
 
@@ -72,11 +77,14 @@ class Grid:
   low_rank: LowRank | None = None
 
   def dequantize(self) -> np.ndarray:
-    weight_MxN = self.q_MxN.astype(np.float32) * self.scale_M.astype(np.float32)[:, None]
+    weight_MxN = self.q_MxN.astype(np.float32)
+    weight_MxN *= self.scale_M.astype(np.float32)[:, None]
     for start in self.wide_starts:
       columns = slice(start, start + self.wide_size)
       weight_MxN[:, columns] = self.q_MxN[:, columns] * self.wide_scale_M.astype(np.float32)[:, None]
-    return weight_MxN if self.low_rank is None else weight_MxN + self.low_rank.dequantize()
+    if self.low_rank is not None:
+      weight_MxN += self.low_rank.dequantize()
+    return weight_MxN
 
 
 Quantized = Half | Rows | Grid

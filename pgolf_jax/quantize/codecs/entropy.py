@@ -59,9 +59,11 @@ def _put_halves(writer: Writer, arrays: Sequence[np.ndarray]) -> None:
 
 def _take_halves(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
   count = sum(map(math.prod, shapes))
-  bits = take_counted(reader, count, _HIGH_ALPHABET) << _LOW_BITS
-  bits |= reader.take(count, _LOW)
-  return parts(bits.astype(np.uint16).view(np.float16), shapes)
+  # In 16 bits at once, so that no more is held than the values will take as fp32.
+  bits = take_counted(reader, count, _HIGH_ALPHABET).astype(np.uint16)
+  bits <<= _LOW_BITS
+  bits |= reader.take(count, _LOW).astype(np.uint16)
+  return parts(bits.view(np.float16), shapes)
 
 
 def _put_small(writer: Writer, arrays: Sequence[np.ndarray]) -> None:
@@ -69,5 +71,6 @@ def _put_small(writer: Writer, arrays: Sequence[np.ndarray]) -> None:
 
 
 def _take_small(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-  values = take_counted(reader, sum(map(math.prod, shapes)), 256) - 128
+  values = take_counted(reader, sum(map(math.prod, shapes)), 256)
+  values -= 128
   return parts(values.astype(np.int8), shapes)

@@ -16,11 +16,12 @@ import numpy as np
 from pgolf_jax.quantize.codecs import laws, means, widths
 from pgolf_jax.quantize.codecs.ans import Reader, Writer, joined, parts, put_counted, table, take_counted
 from pgolf_jax.quantize.codecs.laws import CLASSES, PHASE_BITS, PHASES, SHAPES
-from pgolf_jax.quantize.codecs.means import B_LIMIT, RANKS, Mean
+from pgolf_jax.quantize.codecs.means import B_LIMIT, LEAST_SIDE, RANKS, Mean
 from pgolf_jax.quantize.codecs.widths import ROW_STEP
 from pgolf_jax.quantize.errors import ArtifactError
 
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
+_CELL = 1 << 20  # values
 _REACH = 255  # of an integer less its mean, −128 … 127 less −127 … 127
 _WORD = table(np.ones(1 << 16))
 _BASIS = table(laws.weights(means.BASIS_WIDTH, 0, 0, -B_LIMIT, B_LIMIT))
@@ -34,12 +35,17 @@ class Model:
 
 
 def _cells(model: Model) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-  """(rows, columns, width class) of each submatrix of one class, in a fixed order, together covering the matrix."""
+  """(rows, columns, width class) of submatrices of one class, in a fixed order, together covering the matrix.
+
+  None is much larger than `_CELL`, whatever the classes, so that working on one takes little memory.
+  """
   rows = [(int(r), np.flatnonzero(model.row_M == r)) for r in np.unique(model.row_M)]
   columns = [(int(c), np.flatnonzero(model.column_N == c)) for c in np.unique(model.column_N)]
   for r, row in rows:
     for c, column in columns:
-      yield row, column, min(max(c + ROW_STEP * r, 0), CLASSES - 1)
+      slab = max(1, _CELL // len(row))
+      for first in range(0, len(column), slab):
+        yield row, column[first : first + slab], min(max(c + ROW_STEP * r, 0), CLASSES - 1)
 
 
 def fit(q_MxN: np.ndarray) -> Model:
@@ -50,7 +56,7 @@ def fit(q_MxN: np.ndarray) -> Model:
   if mean is None:
     return Model(None, *flat)
   # What looked like a direction may have been a few wide columns, which their classes tell for less.
-  *around, bits = widths.fit(q_MxN - mean.phases())
+  *around, bits = widths.fit(q_MxN - mean.phases().T)
   return Model(mean, *around) if bits + mean.bits() < flat_bits else Model(None, *flat)
 
 
@@ -94,14 +100,13 @@ def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
 
 def _pieces(q_MxN: np.ndarray, model: Model):
   """(width class, phase, values less the whole part of their mean), in the order in which they are stored."""
-  mean_MxN = None if model.mean is None else model.mean.phases()
   for row, column, width in _cells(model):
     # By column, as the columns' classes come.
     part = q_MxN.T[np.ix_(column, row)].astype(np.int32).reshape(-1)
-    if mean_MxN is None:
+    if model.mean is None:
       yield width, 0, part
       continue
-    mean = mean_MxN.T[np.ix_(column, row)].reshape(-1)
+    mean = model.mean.phases(row, column).reshape(-1)
     for phase in range(PHASES):
       chosen = (mean & (PHASES - 1)) == phase
       yield width, phase, part[chosen] - (mean[chosen] >> PHASE_BITS)
@@ -110,20 +115,18 @@ def _pieces(q_MxN: np.ndarray, model: Model):
 def _take_grid(reader: Reader, model: Model, size: tuple[int, ...], shape: int, low: int, high: int) -> np.ndarray:
   rows, columns = size
   q_NxM = np.zeros((columns, rows), np.int8)
-  mean_MxN = None if model.mean is None else model.mean.phases()
   for row, column, width in _cells(model):
-    where = np.ix_(column, row)
-    if mean_MxN is None:
+    if model.mean is None:
       part = reader.take(len(column) * len(row), _law(width, shape, 0, low, high)) + low
     else:
-      mean = mean_MxN.T[where].reshape(-1)
+      mean = model.mean.phases(row, column).reshape(-1)
       part = mean >> PHASE_BITS
       for phase in range(PHASES):
         chosen = (mean & (PHASES - 1)) == phase
         part[chosen] += reader.take(int(chosen.sum()), _law(width, shape, phase, low, high)) + low
-    if len(part) and not -128 <= part.min() <= part.max() <= 127:
+    if not -128 <= part.min() <= part.max() <= 127:
       raise ArtifactError("A stream of the artifact holds integers of more than 8 bits: it is damaged.")
-    q_NxM[where] = part.reshape(len(column), len(row))
+    q_NxM[np.ix_(column, row)] = part.reshape(len(column), len(row))
   return np.ascontiguousarray(q_NxM.T)
 
 
@@ -157,6 +160,8 @@ def _put_mean(writer: Writer, mean: Mean) -> None:
 
 
 def _take_mean(reader: Reader, size: tuple[int, ...], rank: int) -> Mean:
+  if min(size) < LEAST_SIDE:
+    raise ArtifactError("A stream of the artifact gives a mean to a matrix too small for it: it is damaged.")
   flipped, high, low = (int(reader.take(1, _WORD)[0]) for _ in range(3))
   tall, wide = size[::-1] if flipped else size
   a_MxK = np.stack([_take_coefficients(reader, tall) for _ in range(rank)], axis=1)

@@ -14,6 +14,7 @@ import numpy as np
 from pgolf_jax.quantize.codecs.laws import CENTRE, PHASES, STEPS
 
 RANKS = 16  # directions of a mean, at most
+LEAST_SIDE = 2 * RANKS  # rows and columns of a matrix that may have one
 A_LIMIT, B_LIMIT, FACTOR_LIMIT = 2**15 - 1, 2**10 - 1, 2**32 - 1  # with RANKS, they keep A·B · factor within int64
 _BASIS_LEVEL = 8  # root mean square of B's entries
 BASIS_WIDTH = CENTRE + 3 * STEPS  # their width class
@@ -37,12 +38,17 @@ class Mean:
     rows = self.a_MxK.shape[0]
     return 5.1 * self.b_KxN.size + sum(64 - float(np.sum(c * np.log2(c / rows))) for c in counts)
 
-  def phases(self) -> np.ndarray:
-    """int32 [M, N] in units of 1/PHASES, held to the range of int8, so that no file can ask for more."""
-    product = np.matmul(self.a_MxK.astype(np.float64), self.b_KxN.astype(np.float64)).astype(np.int64)
+  def phases(self, row=slice(None), column=slice(None)) -> np.ndarray:
+    """int32 [columns, rows] of a part of the matrix, in units of 1/PHASES, held to the range of int8.
+
+    Args:
+      row, column: indices of the part.
+    """
+    left, right = (column, row) if self.flipped else (row, column)
+    product = np.matmul(self.a_MxK[left].astype(np.float64), self.b_KxN[:, right].astype(np.float64)).astype(np.int64)
     found = (product * self.factor + (1 << (_FACTOR_BITS - 1))) >> _FACTOR_BITS
     found = np.clip(found, -127 * PHASES, 127 * PHASES).astype(np.int32)
-    return found.T if self.flipped else found
+    return found if self.flipped else found.T
 
 
 def fit(q_MxN: np.ndarray) -> Mean | None:
@@ -50,7 +56,7 @@ def fit(q_MxN: np.ndarray) -> Mean | None:
   flipped = q_MxN.shape[0] < q_MxN.shape[1]
   tall_MxN = (q_MxN.T if flipped else q_MxN).astype(np.float64)
   rows, columns = tall_MxN.shape
-  if columns < 2 * RANKS:
+  if columns < LEAST_SIDE:
     return None
   gram_NxN = np.matmul(tall_MxN.T, tall_MxN)
   if not gram_NxN.any():
