@@ -62,7 +62,11 @@ def fit(q_MxN: np.ndarray) -> Model:
 
 def put_grids(writer: Writer, arrays: Sequence[np.ndarray]) -> None:
   """Writes int8 matrices: what their models have in common, the classes of all, then each one's mean and values."""
-  models = [fit(q) for q in arrays]
+  from threadpoolctl import threadpool_limits  # not needed to read
+
+  # Many products of a few megaflops: more threads wait for each other and take three times the core-seconds.
+  with threadpool_limits(1, "blas"):
+    models = [fit(q) for q in arrays]
   pieces = [list(_pieces(q, model)) for q, model in zip(arrays, models, strict=True)]
   low = min((int(v.min()) for p in pieces for *_, v in p if len(v)), default=0)
   high = max((int(v.max()) for p in pieces for *_, v in p if len(v)), default=0)
