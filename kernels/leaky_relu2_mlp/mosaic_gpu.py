@@ -2,7 +2,8 @@
 
 Both are persistent, warp-specialised matrix products: one warpgroup keeps copies in flight, two multiply, each its
 half of a tile's columns. The activation and its derivative live in the epilogue, on the float32 sums in registers,
-so that no pass over [N, F] is left to anything else.
+so that no pass over [N, F] is left to anything else. Each is jitted on its own, so that a model of many layers traces
+and lowers it once.
 """
 
 import functools
@@ -39,6 +40,7 @@ def obstacle(x_NxD, up_FxD) -> str | None:
   return None
 
 
+@functools.partial(jax.jit, static_argnames="slope")
 def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array, jax.Array]:
   """See xla.py. Any number of tokens: they are padded to whole tiles of 128."""
   n, f, dtype = x_NxD.shape[0], up_FxD.shape[0], x_NxD.dtype
@@ -66,6 +68,7 @@ def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array,
   return u_NxF[:n], a_NxF[:n]
 
 
+@functools.partial(jax.jit, static_argnames="slope")
 def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slope: float) -> jax.Array:
   """See xla.py. A tile of u is fetched while the product runs and overwritten with the result."""
   n, f, dtype = dy_NxD.shape[0], down_DxF.shape[1], dy_NxD.dtype

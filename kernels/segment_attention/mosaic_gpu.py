@@ -7,6 +7,8 @@ hide each other's copies, softmax and epilogue.
 
 The backward pass takes two kernels, one by queries (dq) and one by keys (dk, dv). That repeats two of the five
 products, but every sum has one order: gradients are the same to the bit from run to run.
+
+Each kernel is jitted on its own, so that a model of many layers traces and lowers it once.
 """
 
 import math
@@ -124,6 +126,7 @@ def _confined(scores, query_tile, key_tile, start, last_start):
   return lax.cond((key_tile == query_tile) | (key_tile * _BLOCK < last_start), masked, lambda: scores)
 
 
+@jax.jit
 def _attend(q, k, v, start):
   """The outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32."""
   b, t, h, c = q.shape
@@ -181,6 +184,7 @@ def _attend(q, k, v, start):
   )(q, k, v, start)
 
 
+@jax.jit
 def _query_gradient(q, k, v, start, dy, lse, delta):
   b, t, h, c = q.shape
   scale = 1 / math.sqrt(c)
@@ -243,6 +247,7 @@ def _seeing_queries(start_BxT: jax.Array) -> jax.Array:
   return jnp.stack([all_of_it, any_of_it], axis=-1)
 
 
+@jax.jit
 def _key_gradients(q, k, v, start, dy, lse, delta):
   b, t, h, c = q.shape
   kv_heads = k.shape[2]

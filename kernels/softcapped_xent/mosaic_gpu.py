@@ -54,6 +54,7 @@ def _capped(z_smem, constants: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
   return tanh * jnp.where(positive, constants[0], constants[1]), tanh
 
 
+@jax.jit
 def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax.Array:
   """See xla.py. The sums run beside a running maximum, so that any caps will do."""
   n, v = z_NxV.shape
@@ -93,6 +94,7 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
   )(z_NxV, _constants(cap_pos, cap_neg))
 
 
+@jax.jit
 def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_pos, cap_neg) -> jax.Array:
   """See xla.py."""
   n, v = z_NxV.shape
