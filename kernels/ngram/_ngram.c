@@ -89,8 +89,8 @@ static Py_ssize_t extend(State *self, PyObject *tokens) {
     PyErr_Format(PyExc_OverflowError, "a state holds at most %zu tokens", NGRAM_MAX_TOKENS);
   } else {
     n = view.len / view.itemsize;
-    uint32_t *to = ngram_extend(&self->ngram, (size_t)n);
-    if (!to) {
+    uint32_t *to;
+    if (!ngram_extend(&self->ngram, (size_t)n, &to)) {
       PyErr_NoMemory();
       n = -1;
     } else if (!copy_tokens(to, &view, n, self->ngram.vocab_size)) {
@@ -171,7 +171,7 @@ static PyObject *State_new(PyTypeObject *type, PyObject *args, PyObject *keyword
 }
 
 static void State_dealloc(State *self) {
-  PyTypeObject *type = Py_TYPE(self);
+  PyTypeObject *type = Py_TYPE((PyObject *)self);
   ngram_free(&self->ngram);
   freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
   release(self);

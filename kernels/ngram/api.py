@@ -75,7 +75,7 @@ class NgramState:
       `(hint, gate)`. Where the context is new or not yet full, the hint is 0, its confidence 0 and the gate shut.
 
     Raises:
-      MemoryError: the counts do not fit; the state can take no more updates.
+      MemoryError: memory ran out. A state whose counts were left incomplete takes no more updates.
       ValueError: a token is not in [0, vocab_size), or an array is of the wrong kind; nothing was taken.
     """
     n = len(tokens)

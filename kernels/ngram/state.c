@@ -1,25 +1,21 @@
 #include "state.h"
 
+#include "keys.h"
+
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* The published multipliers of a context's tokens, oldest first; the one after the last is the next token's. */
-static const uint32_t COEFFICIENT[NGRAM_MAX_CONTEXT + 1] = {
-    36313,   27191,   51647,   81929,   131071,  196613,  262147,  393241,  524309,  655373,  786433,
-    917521,  1048583, 1179653, 1310729, 1441801, 1572869, 1703941, 1835017, 1966087, 2097169, 2228243,
-    2359319, 2490389, 2621471, 2752549, 2883617, 3014687, 3145757, 3276833, 3407903, 3538973,
-};
-static const uint64_t PAIR = 1000003;
-
 enum {
-  BLOCK = 512,             /* targets whose keys are computed ahead */
-  SLOT_AHEAD = 24,         /* targets between asking for a slot's cache line and using it */
-  RECORD_AHEAD = 8,        /* the same for what the slot refers to */
-  SMALLEST_THREADED = 8192 /* targets for which starting a thread pays */
+  BLOCK = 512,              /* targets whose keys are computed ahead */
+  BUCKET_AHEAD = 12,        /* targets between asking for a bucket and using it */
+  RECORD_AHEAD = 4,         /* the same for what its entry refers to */
+  SMALLEST_THREADED = 8192, /* targets for which starting a thread pays */
+  SPARE_SEEDS = 64          /* seeds that the history has room for besides the expected targets */
 };
 
-/* A context or pair seen once is its position plus one. Seen again, it is RECORD plus the number of a record. */
+/* What a table refers to: a context or pair seen once, by its position; seen again, by RECORD plus the number of its
+   record. */
 static const uint32_t RECORD = 0x80000000u;
 
 typedef struct {
@@ -42,27 +38,6 @@ typedef struct {
   uint32_t pair_hash;
 } event;
 
-static inline uint64_t mixed(uint64_t x) {
-  x ^= x >> 32;
-  x *= 0xd6e8feb86659fd93u;
-  x ^= x >> 32;
-  return x * 0xd6e8feb86659fd93u;
-}
-
-static inline uint64_t pair_key(const ngram *s, uint64_t key, uint32_t token) {
-  return key * PAIR ^ (uint64_t)token * COEFFICIENT[s->context];
-}
-
-/* Keys of the contexts in front of `count` neighbouring targets; `first` is the oldest token of the first context.
-   One coefficient at a time, so that the compiler can work on several targets at once. */
-static void context_keys(const uint32_t *first, int context, int count, uint64_t *key) {
-  memset(key, 0, (size_t)count * sizeof *key);
-  for (int j = 0; j < context; ++j) {
-    const uint32_t c = COEFFICIENT[j];
-    for (int i = 0; i < count; ++i) key[i] ^= (uint64_t)first[i + j] * c;
-  }
-}
-
 static uint64_t key_at(const ngram *s, const uint32_t *history, uint32_t position) {
   uint64_t key;
   context_keys(history + position - s->context, s->context, 1, &key);
@@ -84,72 +59,95 @@ static inline bool same_context(const ngram *s, const uint32_t *history, uint32_
 static inline bool same_pair(const ngram *s, const uint32_t *history, uint32_t old, const event *e) {
   const int n = s->context;
   if (same_tokens(history + old - n, history + e->position - n, n + 1)) return true;
-  return !s->exact && pair_key(s, key_at(s, history, old), history[old]) == e->pair_key;
+  return !s->exact && pair_key(key_at(s, history, old), history[old], s->context) == e->pair_key;
 }
 
 /* Counts the pair once more; its count, this time included. */
 static uint32_t count_pair(const ngram *s, ngram_shard *shard, const uint32_t *history, const event *e) {
-  const table *t = &shard->pairs;
+  table *t = &shard->pairs;
   pair_record *records = shard->pair_records.items;
   for (uint64_t i = table_home(t, e->pair_hash);; i = table_next(t, i)) {
-    slot *at = &t->slots[i];
-    if (!at->ref) {
-      *at = (slot){e->pair_hash, e->position + 1};
-      shard->pairs.count += 1;
-      return 1;
+    bucket *b = &t->buckets[i];
+    for (uint32_t matches = bucket_matches(b, e->pair_hash); matches; matches &= matches - 1) {
+      uint32_t *ref = &b->ref[__builtin_ctz(matches)];
+      if (*ref & RECORD) {
+        pair_record *record = &records[*ref & ~RECORD];
+        if (same_pair(s, history, record->position, e)) return record->count += 1;
+      } else if (same_pair(s, history, *ref, e)) {
+        const size_t number = shard->pair_records.count++;
+        records[number] = (pair_record){e->position, 2};
+        *ref = RECORD | (uint32_t)number;
+        return 2;
+      }
     }
-    if (at->hash != e->pair_hash) continue;
-    if (at->ref & RECORD) {
-      pair_record *record = &records[at->ref & ~RECORD];
-      if (same_pair(s, history, record->position, e)) return record->count += 1;
-    } else if (same_pair(s, history, at->ref - 1, e)) {
-      const size_t number = shard->pair_records.count++;
-      records[number] = (pair_record){e->position, 2};
-      at->ref = RECORD | (uint32_t)number;
-      return 2;
-    }
+    if (bucket_full(b)) continue;
+    bucket_insert(b, e->pair_hash, e->position);
+    t->count += 1;
+    return 1;
   }
+}
+
+/* The record of a target's context, made if it was seen once before. If it is new, NULL, and `*end` is the bucket
+   where it belongs. */
+static context_record *find_context(const ngram *s, ngram_shard *shard, const uint32_t *history, const event *e,
+                                    bucket **end) {
+  table *t = &shard->contexts;
+  context_record *records = shard->context_records.items;
+  for (uint64_t i = table_home(t, e->hash);; i = table_next(t, i)) {
+    bucket *b = &t->buckets[i];
+    for (uint32_t matches = bucket_matches(b, e->hash); matches; matches &= matches - 1) {
+      uint32_t *ref = &b->ref[__builtin_ctz(matches)];
+      if (*ref & RECORD) {
+        context_record *record = &records[*ref & ~RECORD];
+        if (same_context(s, history, record->position, e)) return record;
+      } else if (same_context(s, history, *ref, e)) {
+        const size_t number = shard->context_records.count++;
+        records[number] = (context_record){*ref, 1, 1};
+        *ref = RECORD | (uint32_t)number;
+        return &records[number];
+      }
+    }
+    *end = b;
+    if (!bucket_full(b)) return NULL;
+  }
+}
+
+/* The count of the pair in a context compared in full, this time included. As long as one token alone has followed a
+   context, its count is the context's, and the table of pairs holds nothing; so it stays small. */
+static uint32_t count_pair_lazily(const ngram *s, ngram_shard *shard, const uint32_t *history, const event *e,
+                                  const context_record *record) {
+  if (record->best == record->total) {
+    const uint32_t token = history[record->position];
+    if (token == history[e->position]) return record->best + 1;
+    const uint32_t number = (uint32_t)shard->pair_records.count++;
+    ((pair_record *)shard->pair_records.items)[number] = (pair_record){record->position, record->best};
+    table_insert(&shard->pairs, hash_of(pair_key(e->key, token, s->context)), RECORD | number);
+  }
+  return count_pair(s, shard, history, e);
 }
 
 /* Gives the hint for one target and counts the target. */
 static void take(const ngram *s, ngram_shard *shard, const uint32_t *history, const event *e, size_t out_at,
                  ngram_out out) {
-  const table *t = &shard->contexts;
-  context_record *records = shard->context_records.items;
-  const uint32_t pair = count_pair(s, shard, history, e);
-  context_record *record = NULL;
-  uint64_t i = table_home(t, e->hash);
-  for (; t->slots[i].ref; i = table_next(t, i)) {
-    slot *at = &t->slots[i];
-    if (at->hash != e->hash) continue;
-    if (at->ref & RECORD) {
-      record = &records[at->ref & ~RECORD];
-      if (same_context(s, history, record->position, e)) break;
-    } else if (same_context(s, history, at->ref - 1, e)) {
-      const size_t number = shard->context_records.count++;
-      record = &records[number];
-      *record = (context_record){at->ref - 1, 1, 1};
-      at->ref = RECORD | (uint32_t)number;
-      break;
+  uint32_t pair = s->exact ? 1 : count_pair(s, shard, history, e);
+  bucket *end;
+  context_record *record = find_context(s, shard, history, e, &end);
+  if (!record) {
+    uint32_t ref = e->position;
+    if (pair > 1) { /* another context had this pair key: the published scheme takes its count over */
+      const uint32_t number = (uint32_t)shard->context_records.count++;
+      ((context_record *)shard->context_records.items)[number] = (context_record){e->position, 1, pair};
+      ref = RECORD | number;
     }
-  }
-  slot *at = &t->slots[i];
-  if (!at->ref) {
+    bucket_insert(end, e->hash, ref);
     shard->contexts.count += 1;
-    at->hash = e->hash;
-    if (pair == 1) {
-      at->ref = e->position + 1;
-    } else { /* another context had this pair key: the published scheme takes its count over */
-      const size_t number = shard->context_records.count++;
-      records[number] = (context_record){e->position, 1, pair};
-      at->ref = RECORD | (uint32_t)number;
-    }
     return;
   }
   const float confidence = (float)record->best / (float)record->total;
   if (out.confidence) out.confidence[out_at] = confidence;
   out.hint[out_at] = history[record->position];
   out.gate[out_at] = confidence >= s->threshold;
+  if (s->exact) pair = count_pair_lazily(s, shard, history, e, record);
   record->total += 1;
   if (pair > record->best) {
     record->best = pair;
@@ -157,20 +155,22 @@ static void take(const ngram *s, ngram_shard *shard, const uint32_t *history, co
   }
 }
 
-/* Asks for the cache lines behind a slot: its record, or the tokens that it will be compared with. */
-static inline void prefetch_referred(const table *t, uint32_t hash, const void *records, size_t width,
-                                     const uint32_t *history, int context) {
-  for (uint64_t i = table_home(t, hash); t->slots[i].ref; i = table_next(t, i)) {
-    if (t->slots[i].hash != hash) continue;
-    const uint32_t ref = t->slots[i].ref;
-    if (ref & RECORD) {
-      __builtin_prefetch((const char *)records + (ref & ~RECORD) * width);
-    } else {
-      __builtin_prefetch(history + ref - 1);
-      __builtin_prefetch(history + ref - 1 - context);
-    }
-    return;
+/* Asks for the cache lines behind an entry: its record, or the tokens that it will be compared with. True where there
+   is a record. */
+static inline bool prefetch_referred(const table *t, uint32_t hash, const vector *records, size_t width,
+                                     const ngram *s) {
+  const bucket *b = &t->buckets[table_home(t, hash)];
+  const uint32_t matches = bucket_matches(b, hash);
+  if (!matches) return false;
+  const uint32_t ref = b->ref[__builtin_ctz(matches)];
+  if (ref & RECORD) {
+    __builtin_prefetch((const char *)records->items + (ref & ~RECORD) * width);
+    return true;
   }
+  const uint32_t *token = (const uint32_t *)s->history.items + ref;
+  __builtin_prefetch(token);
+  __builtin_prefetch(token - s->context);
+  return false;
 }
 
 /* Events of this shard among the targets at [begin, end) of the history. */
@@ -180,13 +180,12 @@ static int events_of(const ngram *s, int number, const uint32_t *history, size_t
   context_keys(history + begin - s->context, s->context, count, keys);
   int mine = 0;
   for (int i = 0; i < count; ++i) {
-    const uint64_t mix = mixed(keys[i]);
     event *e = &events[mine];
     e->key = keys[i];
-    e->pair_key = pair_key(s, keys[i], history[begin + i]);
+    e->pair_key = pair_key(keys[i], history[begin + i], s->context);
     e->position = (uint32_t)(begin + i);
-    e->hash = (uint32_t)(mix >> 32);
-    e->pair_hash = (uint32_t)(mixed(e->pair_key) >> 32);
+    e->hash = hash_of(keys[i]);
+    e->pair_hash = hash_of(e->pair_key);
     if (s->shards > 1) {
       const uint64_t group = s->exact ? keys[i] : (keys[i] * PAIR) >> s->group_shift;
       const uint64_t spread = mixed(group ^ 0x9e3779b97f4a7c15u) >> 32;
@@ -198,36 +197,44 @@ static int events_of(const ngram *s, int number, const uint32_t *history, size_t
   return mine;
 }
 
+/* Room for all that `count` targets can add. */
+static bool reserve(const ngram *s, ngram_shard *shard, size_t count) {
+  const size_t expected = s->expected / (size_t)s->shards;
+  const size_t pairs = s->exact ? 2 * count : count; /* lazily, the pairs before and of a context's second token */
+  return table_reserve(&shard->contexts, count, expected) &&
+         table_reserve(&shard->pairs, pairs, s->exact ? 0 : expected) &&
+         vector_reserve(&shard->context_records, count, sizeof(context_record), 0) &&
+         vector_reserve(&shard->pair_records, pairs, sizeof(pair_record), 0);
+}
+
 /* One shard's part of ngram_count. */
 static bool count_shard(const ngram *s, int number, size_t n, ngram_out out) {
   ngram_shard *shard = &s->shard[number];
   const uint32_t *history = s->history.items;
   const size_t end = s->history.count;
   const size_t start = end - n;
-  const uint64_t expected = s->expected / (uint64_t)s->shards;
   event events[BLOCK];
   size_t begin = start < (size_t)s->context ? (size_t)s->context : start; /* no hint before a full context */
   for (; begin < end; begin += BLOCK) {
     const size_t stop = end - begin < BLOCK ? end : begin + BLOCK;
     const int count = events_of(s, number, history, begin, stop, events);
-    const size_t extra = (size_t)count;
-    if (!table_reserve(&shard->contexts, extra, expected) || !table_reserve(&shard->pairs, extra, expected) ||
-        !vector_reserve(&shard->context_records, extra, sizeof(context_record), 0) ||
-        !vector_reserve(&shard->pair_records, extra, sizeof(pair_record), 0)) {
-      return false;
-    }
+    if (!reserve(s, shard, (size_t)count)) return false;
     const table *contexts = &shard->contexts, *pairs = &shard->pairs;
-    for (int i = -SLOT_AHEAD; i < count; ++i) {
-      if (i + SLOT_AHEAD < count) {
-        const event *e = &events[i + SLOT_AHEAD];
-        __builtin_prefetch(&contexts->slots[table_home(contexts, e->hash)], 1);
-        __builtin_prefetch(&pairs->slots[table_home(pairs, e->pair_hash)], 1);
+    for (int i = -BUCKET_AHEAD; i < count; ++i) {
+      if (i + BUCKET_AHEAD < count) {
+        const event *e = &events[i + BUCKET_AHEAD];
+        __builtin_prefetch(&contexts->buckets[table_home(contexts, e->hash)], 1);
+        if (!s->exact) __builtin_prefetch(&pairs->buckets[table_home(pairs, e->pair_hash)], 1);
       }
       if (i + RECORD_AHEAD >= 0 && i + RECORD_AHEAD < count) {
         const event *e = &events[i + RECORD_AHEAD];
-        prefetch_referred(contexts, e->hash, shard->context_records.items, sizeof(context_record), history,
-                          s->context);
-        prefetch_referred(pairs, e->pair_hash, shard->pair_records.items, sizeof(pair_record), history, s->context);
+        const bool seen_twice =
+            prefetch_referred(contexts, e->hash, &shard->context_records, sizeof(context_record), s);
+        if (!s->exact) {
+          prefetch_referred(pairs, e->pair_hash, &shard->pair_records, sizeof(pair_record), s);
+        } else if (seen_twice) {
+          __builtin_prefetch(&pairs->buckets[table_home(pairs, e->pair_hash)], 1);
+        }
       }
       if (i >= 0) take(s, shard, history, &events[i], events[i].position - start, out);
     }
@@ -294,16 +301,17 @@ void ngram_free(ngram *s) {
   s->shard = NULL;
 }
 
-uint32_t *ngram_extend(ngram *s, size_t n) {
-  if (!vector_reserve(&s->history, n, sizeof(uint32_t), s->expected)) return NULL;
-  return (uint32_t *)s->history.items + s->history.count;
+bool ngram_extend(ngram *s, size_t n, uint32_t **tokens) {
+  if (!vector_reserve(&s->history, n, sizeof(uint32_t), s->expected + SPARE_SEEDS)) return false;
+  *tokens = n ? (uint32_t *)s->history.items + s->history.count : NULL;
+  return true;
 }
 
 size_t ngram_bytes(const ngram *s) {
   size_t bytes = s->history.capacity * sizeof(uint32_t);
   for (int i = 0; i < s->shards; ++i) {
     const ngram_shard *shard = &s->shard[i];
-    bytes += (shard->contexts.size + shard->pairs.size) * sizeof(slot);
+    bytes += (shard->contexts.size + shard->pairs.size) * sizeof(bucket);
     bytes += shard->context_records.capacity * sizeof(context_record);
     bytes += shard->pair_records.capacity * sizeof(pair_record);
   }

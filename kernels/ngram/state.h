@@ -45,9 +45,9 @@ bool ngram_init(ngram *state, int context, bool exact, float threshold, uint64_t
                 int shards);
 void ngram_free(ngram *state);
 
-/* Room for n more tokens at the end of the history, as uninitialised memory; the caller fills it and adds n to
-   history.count. NULL where memory is short; the state is then as it was. */
-uint32_t *ngram_extend(ngram *state, size_t n);
+/* Room for n more tokens at the end of the history, as uninitialised memory at `*tokens`; the caller fills it and adds
+   n to history.count. False where memory is short; the state is then as it was. */
+bool ngram_extend(ngram *state, size_t n, uint32_t **tokens);
 
 /* For each of the last n tokens of the history, from left to right: the hint from what came before, then the token
    is counted. All n results are written; zero where there is no hint. False where memory is short: the counts are

@@ -5,51 +5,49 @@
 #include <sys/mman.h>
 #endif
 
-enum { SMALLEST = 1024 };
+enum { FEWEST_BUCKETS = 64 };
 static const double EXPECTED_LOAD = 0.75; /* once everything that was expected is in */
-static const double HIGHEST_LOAD = 0.85;  /* past it, probes grow long and the table grows */
+static const double HIGHEST_LOAD = 0.85;  /* past it too many buckets overflow, and the table grows */
 
-/* Zeroed slots. Lookups are random, so pages of 4 KB would cost a TLB miss each: ask for large ones. */
-static slot *new_slots(uint64_t size) {
-  slot *slots = calloc(size, sizeof(slot));
+/* Zeroed buckets. Lookups are random, so pages of 4 KB would cost a TLB miss each: ask for large ones. */
+static bool allocate(table *t, uint64_t size) {
+  const uintptr_t line = sizeof(bucket);
+  void *memory = calloc(size + 1, sizeof(bucket));
+  if (!memory) return false;
+  const uintptr_t start = ((uintptr_t)memory + line - 1) & ~(line - 1);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t page = (uintptr_t)1 << 21;
-  uintptr_t first = ((uintptr_t)slots + page - 1) & ~(page - 1);
-  uintptr_t last = ((uintptr_t)slots + size * sizeof(slot)) & ~(page - 1);
-  if (slots && first < last) (void)madvise((void *)first, last - first, MADV_HUGEPAGE);
+  const uintptr_t first = (start + page - 1) & ~(page - 1);
+  const uintptr_t last = (start + size * sizeof(bucket)) & ~(page - 1);
+  if (first < last) (void)madvise((void *)first, last - first, MADV_HUGEPAGE); /* a wish: refusal does no harm */
 #endif
-  return slots;
+  *t = (table){memory, (bucket *)start, size, 0};
+  return true;
 }
 
 static bool resize(table *t, uint64_t size) {
-  table grown = {new_slots(size), size, t->count};
-  if (!grown.slots) return false;
+  table grown;
+  if (!allocate(&grown, size)) return false;
   for (uint64_t i = 0; i < t->size; ++i) {
-    if (!t->slots[i].ref) continue;
-    uint64_t j = table_home(&grown, t->slots[i].hash);
-    while (grown.slots[j].ref) j = table_next(&grown, j);
-    grown.slots[j] = t->slots[i];
+    const bucket *from = &t->buckets[i];
+    for (int k = 0; k < BUCKET && from->hash[k]; ++k) table_insert(&grown, from->hash[k], from->ref[k]);
   }
-  free(t->slots);
+  free(t->memory);
   *t = grown;
   return true;
 }
 
 bool table_reserve(table *t, uint64_t extra, uint64_t expected) {
-  const double need = (double)(t->count + extra) / HIGHEST_LOAD;
+  const double need = (double)(t->count + extra) / (HIGHEST_LOAD * BUCKET);
   if (need < (double)t->size) return true;
-  double size = (double)expected / EXPECTED_LOAD;
-  if (size <= need) { /* more came than was expected */
-    size = need * 1.25;
-  } else {
-    while (size / 2 > need && size / 2 > SMALLEST) size /= 2;
-  }
-  size += SMALLEST;
+  double size = (double)expected / (EXPECTED_LOAD * BUCKET);
+  if (size <= need) size = need * 1.5; /* more comes than was expected */
+  size += FEWEST_BUCKETS;
   return size < 4294967295.0 && resize(t, (uint64_t)size);
 }
 
 void table_free(table *t) {
-  free(t->slots);
+  free(t->memory);
   *t = (table){0};
 }
 

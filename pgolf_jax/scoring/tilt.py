@@ -1,36 +1,33 @@
-"""The tilt of a distribution towards a hint. Recipe section 6."""
+"""The tilt of a distribution towards one hinted token, applied to losses.
 
-import numpy as np
-from jaxtyping import Bool, Float, Float32, Integer
+With q the model's probability of the hint h, the tilted distribution multiplies p(h) by e^β and divides everything by
+1 + q(e^β − 1), so that it is a full distribution again whatever the target is. Recipe section 6.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
 def tilt(
-  nll_N: Float[np.ndarray, "*N"],
-  hint_logp_N: Float[np.ndarray, "*N"],
-  hits_N: Bool[np.ndarray, "*N"],
-  gate_N: Bool[np.ndarray, "*N"],
-  boost: float,
-) -> Float32[np.ndarray, "*N"]:
-  """NLL − β·[target = hint] + log(1 + q(e^β − 1)) where the gate is open, with q the hint's probability; in float32.
-
-  Whatever token the hint is, the tilted probabilities of all tokens sum to 1.
+  nll: Float[Array, "*N"],
+  hint_logp: Float[Array, "*N"],
+  target: Int[Array, "*N"],
+  hint: Int[Array, "*N"],
+  gate: Bool[Array, "*N"],
+  boost: Float[Array, "*N"],
+) -> Float[Array, "*N"]:
+  """NLL − β·[target = hint] + log(1 + q(e^β − 1)) where the gate is open, else NLL. All in fp32, nats.
 
   Args:
-    nll_N: nats of each target before the tilt.
-    hint_logp_N: log q.
-    hits_N: whether the target is the hint.
-    boost: β, in nats.
+    nll: −log p(target) under the model.
+    hint_logp: log q, the model's log-probability of `hint`.
+    target, hint: token ids.
+    gate: whether the position is tilted.
+    boost: β; of any size and sign.
   """
-  beta = np.float32(boost)
-  q_N = np.exp(np.minimum(hint_logp_N, 0).astype(np.float32))
-  tilted_N = nll_N - beta * hits_N.astype(np.float32) + np.log1p(q_N * np.expm1(beta))
-  return np.where(gate_N, tilted_N, nll_N).astype(np.float32)
-
-
-def tilt_distribution(
-  logp_NxV: Float[np.ndarray, "N V"], hint_N: Integer[np.ndarray, "N"], gate_N: Bool[np.ndarray, "N"], boost: float
-) -> Float32[np.ndarray, "N V"]:
-  """Log-probabilities of all tokens after the tilt."""
-  hint_logp = np.take_along_axis(logp_NxV, hint_N[:, None], axis=1)
-  hits = np.arange(logp_NxV.shape[1]) == hint_N[:, None]
-  return -tilt(-logp_NxV, np.broadcast_to(hint_logp, logp_NxV.shape), hits, gate_N[:, None], boost)
+  nll, boost = nll.astype(jnp.float32), boost.astype(jnp.float32)
+  hint_logp = jnp.minimum(hint_logp.astype(jnp.float32), 0.0)  # rounding can leave log q a little above 0
+  # log((1 − q) + q·e^β): no term overflows for large β, and 1 − q keeps its digits where q is nearly 1.
+  log_normalizer = jnp.logaddexp(jnp.log(-jnp.expm1(hint_logp)), hint_logp + boost)
+  tilted = nll - jnp.where(target == hint, boost, 0.0) + log_normalizer
+  return jnp.where(gate, tilted, nll)

@@ -1,0 +1,43 @@
+/* The published keys of contexts and pairs, and the hashes made of them. */
+
+#ifndef PGOLF_NGRAM_KEYS_H
+#define PGOLF_NGRAM_KEYS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "state.h"
+
+/* The published multipliers of a context's tokens, oldest first; the one after the last is the next token's. */
+static const uint32_t COEFFICIENT[NGRAM_MAX_CONTEXT + 1] = {
+    36313,   27191,   51647,   81929,   131071,  196613,  262147,  393241,  524309,  655373,  786433,
+    917521,  1048583, 1179653, 1310729, 1441801, 1572869, 1703941, 1835017, 1966087, 2097169, 2228243,
+    2359319, 2490389, 2621471, 2752549, 2883617, 3014687, 3145757, 3276833, 3407903, 3538973,
+};
+static const uint64_t PAIR = 1000003;
+
+static inline uint64_t mixed(uint64_t x) {
+  x ^= x >> 32;
+  x *= 0xd6e8feb86659fd93u;
+  x ^= x >> 32;
+  return x * 0xd6e8feb86659fd93u;
+}
+
+/* Never 0, which marks an empty place. */
+static inline uint32_t hash_of(uint64_t key) { return (uint32_t)(mixed(key) >> 32) | 1; }
+
+static inline uint64_t pair_key(uint64_t key, uint32_t token, int context) {
+  return key * PAIR ^ (uint64_t)token * COEFFICIENT[context];
+}
+
+/* Keys of the contexts in front of `count` neighbouring targets; `first` is the oldest token of the first context.
+   One coefficient at a time, so that the compiler can work on several targets at once. */
+static inline void context_keys(const uint32_t *first, int context, int count, uint64_t *key) {
+  memset(key, 0, (size_t)count * sizeof *key);
+  for (int j = 0; j < context; ++j) {
+    const uint32_t c = COEFFICIENT[j];
+    for (int i = 0; i < count; ++i) key[i] ^= (uint64_t)first[i + j] * c;
+  }
+}
+
+#endif
