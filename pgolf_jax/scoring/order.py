@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring.documents import Document
+from pgolf_jax.scoring.hints import HintStream, build_hints
 from pgolf_jax.scoring.trace import Trace
 from pgolf_jax.settings import HintConfig
 
@@ -27,46 +27,61 @@ class Hints(Protocol):
     """Makes sure that the targets of these documents, the next to be scored, have their hints."""
 
 
-class _Base:
+class StrictHints:
+  """Counts grow document by document, in the order of scoring."""
+
   def __init__(self, config: HintConfig, vocab_size: int, tokens_N1: Integer[np.ndarray, "N1"], trace: Trace):
-    self._tokens = np.ascontiguousarray(tokens_N1)
     targets = len(tokens_N1) - 1
+    self._tokens, self._trace = np.ascontiguousarray(tokens_N1), trace
     self.hint_N = np.zeros(targets, np.int32)
     self.gate_N = np.zeros(targets, bool)
-    self._trace = trace
-    self._state = NgramState(
-      config.order, threshold=config.threshold, mode=config.table, vocab_size=vocab_size, expected=targets
+    self._stream = HintStream(
+      order=config.order,
+      threshold=config.threshold,
+      boost=config.boost,
+      mode=config.table,
+      vocab_size=vocab_size,
+      expected=targets,
     )
-
-  def _extend(self, targets: slice) -> None:
-    hint, gate = self._state.update(self._tokens[targets.start + 1 : targets.stop + 1])
-    self.hint_N[targets] = np.where(gate, hint, 0)
-    self.gate_N[targets] = gate
-
-
-class StrictHints(_Base):
-  """Counts grow document by document, in the order of scoring."""
 
   def prepare(self, documents: tuple[Document, ...]) -> None:
     for document in documents:
-      if self._state.last is None:
-        self._state.seed(self._tokens[document.start : document.start + 1])
-      self._extend(document.target_slice)
+      found = self._stream.add(self._tokens[document.start : document.start + document.length])
+      self.hint_N[document.target_slice], self.gate_N[document.target_slice] = found.ids, found.gate
     self._trace.hints(documents)
 
 
-class ReferenceHints(_Base):
+class ReferenceHints:
   """Counts over the whole stream before the first document; its first target stands where its bos should be."""
 
-  def __init__(self, config, vocab_size, tokens_N1, trace, documents: list[Document]):
-    super().__init__(config, vocab_size, tokens_N1, trace)
-    self._documents = documents
+  def __init__(
+    self,
+    config: HintConfig,
+    vocab_size: int,
+    tokens_N1: Integer[np.ndarray, "N1"],
+    trace: Trace,
+    documents: list[Document],
+  ):
+    self._config, self._vocab_size, self._tokens = config, vocab_size, np.ascontiguousarray(tokens_N1)
+    self._trace, self._documents = trace, documents
+    self._built = False
+    self.hint_N = np.zeros(len(tokens_N1) - 1, np.int32)
+    self.gate_N = np.zeros(len(tokens_N1) - 1, bool)
 
   def prepare(self, documents: tuple[Document, ...]) -> None:
-    if self._state.last is None:
-      self._state.seed(self._tokens[1:2])
-      self._extend(slice(0, len(self.hint_N)))
-      self._trace.hints(self._documents)
+    if self._built:
+      return
+    c = self._config
+    found = build_hints(
+      self._tokens[1:],
+      order=c.order,
+      threshold=c.threshold,
+      boost=c.boost,
+      mode=c.table,
+      vocab_size=self._vocab_size,
+    )
+    self.hint_N, self.gate_N, self._built = found.ids, found.gate, True
+    self._trace.hints(self._documents)
 
 
 class NoHints:

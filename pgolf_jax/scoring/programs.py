@@ -88,7 +88,9 @@ class Programs:
     self._dtype = jnp.dtype(dtype)
     rules = {short: adapt.rule(settings.ttt, short=short) for short in (False, True)}  # by "short documents"
     self.adapters = {
-      short: AdapterPrograms(Spec(settings.model, settings.ttt, rule, self._dtype, distributions), mesh)
+      short: AdapterPrograms(
+        Spec(settings.model, settings.ttt, rule, settings.hints.boost, self._dtype, distributions), mesh
+      )
       for short, rule in rules.items()
     }
     self._scans: dict[tuple[bool, Shape], Callable] = {}

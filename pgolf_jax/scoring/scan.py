@@ -31,6 +31,7 @@ class Spec(NamedTuple):
   model: ModelConfig
   ttt: TTTConfig
   rule: Rule
+  boost: float  # β of the tilt, nats
   dtype: np.dtype
   distributions: bool
 
@@ -56,7 +57,7 @@ def scan_chunks(
     rows: documents from longer to shorter; those after the first `shape.slots` are finished.
     size: targets of a chunk, at most `shape.width`.
     kind_S: SKIP, SCORE or LEARN.
-    hint_SxBxX: token whose log-probability is wanted beside the target's.
+    hint_SxBxX: token that each target's distribution is tilted towards; −1 where the gate is shut.
   """
   rows = jax.tree.map(lambda x: x[: shape.slots], rows)
 
@@ -73,7 +74,9 @@ def scan_chunks(
       lengths = {"width": shape.width, "window": shape.window}
       hidden, kept = cached.forward(spec.model, params, memory, stream_N, rows, k, size, *common, spec.dtype, **lengths)
       chunk = chunk._replace(position=jnp.broadcast_to(jnp.arange(shape.width), chunk.position.shape))
-    scored = window.score(spec.model, params, hidden, *common, chunk, hint, distributions=spec.distributions)
+    scored = window.score(
+      spec.model, params, hidden, *common, chunk, hint, spec.boost, distributions=spec.distributions
+    )
     return window.learning_loss(scored, rows, k, size), (scored, kept)
 
   def keep(memory, kept, k):
@@ -157,5 +160,5 @@ def call_arguments(mesh: Mesh, size: int, ks: list[int], kinds: list[int], hint_
     place(mesh, np.int32(size)[...], P()),
     place(mesh, np.array(ks + [0] * pad, np.int32), P()),
     place(mesh, np.array(kinds + [0] * pad, np.int32), P()),
-    place(mesh, np.pad(hint_SxBxX.astype(np.int32), ((0, pad), (0, 0), (0, 0))), P(None, AXIS)),
+    place(mesh, np.pad(hint_SxBxX.astype(np.int32), ((0, pad), (0, 0), (0, 0)), constant_values=-1), P(None, AXIS)),
   )

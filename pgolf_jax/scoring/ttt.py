@@ -28,7 +28,6 @@ from pgolf_jax.scoring.programs import Programs, fetch, fetch_scored
 from pgolf_jax.scoring.scan import call_arguments, place
 from pgolf_jax.scoring.sets import AdapterSets, Draw, document_rows, is_short
 from pgolf_jax.scoring.store import Store
-from pgolf_jax.scoring.tilt import tilt, tilt_distribution
 from pgolf_jax.scoring.trace import Trace
 from pgolf_jax.scoring.window import Rows, Scored
 from pgolf_jax.settings import Settings
@@ -211,7 +210,7 @@ class _Run:
     total = 0
     for call in self._calls[batch.index]:
       at, valid = _places(batch, call, size, n)
-      hint = np.where(valid, self._hints.hint_N[at], 0)
+      hint = np.where(valid & self._hints.gate_N[at], self._hints.hint_N[at], -1)
       arguments = call_arguments(self.mesh, size, [s.k for s in call.steps], [s.kind for s in call.steps], hint)
       carry, self._memory, scored = programs.scan(
         lease.short, call.shape, self._computing, self._stream, carry, self._memory, rows, arguments
@@ -225,23 +224,20 @@ class _Run:
       self._sets.give_back(batch, lease, adapters)
 
   def _collect(self, pending: list[tuple[Batch, Call, Scored]], bar) -> None:
-    """Brings scores to the host, tilts them, and enters them under their targets."""
+    """Brings scores to the host and enters them under their targets."""
     for batch, call, scored in pending:
       size = chunks.chunk_size(self.settings.ttt, batch.longest)
       at, valid = _places(batch, call, size, self.mesh.size)
       at = at[valid]
       steps = len(call.steps)
-      nll, hint_logp, logp = (None if x is None else x[:steps][valid] for x in fetch_scored(scored))
-      hint, gate, boost = self._hints.hint_N[at], self._hints.gate_N[at], self.settings.hints.boost
-      self._store.model_nll_N[at] = nll
-      self._store.nll_N[at] = tilt(nll, hint_logp, hint == self._data.tokens[at + 1], gate, boost)
+      model_nll, nll, logp = (None if x is None else x[:steps][valid] for x in fetch_scored(scored))
+      self._store.model_nll_N[at] = model_nll
+      self._store.nll_N[at] = nll
       np.add.at(self._store.times_N, at, 1)
       self._nats += float(self._store.nll_N[at].sum(dtype=np.float64))
       self._bytes += int(self._data.token_bytes[at + 1].sum(dtype=np.int64))
       if logp is not None:
-        wanted = np.isin(at, list(self._watch))
-        full = tilt_distribution(logp[wanted], hint[wanted], gate[wanted], boost)
-        self._distributions.update(zip(at[wanted].tolist(), full, strict=True))
+        self._distributions.update((t, row) for t, row in zip(at.tolist(), logp, strict=True) if t in self._watch)
       bar.advance(len(at))
     if pending:
       self._report(pending[-1][0], bar)

@@ -14,6 +14,7 @@ from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.gpt import GPT, eval_caps
 from pgolf_jax.model.params import Params
+from pgolf_jax.scoring.tilt import tilt
 from pgolf_jax.settings import ModelConfig
 
 
@@ -28,9 +29,9 @@ class Rows(NamedTuple):
 class Scored(NamedTuple):
   """What a chunk's forward pass says of its targets."""
 
-  nll: jax.Array  # [B, X] of the target, before any tilt; 0 beyond the chunk's end
-  hint_logp: jax.Array  # [B, X] log-probability of the hint
-  logp: jax.Array | None  # [B, X, V] of every token, where asked for
+  model_nll: jax.Array  # [B, X] of the target, before the tilt; 0 beyond the chunk's end
+  nll: jax.Array  # [B, X] after the tilt
+  logp: jax.Array | None  # [B, X, V] of every token after the tilt, where asked for
 
 
 class Chunk(NamedTuple):
@@ -75,24 +76,34 @@ def score(
   scale: float,
   chunk: Chunk,
   hint_BxX: jax.Array,
+  boost: float,
   *,
   distributions: bool,
 ) -> Scored:
-  """The chunk's targets under the evaluation softcaps, from the hidden states of the tokens before them."""
+  """The chunk's targets under the evaluation softcaps, from the hidden states of the tokens before them.
+
+  Args:
+    hint_BxX: the token that the distribution is tilted towards; −1 where the gate is shut.
+    boost: β of the tilt, nats.
+  """
   B, T = hidden_BxTxD.shape[:2]
   at = jnp.clip(chunk.position, 0, T - 1)
   z = GPT(config, params).logits(jnp.take_along_axis(hidden_BxTxD, at[..., None], axis=1), adapters, scale)
   cap_pos, cap_neg = eval_caps(config, params)
   V = z.shape[-1]
-  nll, hint_logp = xent.softcapped_xent_with_hint(
-    z.reshape(-1, V), chunk.target.reshape(-1), hint_BxX.reshape(-1), cap_pos=cap_pos, cap_neg=cap_neg
-  )
+  gate, hint = hint_BxX >= 0, jnp.maximum(hint_BxX, 0)
+  flat = (z.reshape(-1, V), chunk.target.reshape(-1), hint.reshape(-1))
+  nll, hint_logp = (x.reshape(B, -1) for x in xent.softcapped_xent_with_hint(*flat, cap_pos=cap_pos, cap_neg=cap_neg))
+  beta = jnp.full_like(nll, boost)
+  tilted = tilt(nll, hint_logp, chunk.target, hint, gate, beta)
   logp = None
   if distributions:
     wide = z.astype(jnp.float32)
     cap = jnp.where(wide > 0, cap_pos, cap_neg)
-    logp = jax.nn.log_softmax(cap * jnp.tanh(wide / cap), axis=-1)
-  return Scored(jnp.where(chunk.valid, nll.reshape(B, -1), 0), hint_logp.reshape(B, -1), logp)
+    before = jax.nn.log_softmax(cap * jnp.tanh(wide / cap), axis=-1)
+    every = jnp.broadcast_to(jnp.arange(V), before.shape)
+    logp = -tilt(-before, hint_logp[..., None], every, hint[..., None], gate[..., None], beta[..., None])
+  return Scored(jnp.where(chunk.valid, nll, 0), tilted, logp)
 
 
 def forward(
@@ -114,4 +125,4 @@ def forward(
 def learning_loss(scored: Scored, rows: Rows, k: jax.Array, size: jax.Array) -> jax.Array:
   """Sum over learning documents of the mean loss of their chunk; a document's last chunk teaches nothing."""
   continues_B = rows.learns & (rows.targets > (k + 1) * size)
-  return jnp.sum(jnp.where(continues_B, scored.nll.sum(axis=1) / size, 0))
+  return jnp.sum(jnp.where(continues_B, scored.model_nll.sum(axis=1) / size, 0))

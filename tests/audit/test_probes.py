@@ -1,5 +1,6 @@
 """Every rule of scoring, with an evaluator that breaks it: our own, with one line put wrong."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.model.gpt import GPT
-from pgolf_jax.scoring import audit, chunks, order, probes, scan, ttt, window
+from pgolf_jax.scoring import audit, chunks, order, probes, scan, window
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.training.step import data_mesh
@@ -62,9 +63,9 @@ def test_scoring_after_the_update_is_caught(monkeypatch):
   def switch(kind, branches, *operands):
     skip, score, learn = branches
 
-    def late(carry, *rest):
-      carry, _ = learn(carry, *rest)
-      return carry, score(carry, *rest)[1]
+    def late(carry, memory, *rest):
+      moved, learnt, _ = learn(carry, memory, *rest)
+      return moved, learnt, score(moved, memory, *rest)[2]
 
     return jax.lax.switch(kind, (skip, score, late), *operands)
 
@@ -75,35 +76,34 @@ def test_scoring_after_the_update_is_caught(monkeypatch):
 
 
 def test_a_target_gated_hint_is_caught(compiled, monkeypatch):
-  def extend(self, targets):
-    tokens = self._tokens[targets.start + 1 : targets.stop + 1]
-    hint, gate = self._state.update(tokens)
-    gate &= hint == tokens
-    self.hint_N[targets], self.gate_N[targets] = np.where(gate, hint, 0), gate
+  honest = order.HintStream.add
 
-  monkeypatch.setattr(order._Base, "_extend", extend)
-  checks = run(compiled)
-  assert not checks[TARGET].passed
+  def add(self, document):
+    found = honest(self, document)
+    gate = found.gate & (found.ids == document[1:])
+    return dataclasses.replace(found, ids=found.ids * gate, gate=gate)
+
+  monkeypatch.setattr(order.HintStream, "add", add)
+  assert not run(compiled)[TARGET].passed
 
 
-def test_an_unnormalised_tilt_is_caught(compiled, monkeypatch):
-  def tilt(nll, hint_logp, hits, gate, boost):
-    return np.where(gate, nll - np.float32(boost) * hits, nll)
+def test_an_unnormalised_tilt_is_caught(monkeypatch):
+  def tilt(nll, hint_logp, target, hint, gate, boost):
+    """A tilt that forgets to divide by the new total."""
+    return nll - jnp.where(gate & (target == hint), boost, 0)
 
-  def tilt_distribution(logp, hint, gate, boost):
-    return logp + np.where(gate[:, None] & (np.arange(logp.shape[1]) == hint[:, None]), np.float32(boost), 0)
-
-  monkeypatch.setattr(ttt, "tilt", tilt)
-  monkeypatch.setattr(ttt, "tilt_distribution", tilt_distribution)
-  checks = run(compiled)
+  monkeypatch.setattr(window, "tilt", tilt)
+  checks = run(make_evaluate())
   assert not checks[NORMAL].passed
   assert [check.passed for check in checks if check is not checks[NORMAL]] == [True] * 3
 
 
-def test_a_score_that_is_not_the_distributions_is_caught(compiled, monkeypatch):
-  honest = ttt.tilt
-  monkeypatch.setattr(ttt, "tilt", lambda nll, *rest: honest(nll, *rest) * np.float32(0.999))
-  assert not run(compiled)[NORMAL].passed
+def test_a_score_that_is_not_the_distributions_is_caught(compiled):
+  def kinder(tokens):
+    found = compiled(tokens)
+    return dataclasses.replace(found, nll_N=found.nll_N * 0.999)
+
+  assert not run(kinder)[NORMAL].passed
 
 
 def test_a_token_scored_twice_is_caught(compiled, monkeypatch):
