@@ -8,13 +8,13 @@ import dataclasses
 import difflib
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.settings_values import FIXED, checked, nearest, parse_env, refuse_unsupported
 
 
 def _env(default, name: str):
@@ -238,42 +238,6 @@ class QuantizeConfig:
   budget_bytes: int = 16_000_000
 
 
-# Names of the reference that this system knows but has no setting for: the only values it accepts, and why.
-# `None` accepts any value: the name is inert where the rest of the recipe is as here.
-_FIXED: dict[str, tuple[tuple[str, ...] | None, str]] = {
-  "WITHIN_BOOST": (
-    ("0",),
-    "the within-word channel decides from the target token whether to hint, which breaks causality",
-  ),
-  "WORD_BOOST": (
-    ("0",),
-    "the word-start channel decides from the target token whether to hint, which breaks causality",
-  ),
-  "AGREE_ADD_BOOST": (("0",), "it belongs to the target-gated channels, which break causality"),
-  "WITHIN_TAU": (None, "inert while WITHIN_BOOST is 0"),
-  "WORD_TAU": (None, "inert while WORD_BOOST is 0"),
-  "WORD_ORDER": (None, "inert while WORD_BOOST is 0"),
-  "WORD_NORMALIZE": (None, "inert while WORD_BOOST is 0"),
-  "NGRAM_HINT_PRECOMPUTE_OUTSIDE": (("0",), "hints are built inside the evaluation clock"),
-  "ROPE_YARN": (("0",), "rotary frequencies are never rescaled"),
-  "ROPE_TRAIN_SEQ_LEN": (None, "inert while ROPE_YARN is 0"),
-  "TIE_EMBEDDINGS": (("1",), "the output head is the embedding"),
-  "EMBED_LR": (None, "inert while TIE_EMBEDDINGS is 1"),
-  "ATTN_OUT_GATE_ENABLED": (("0",), "this gate of older stacks is not part of the recipe"),
-  "GATED_ATTN_ENABLED": (("0",), "this gate of older stacks is not part of the recipe"),
-  "SKYLIGHT_UW_FLOOR": (("0",), "update floors are not part of the recipe"),
-  "SKYLIGHT_NORM_EMA": (("0",), "row-variance averaging is not part of the recipe"),
-  "EVAL_INCLUDE_TAIL": (("1",), "every target is scored, the last partial span too"),
-  "EVAL_STRIDE": (None, "inert: spans do not overlap"),
-  "FUSED_CE_ENABLED": (None, "inert: the fused and the plain loss are the same function"),
-  "COMPILE_SHAPE_WARMUP": (None, "inert: every shape is compiled before the clock starts"),
-  "COMPILE_SHAPE_WARMUP_ITERS": (None, "inert: every shape is compiled before the clock starts"),
-  "COMPILE_SHAPE_WARMUP_LOOP_MODES": (None, "inert: every shape is compiled before the clock starts"),
-  "MIDRUN_CAP_LOG_UPDATES": (None, "inert: every step's learning rate is in metrics.jsonl"),
-  "COMPRESSOR": (("pergroup", "brotli", "lzma"), "the artifact's codec is quantize.codec, zstd or entropy"),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """Everything that decides a run."""
@@ -300,11 +264,9 @@ class Settings:
     for section, field in _fields():
       name = field.metadata.get("env")
       if name and name in environ:
-        value = _parse_env(name, environ[name], _type_of(section, field))
+        value = parse_env(name, environ[name], _type_of(section, field))
         changes.setdefault(section, {})[field.name] = value
-    for name, (allowed, reason) in _FIXED.items():
-      if name in environ and allowed is not None and not _same_value(environ[name], allowed):
-        raise UserError(f"{name}={environ[name]} is not supported: {reason}; set it to {allowed[0]} or unset it.")
+    refuse_unsupported(environ)
     return _replaced(settings, changes)
 
   @classmethod
@@ -328,17 +290,17 @@ class Settings:
     changes: dict[str, dict[str, object]] = {}
     for section, value in table.items():
       if section not in sections:
-        raise UserError(f"{where}: unknown section or setting {section!r}{_nearest(section, sections)}")
+        raise UserError(f"{where}: unknown section or setting {section!r}{nearest(section, sections)}")
       if not dataclasses.is_dataclass(sections[section].type):
-        changes.setdefault("", {})[section] = _checked(f"{where}: {section}", value, _type_of("", sections[section]))
+        changes.setdefault("", {})[section] = checked(f"{where}: {section}", value, _type_of("", sections[section]))
         continue
       if not isinstance(value, Mapping):
         raise UserError(f"{where}: {section} is a section, so it needs [{section}] and names under it.")
       fields = {f.name: f for f in dataclasses.fields(sections[section].type)}
       for key, item in value.items():
         if key not in fields:
-          raise UserError(f"{where}: unknown setting {section}.{key}{_nearest(key, fields)}")
-        item = _checked(f"{where}: {section}.{key}", item, _type_of(section, fields[key]))
+          raise UserError(f"{where}: unknown setting {section}.{key}{nearest(key, fields)}")
+        item = checked(f"{where}: {section}.{key}", item, _type_of(section, fields[key]))
         changes.setdefault(section, {})[key] = item
     return _replaced(cls(), changes)
 
@@ -371,10 +333,10 @@ def env_names() -> dict[str, str]:
 
 def check_env_names(names: typing.Iterable[str]) -> None:
   """Raises UserError if a name is no setting's environment name, with the nearest one that is."""
-  known = [*env_names(), *_FIXED]
+  known = [*env_names(), *FIXED]
   for name in names:
     if name not in known:
-      raise UserError(f"Unknown setting {name}{_nearest(name, known)}")
+      raise UserError(f"Unknown setting {name}{nearest(name, known)}")
 
 
 def _fields():
@@ -397,55 +359,3 @@ def _replaced(settings: Settings, changes: dict[str, dict[str, object]]) -> Sett
     if section:
       top[section] = dataclasses.replace(getattr(settings, section), **values)
   return dataclasses.replace(settings, **top)
-
-
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-  return f"; did you mean {near[0]}?" if near else "; see README.md for the settings there are."
-
-
-def _same_value(text: str, allowed: tuple[str, ...]) -> bool:
-  def canonical(s: str):
-    try:
-      return float(s)
-    except ValueError:
-      return s.strip().lower()
-
-  return canonical(text) in [canonical(a) for a in allowed]
-
-
-def _parse_env(name: str, text: str, kind) -> object:
-  text = text.strip()
-  if isinstance(kind, types.UnionType):
-    if text == "":
-      return None
-    kind = next(k for k in typing.get_args(kind) if k is not type(None))
-  if typing.get_origin(kind) is Literal:
-    return _checked(name, text.lower(), kind)
-  try:
-    if kind is bool:
-      return {"1": True, "0": False, "true": True, "false": False}[text.lower()]
-    if kind is int and text.lstrip("+-").isdigit():
-      return int(text)
-    return kind(text)
-  except (ValueError, KeyError):
-    wanted = "0 or 1" if kind is bool else {int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"{name}={text!r} is not {wanted}.") from None
-
-
-def _checked(where: str, value: object, kind) -> object:
-  if isinstance(kind, types.UnionType):
-    kind = next(k for k in typing.get_args(kind) if k is not type(None))
-  if typing.get_origin(kind) is Literal:
-    choices = typing.get_args(kind)
-    if value not in choices:
-      near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else "."
-      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
-    return value
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"{where} must be {names[kind]}, not {value!r}.")
-  return value
