@@ -124,12 +124,14 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   xla_flags.apply()
   distributed.initialize()
   cache.use_compile_cache()
-  mesh = data_mesh()
+  mesh = data_mesh(usable_devices(settings))
   settings.validate(device_count=mesh.size)
   with distributed.leader_first("run folder"):
     found = RunFolder(folder, settings)
   found.log_to_file()
-  log.info("run folder %s, %d × %s", found.path, mesh.size, mesh.devices.flat[0].device_kind)
+  there = jax.device_count()
+  idle = "" if mesh.size == there else f" ({there} are there: train.micro_batches={settings.train.micro_batches})"
+  log.info("run folder %s, %d × %s%s", found.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
   for name in filter(partial(_wanted, settings), names):
     if name in found.results():
       log.info("%s: already complete", name)
@@ -142,6 +144,14 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   log.info("\n%s", table(found))
   broken = found.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
+
+
+def usable_devices(settings: Settings) -> list[jax.Device]:
+  """The devices of a run: in one process the most that can share a step's micro-batches, in several all."""
+  devices = jax.devices()
+  if jax.process_count() > 1:
+    return devices
+  return devices[: max(n for n in range(1, len(devices) + 1) if settings.train.micro_batches % n == 0)]
 
 
 def _wanted(settings: Settings, name: str) -> bool:
