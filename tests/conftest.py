@@ -39,3 +39,12 @@ def published_tokenizer() -> Path:
   """The published CaseOps SentencePiece model of 8192 pieces."""
   name = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
   return _external("PGOLF_TOKENIZER", f"../shared/tokenizers/{name}", "the published tokenizer")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs():
+  """Compiled programs of one test file would otherwise stay in memory until the last one is done."""
+  yield
+  import jax
+
+  jax.clear_caches()

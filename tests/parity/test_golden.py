@@ -28,7 +28,7 @@ def test_caseops(golden, published_tokenizer):
   case = Case.load(golden("caseops"))
   expected = [json.loads(line) for line in (case.folder / "expected.jsonl").read_text().splitlines()]
   rows = check_caseops(run_caseops(case, published_tokenizer), expected)
-  assert len(expected) > 100 and all(row.ok for row in rows), "\n" + table(rows)
+  assert len(expected) > 50 and all(row.ok for row in rows), "\n" + table(rows)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
