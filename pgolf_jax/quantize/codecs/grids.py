@@ -22,6 +22,7 @@ from pgolf_jax.quantize.errors import ArtifactError
 
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values
+_PATIENCE = 2  # directions that may pass without saving anything
 _REACH = 255  # of an integer less its mean, −128 … 127 less −127 … 127
 _WORD = table(np.ones(1 << 16))
 _BASIS = table(laws.weights(means.BASIS_WIDTH, 0, 0, -B_LIMIT, B_LIMIT))
@@ -51,13 +52,20 @@ def _cells(model: Model) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
 def fit(q_MxN: np.ndarray) -> Model:
   """The model that stores an int8 matrix in the fewest bytes, by estimates from second moments."""
   q_MxN = PHASES * q_MxN.astype(np.int32)
-  *flat, flat_bits = widths.fit(q_MxN)
+  *classes, least = widths.fit(q_MxN)
+  best = Model(None, *classes)
   mean = means.fit(q_MxN // PHASES)
-  if mean is None:
-    return Model(None, *flat)
-  # What looked like a direction may have been a few wide columns, which their classes tell for less.
-  *around, bits = widths.fit(q_MxN - mean.phases().T)
-  return Model(mean, *around) if bits + mean.bits() < flat_bits else Model(None, *flat)
+  # What looked like a direction may have been a few wide columns or rows, which their classes tell for less: so the
+  # directions are taken one after the other for as long as that helps.
+  for rank in range(1, 1 + (0 if mean is None else len(mean.b_KxN))):
+    part = mean.leading(rank)
+    *classes, bits = widths.fit(q_MxN - part.phases().T)
+    bits += part.bits()
+    if bits < least:
+      best, least = Model(part, *classes), bits
+    elif rank - (0 if best.mean is None else len(best.mean.b_KxN)) == _PATIENCE:
+      break
+  return best
 
 
 def put_grids(writer: Writer, arrays: Sequence[np.ndarray]) -> None:

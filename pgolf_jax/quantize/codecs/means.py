@@ -32,6 +32,10 @@ class Mean:
   factor: int
   flipped: bool
 
+  def leading(self, rank: int) -> "Mean":
+    """The mean of the first `rank` directions alone."""
+    return dataclasses.replace(self, a_MxK=self.a_MxK[:, :rank], b_KxN=self.b_KxN[:rank])
+
   def bits(self) -> float:
     """About what it takes to store the factors."""
     counts = [np.unique(a_M, return_counts=True)[1] for a_M in self.a_MxK.T]
