@@ -24,12 +24,18 @@ class ConfigArgs:
   settings: Annotated[Settings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Settings)
 
 
-def parse(verb: str, description: str, args: list[str], *, config_required: bool = True) -> tuple[Settings, Path]:
+def parse(verb: str, description: str, args: list[str]) -> tuple[Settings, Path]:
   """(settings, run folder) of a command line.
 
   Raises:
     UserError: no or a wrong config, an unknown or impossible setting.
   """
+  found = parse_as(ConfigArgs, verb, description, args)
+  return found.settings, found.out or Path("runs") / found.config.stem
+
+
+def parse_as(kind, verb: str, description: str, args: list[str]):
+  """An instance of `kind`, a dataclass with the fields `config` and `settings`; errors as `parse`."""
   if not args or args[0].startswith("-"):
     if not {"-h", "--help"} & set(args):
       raise UserError(f"pgolf {verb} needs a config first, as in: pgolf {verb} configs/demo.toml")
@@ -39,9 +45,8 @@ def parse(verb: str, description: str, args: list[str], *, config_required: bool
     config = Path(args[0])
     check_environment(os.environ)
     default = settings_module.load(config)
-  defaults = ConfigArgs(config=config, settings=default)
-  found = tyro.cli(ConfigArgs, default=defaults, args=args, prog=f"pgolf {verb}", description=description)
-  return found.settings, found.out or Path("runs") / found.config.stem
+  defaults = kind(config=config, settings=default)
+  return tyro.cli(kind, default=defaults, args=args, prog=f"pgolf {verb}", description=description)
 
 
 def check_environment(environ) -> None:

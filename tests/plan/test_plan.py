@@ -1,0 +1,147 @@
+"""`pgolf plan` on a small model: lowered for H100s, and compiled for TPUs where libtpu is installed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pgolf_jax.cli import main
+from pgolf_jax.errors import UserError
+from pgolf_jax.plan import collectives, hardware, work
+from pgolf_jax.plan.plan import examine
+from pgolf_jax.plan.programs import Program, programs
+from pgolf_jax.settings import ModelConfig, Settings, TrainConfig, TTTConfig
+
+SETTINGS = Settings(
+  model=ModelConfig(
+    vocab_size=512, num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1,
+    loop_start=1, loop_end=1, parallel_start_layer=2, rope_dims=16,
+  ),
+  train=TrainConfig(batch_tokens=8 * 512, micro_batches=8, seq_len=256, seq_schedule="128@0.5,256@1.0"),
+  ttt=TTTConfig(batch_size=8, seq_len=256, lora_rank=8, chunk_size=32),
+)  # fmt: skip
+CONFIG = """
+[model]
+vocab_size = 512
+num_layers = 2
+model_dim = 128
+num_heads = 2
+num_kv_heads = 1
+num_loops = 0
+parallel_start_layer = 0
+[train]
+batch_tokens = 4096
+seq_schedule = "256@1.0"
+[ttt]
+enabled = false
+"""
+
+
+def tpu(name="v5e:2x4"):
+  if not hardware.has_libtpu():
+    pytest.skip("libtpu is not installed: nothing can be compiled for TPUs")
+  return hardware.topology(name)
+
+
+def test_every_program_lowers_for_eight_h100s_with_kernels_inside():
+  topology = hardware.topology("h100:8")
+  found = [examine(p, topology) for p in programs(SETTINGS, topology.mesh, every_shape=False)]
+  step, ttt, phase = found
+  assert all(f.kernels > 0 and f.fits is None and not f.memory for f in found)
+  assert "256, looping on" in step.title
+  # Gradients of the banks travel to their owners in bfloat16, updates come back in float32; stacks are padded to 8.
+  banks = 2 * 8 * (128 * 128 + 64 * 128 + 2 * 256 * 128)
+  assert step.traffic["reduce-scatter"].count == step.traffic["all-gather"].count == 4
+  assert step.traffic["reduce-scatter"].bytes == banks
+  assert step.traffic["all-gather"].bytes == 2 * banks
+  assert phase.traffic["all-reduce"].bytes > 4 * SETTINGS.model.vocab_size * SETTINGS.model.model_dim
+  assert not ttt.traffic, "documents on different devices have nothing to say to one another"
+
+
+def test_the_step_compiles_for_a_tpu_with_kernels_inside():
+  topology = tpu()
+  (step,) = programs(dataclasses.replace(SETTINGS, ttt=TTTConfig(enabled=False)), topology.mesh, every_shape=False)
+  found = examine(step, topology)
+  assert found.kernels > 0 and found.fits
+  assert 0 < found.memory["arguments"] < sum(found.memory.values()) < topology.chip.memory
+  assert {"products", "memory", "collectives"} == found.floors.keys()
+  assert {"all-gather", "all-reduce"} <= found.traffic.keys()
+
+
+def test_a_program_that_does_not_fit_is_said_not_to():
+  topology = tpu()
+  everywhere = NamedSharding(topology.mesh, P())
+  large = jax.ShapeDtypeStruct((48, 2**27), jnp.float32, sharding=everywhere)  # 24 GiB
+  found = examine(Program("too large", lambda: jax.jit(lambda x: x + 1).trace(large), 0.0), topology)
+  assert found.fits is False and found.failure
+
+
+def test_every_shape_of_the_schedule_is_planned_when_asked_for():
+  topology = hardware.topology("h100:8")
+  titles = [p.title for p in programs(SETTINGS, topology.mesh, every_shape=True)]
+  assert titles[:3] == [
+    "train step, segments up to 128, looping off",
+    "train step, segments up to 128, looping on",
+    "train step, segments up to 256, looping on",
+  ]
+
+
+def test_collectives_are_counted_with_their_bytes():
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+
+  def exchange(x):
+    gathered = jax.lax.all_gather(x, "data", tiled=True)
+    scattered = jax.lax.psum_scatter(gathered, "data", tiled=True)
+    return gathered.sum() + jax.lax.psum(scattered * x, "data")
+
+  f = jax.jit(jax.shard_map(exchange, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False))
+  lowered = f.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32))
+  whole, part = 64 * 16 * 4, 8 * 16 * 4
+  expected = {"all-gather": (1, whole), "reduce-scatter": (1, whole), "all-reduce": (1, part)}
+  assert collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), 8) == expected
+  assert collectives.in_hlo(lowered.compile().as_text(), 8) == expected
+
+
+def test_collectives_that_run_beside_other_work_count_once():
+  text = """
+  %ag = (f32[2,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%x), dimensions={0}
+  %done = f32[16,16]{1,0} all-gather-done(%ag)
+  %ar = (bf16[8]{0}, f32[4]{0}) all-reduce(%a, %b), to_apply=%add
+  """
+  assert collectives.in_hlo(text, 8) == {"all-gather": (1, 16 * 16 * 4), "all-reduce": (1, 2 * 8 + 4 * 4)}
+
+
+def test_an_all_reduce_sends_twice_what_a_gather_does():
+  assert collectives.Traffic(1, 800).sent("all-reduce", 8) == 2 * collectives.Traffic(1, 800).sent("all-gather", 8)
+  assert collectives.Traffic(1, 800).sent("all-gather", 8) == 700
+
+
+def test_the_formula_counts_what_xla_counts():
+  """Of a forward pass without attention's scores, which XLA counts by blocks, and with element-wise work beside."""
+  m = SETTINGS.model
+  small = work.forward(m, 1, 0, looping=True)
+  by_hand = 2 * (4 * (2 * 128 * 128 + 2 * 128 * 64 + 2 * 128 * 256 + 128) + 512 * 128)
+  assert small == by_hand
+  x = jax.ShapeDtypeStruct((256, 128), jnp.float32)
+  w = jax.ShapeDtypeStruct((512, 128), jnp.float32)
+  counted = jax.jit(lambda x, w: x @ w.T).lower(x, w).compile().cost_analysis()["flops"]
+  assert counted == pytest.approx(2 * 256 * 512 * 128, rel=0.01)
+
+
+def test_unknown_topologies_are_refused_with_one_that_exists():
+  with pytest.raises(UserError, match="did you mean v5e:2x4"):
+    hardware.topology("v5e-2x4")
+
+
+def test_the_verb_prints_a_table(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # restored afterwards
+  config = tmp_path / "small.toml"
+  config.write_text(CONFIG)
+  assert main(["plan", str(config), "--topology", "h100:1"]) == 0
+  printed = capsys.readouterr().out
+  assert "1 × NVIDIA H100" in printed and "lowered for CUDA only" in printed
+  assert "train step, segments up to 256, looping off" in printed and "not known without compiling" in printed
