@@ -13,8 +13,9 @@ known tokens, the keys of a block of targets are computed ahead and their cache 
 only read and written in the order of the stream. Threads split contexts, never positions, and in such a way that two
 contexts whose pairs could share a key lie with the same thread; so no count depends on how many there are.
 
-Files: `table.[ch]` tables that grow, `state.[ch]` counts and hints, `_ngram.c` the Python type (stable ABI of 3.11),
-`sanitize.sh` runs the tests under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer.
+Files: `table.[ch]` tables that grow, `keys.h` the published keys, `shard.[ch]` counts and hints, `state.[ch]` the stream
+and the threads, `_ngram.c` the Python type (stable ABI of 3.11), `sanitize.sh` runs the tests under AddressSanitizer,
+LeakSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 """
 
 from pgolf_jax.kernels.ngram.api import MAX_ORDER, Mode, NgramState

@@ -90,7 +90,10 @@ def ngram(
       f"{row.gated:,}",
       {None: "", True: "yes", False: "NO"}[row.agrees],
     )
-  Console().print(table)
+  console = Console()
+  if not console.is_terminal:
+    console.width = 110  # a log file takes the whole table
+  console.print(table)
 
 
 def measure(
