@@ -74,7 +74,7 @@ def ngram(
   title = f"{len(tokens) - 1:,} targets, order {order}, {'made up' if data is None else data}"
   table = Table(title=title, title_justify="left")
   figures = ("threads", "first s", "best s", "core s", "M/s", "floor s", "bytes/target", "gated", "agrees")
-  table.add_column("tables")
+  table.add_column("tables", no_wrap=True)
   for column in figures:
     table.add_column(column, justify="right")
   for row in rows:
