@@ -74,7 +74,7 @@ def ngram(
   title = f"{len(tokens) - 1:,} targets, order {order}, {'made up' if data is None else data}"
   table = Table(title=title, title_justify="left")
   figures = ("threads", "first s", "best s", "core s", "M/s", "floor s", "bytes/target", "gated", "agrees")
-  table.add_column("tables", no_wrap=True)
+  table.add_column("tables")
   for column in figures:
     table.add_column(column, justify="right")
   for row in rows:
@@ -90,10 +90,7 @@ def ngram(
       f"{row.gated:,}",
       {None: "", True: "yes", False: "NO"}[row.agrees],
     )
-  console = Console()
-  if not console.is_terminal:
-    console.width = 110  # a log file takes the whole table
-  console.print(table)
+  Console().print(table)
 
 
 def measure(
