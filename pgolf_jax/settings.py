@@ -311,13 +311,6 @@ class Settings:
       for k, v in dataclasses.asdict(self).items()
     }
 
-  def validate(self, *, device_count: int | None = None) -> "Settings":
-    """Returns self. Raises UserError on a combination that cannot work, naming the numbers and a valid choice."""
-    from pgolf_jax.settings_checks import check
-
-    check(self, device_count=device_count)
-    return self
-
 
 def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Settings:
   """The config file with the environment over it."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgolf_jax import cache, distributed, xla_flags
+from pgolf_jax import cache, distributed, settings_checks, xla_flags
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder, log, write_bytes_atomically
@@ -30,9 +30,11 @@ def data_folder(settings: Settings) -> Path:
     return ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
 
 
-def plain_score(settings: Settings, params: Params, mesh: Mesh, description: str) -> dict:
-  """Plain BPB of parameters on the validation split, as the stages report it."""
-  data = plain.load_validation(data_folder(settings))
+def plain_score(
+  settings: Settings, params: Params, mesh: Mesh, description: str, data: plain.ValidationData | None = None
+) -> dict:
+  """Plain BPB of parameters on `data`, or on the whole validation split, as the stages report it."""
+  data = plain.load_validation(data_folder(settings)) if data is None else data
   began = time.perf_counter()
   score = plain.score(
     settings.model,
@@ -125,7 +127,7 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   distributed.initialize()
   cache.use_compile_cache()
   mesh = data_mesh(usable_devices(settings))
-  settings.validate(device_count=mesh.size)
+  settings_checks.check(settings, device_count=mesh.size)
   with distributed.leader_first("run folder"):
     found = RunFolder(folder, settings)
   found.log_to_file()

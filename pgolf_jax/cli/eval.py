@@ -35,7 +35,7 @@ def evaluate(
   import dataclasses
   import os
 
-  from pgolf_jax import cache, stages
+  from pgolf_jax import cache, settings_checks, stages
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.scoring import plain, stage
@@ -58,13 +58,13 @@ def evaluate(
   settings = Settings.from_env(os.environ, base=settings)
   changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
-  settings.validate()
+  settings_checks.check(settings)
   folder = data or stages.data_folder(settings)
   found = stage.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
   if ttt:
     _, result = stage.score(settings, params, found, mesh, folder=out)
   else:
-    result = stages.plain_score(settings, params, mesh, "scoring")
+    result = stages.plain_score(settings, params, mesh, "scoring", found)
   for name, value in result.items():
     print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
 

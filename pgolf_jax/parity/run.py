@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pgolf_jax import settings_checks
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import GPT, eval_caps, packed_nll
@@ -105,7 +106,7 @@ def _train(case: Case) -> Arrays:
 
   settings = dataclasses.replace(case.settings, quantize=dataclasses.replace(case.settings.quantize, reserve_seconds=0))
   mesh = _one_device()
-  settings.validate(device_count=mesh.size)
+  settings_checks.check(settings, device_count=mesh.size)
   with tempfile.TemporaryDirectory() as folder:
     run = RunFolder(Path(folder), settings)
     initial = {k: jnp.asarray(v) for k, v in case.params().items()}

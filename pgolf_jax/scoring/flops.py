@@ -16,12 +16,14 @@ class Costs:
     pair: of one query and one key, in all layers.
     target: of one target through the head and its adapter.
     cached: whether the window's earlier tokens are kept rather than computed again.
+    updates: gradient steps of a learning chunk, each with a pass of its own.
   """
 
   token: float
   pair: float
   target: float
   cached: bool
+  updates: int
 
   @classmethod
   def of(cls, model: ModelConfig, ttt: TTTConfig) -> "Costs":
@@ -36,13 +38,14 @@ class Costs:
       pair=2.0 * positions * 2 * D,
       target=2.0 * (model.vocab_size * D + rank * (D + model.vocab_size)),
       cached=ttt.method == "cached",
+      updates=ttt.grad_steps,
     )
 
   def row(self, window: int, width: int, *, learn: bool) -> float:
-    """One document's chunk of `width` targets at the end of a window; learning computes inputs' gradients too."""
+    """One document's chunk of `width` targets at the end of a window; each update computes inputs' gradients too."""
     tokens = width if self.cached else window
     pairs = width * window if self.cached else window * window / 2
-    return (tokens * self.token + pairs * self.pair + width * self.target) * (2 if learn else 1)
+    return (tokens * self.token + pairs * self.pair + width * self.target) * (2 * self.updates if learn else 1)
 
   def step(self, slots: int, window: int, width: int, *, learn: bool) -> float:
     """A compiled step, on one device."""

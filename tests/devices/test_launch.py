@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgolf_jax import xla_flags
+from pgolf_jax import settings_checks, xla_flags
 from pgolf_jax.settings import Settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -51,7 +51,7 @@ def test_the_slurm_recipe_starts_as_many_processes_as_the_config_has_rows(tmp_pa
   tasks = int(re.search(r"--ntasks-per-node=(\d+)", script.read_text())[1])
   gpus = int(re.search(r"--gres=gpu:h100:(\d+)", script.read_text())[1])
   assert tasks == gpus
-  Settings.from_toml(CONFIGS / "record_8xh100.toml").validate(device_count=tasks)
+  settings_checks.check(Settings.from_toml(CONFIGS / "record_8xh100.toml"), device_count=tasks)
 
 
 def test_the_gke_recipe_has_the_chips_of_its_topology_and_a_config_for_them():
@@ -62,4 +62,4 @@ def test_the_gke_recipe_has_the_chips_of_its_topology_and_a_config_for_them():
   rows, columns = re.search(r"gke-tpu-topology: (\d+)x(\d+)", text).groups()
   assert {hosts * n for n in chips} == {int(rows) * int(columns)}
   config = re.search(r"configs/(\S+\.toml), --out", text)[1]
-  Settings.from_toml(CONFIGS / config).validate(device_count=int(rows) * int(columns))
+  settings_checks.check(Settings.from_toml(CONFIGS / config), device_count=int(rows) * int(columns))
