@@ -32,6 +32,7 @@ class PlanArgs:
 def main(args: list[str]) -> int:
   import os
 
+  from pgolf_jax import settings_checks
   from pgolf_jax.cli.config_args import parse_as
 
   found = parse_as(PlanArgs, "plan", DESCRIPTION, args)
@@ -42,7 +43,7 @@ def main(args: list[str]) -> int:
   from pgolf_jax.plan.programs import programs
 
   hardware = topology(found.topology)
-  found.settings.validate(device_count=hardware.mesh.size)
+  settings_checks.check(found.settings, device_count=hardware.mesh.size)
   print(f"{hardware.name}: {hardware.mesh.size} × {hardware.kind}", flush=True)
   if hardware.only_lowers:
     print(hardware.only_lowers)
