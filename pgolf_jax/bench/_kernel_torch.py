@@ -37,14 +37,7 @@ def functions(platform: str) -> dict[str, Callable] | None:
   def linear_softcapped_xent(x, weight, y):
     return softcapped_xent(nn.linear(x, weight), y)
 
-  def polar_express(u):
-    from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
-
-    x = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in COEFFICIENTS:
-      gram = x @ x.mT
-      x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
+  from pgolf_jax.bench._torch_gpt import polar_express
 
   return {
     f.__name__: f for f in (segment_attention, leaky_relu2_mlp, softcapped_xent, linear_softcapped_xent, polar_express)

@@ -56,6 +56,7 @@ def kernels(
     rates = f"{row.flops_per_s / 1e12:.3g}", f"{row.bytes_per_s / 1e9:.4g}"
     table.add_row(row.operation, row.passes, row.implementation, f"{row.seconds * 1e3:.3f}", *rates, share, of_xla)
   console = Console()
+  console.width = max(console.width, 110)  # narrower, the table would break its headings
   console.print(table)
   for note in dict.fromkeys(notes):
     console.print(note, markup=False)
@@ -77,6 +78,11 @@ def measure(operations, tokens, max_segment, repeats) -> tuple[list[Row], list[s
   torch_functions = _kernel_torch.functions(device.platform) or {}
   matrices, dtype = (2, jnp.float32) if on_cpu else (22, jnp.bfloat16)
   notes = [f"{device.kind}: {tokens} tokens in segments up to {max_segment}, {matrices} matrices, {dtype.__name__}"]
+  if limits is None:
+    notes.append(f"{device.kind}: no peak known, so no share of the roofline")
+  else:
+    peaks_of = f"{limits.flops_per_s / 1e12:g}e12 FLOP/s, {limits.bytes_per_s / 1e12:g} TB/s"
+    notes.append(f"roofline: share of the least time at the chip's peaks, {peaks_of}")
   rows = []
   for case in _kernel_cases.cases(tokens, max_segment, matrices, dtype):
     if operations and case.name not in operations:

@@ -68,12 +68,16 @@ def _call(module, verb: str, args: list[str]) -> int:
     return tyro.cli(module.COMMAND, args=args, prog=f"pgolf {verb}") or 0
   commands = module.COMMANDS
   if not args or args[0] in ("-h", "--help"):
-    lines = [f"  {name:<10} {(f.__doc__ or '').strip().splitlines()[0]}" for name, f in commands.items()]
+    about = {name: getattr(f, "DESCRIPTION", None) or f.__doc__ or "" for name, f in commands.items()}
+    lines = [f"  {name:<10} {text.strip().splitlines()[0]}" for name, text in about.items()]
     print("\n".join([f"usage: pgolf {verb} WHAT …    (pgolf {verb} WHAT --help tells more)", "", *lines]))
     return 0 if args else 2
   if args[0] not in commands:
     return _fail(_nearest(f"pgolf {verb}", args[0], commands), 2)
-  return tyro.cli(commands[args[0]], args=args[1:], prog=f"pgolf {verb} {args[0]}") or 0
+  command = commands[args[0]]
+  if hasattr(command, "main"):
+    return command.main(args[1:]) or 0
+  return tyro.cli(command, args=args[1:], prog=f"pgolf {verb} {args[0]}") or 0
 
 
 def _nearest(what: str, given: str, valid) -> str:

@@ -5,8 +5,9 @@ import pkgutil
 
 from pgolf_jax import bench
 
-COMMANDS = {
-  found.name: importlib.import_module(f"pgolf_jax.bench.{found.name}").COMMAND
+_MODULES = {
+  found.name: importlib.import_module(f"pgolf_jax.bench.{found.name}")
   for found in pkgutil.iter_modules(bench.__path__)
   if not found.name.startswith("_")
 }
+COMMANDS = {name: getattr(module, "COMMAND", module) for name, module in _MODULES.items()}

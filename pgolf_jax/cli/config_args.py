@@ -34,13 +34,18 @@ def parse(verb: str, description: str, args: list[str]) -> tuple[Settings, Path]
   return found.settings, found.out or Path("runs") / found.config.stem
 
 
-def parse_as(kind, verb: str, description: str, args: list[str]):
-  """An instance of `kind`, a dataclass with the fields `config` and `settings`; errors as `parse`."""
+def parse_as(kind, verb: str, description: str, args: list[str], *, needs_config: bool = True):
+  """An instance of `kind`, a dataclass with the fields `config` and `settings`; errors as `parse`.
+
+  Args:
+    needs_config: whether it is an error to give no config; if not, the settings are the defaults and the environment's.
+  """
   if not args or args[0].startswith("-"):
-    if not {"-h", "--help"} & set(args):
+    if needs_config and not {"-h", "--help"} & set(args):
       raise UserError(f"pgolf {verb} needs a config first, as in: pgolf {verb} configs/demo.toml")
-    default = Settings()
-    config = Path("CONFIG")
+    check_environment(os.environ)
+    default = Settings.from_env(os.environ)
+    config = Path("CONFIG") if needs_config else None
   else:
     config = Path(args[0])
     check_environment(os.environ)

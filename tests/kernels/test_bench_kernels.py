@@ -15,6 +15,7 @@ def test_measures_every_pass_of_every_possible_implementation():
   assert all(row.seconds > 0 and row.flops_per_s > 0 for row in rows)
   assert not any(row.implementation == "mosaic_gpu" for row in rows)
   assert any("it needs a Hopper GPU" in note for note in notes)
+  assert any("no peak known" in note for note in notes) and all(row.share is None for row in rows)
 
 
 def test_segments_are_as_long_as_documents_and_never_longer_than_allowed():
