@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pgolf_jax.quantize.codecs import NAMES, codec, grids, laws
+from pgolf_jax.quantize.codecs import NAMES, codec, grids, laws, means
 from pgolf_jax.quantize.codecs.ans import Reader, Writer, put_counted, table, take_counted
 from pgolf_jax.quantize.errors import ArtifactError
 
@@ -89,6 +89,16 @@ def test_rows_and_columns_that_share_a_mean_take_less():
   model = grids.fit(q)
   assert model.mean is not None and len(np.unique(model.row_M)) > 1
   assert len(assert_returns("entropy", "grid", [q])) < 0.77 * entropy_bytes(q)
+
+
+def test_the_strongest_direction_comes_first_however_it_is_spread():
+  rng = np.random.default_rng(8)
+  peaked, even = np.exp(-np.arange(200) / 6), np.sign(rng.standard_normal(200))
+  strengths = 40 * peaked / np.linalg.norm(peaked), 20 * even / np.linalg.norm(even)
+  mean = sum(rng.standard_normal((800, 1)) * strength for strength in strengths)
+  found = means.fit(rounded_noise(9, (800, 200), 2.0, mean, limit=63))
+  cosine_K = found.b_KxN @ peaked / np.linalg.norm(found.b_KxN, axis=1) / np.linalg.norm(peaked)
+  assert np.argmax(np.abs(cosine_K)) == 0 and abs(cosine_K[0]) > 0.95
 
 
 def test_wide_matrices_have_a_mean_too():

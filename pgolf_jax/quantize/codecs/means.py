@@ -110,7 +110,9 @@ def _leading_directions(gram_NxN: np.ndarray, rounds: int) -> np.ndarray:
   gram_NxN = np.rint(gram_NxN * (2.0**26 / max(float(np.abs(gram_NxN).max()), 1.0)))
   for _ in range(rounds):
     basis_KxN = _orthogonal(np.matmul(basis_KxN, gram_NxN))
-  energy_K = (np.matmul(basis_KxN, gram_NxN) * basis_KxN).sum(axis=1)
+  # Rows differ in length: each has the same largest entry.
+  length_K = np.maximum(np.square(basis_KxN).sum(axis=1), 1)
+  energy_K = (np.matmul(basis_KxN, gram_NxN) * basis_KxN).sum(axis=1) / length_K
   basis_KxN = basis_KxN[np.argsort(-energy_K, kind="stable")]
   norm_Kx1 = np.maximum(np.sqrt(np.square(basis_KxN).sum(axis=1, keepdims=True)), 1)
   coarse_KxN = np.clip(np.rint(basis_KxN * (_BASIS_LEVEL * np.sqrt(columns) / norm_Kx1)), -B_LIMIT, B_LIMIT)
