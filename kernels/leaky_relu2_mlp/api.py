@@ -21,7 +21,7 @@ def choose(x_NxD, up_FxD, down_DxF, *, implementation: str | None = None) -> tar
 
   Args:
     x_NxD, up_FxD, down_DxF: arrays or `jax.ShapeDtypeStruct`s.
-    implementation: a name to insist on (`mosaic_gpu`, `xla`, `reference`), or None to pick.
+    implementation: a name to insist on (`mosaic_gpu`, `mosaic_tpu`, `xla`, `reference`), or None to pick.
 
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
@@ -29,6 +29,7 @@ def choose(x_NxD, up_FxD, down_DxF, *, implementation: str | None = None) -> tar
   _check(x_NxD, up_FxD, down_DxF)
   obstacles = {
     "mosaic_gpu": lambda: target.mosaic_gpu_obstacle(_NAME, x_NxD, up_FxD),
+    "mosaic_tpu": lambda: target.mosaic_tpu_obstacle(_NAME, x_NxD, up_FxD),
     "xla": lambda: None,
     "reference": lambda: None,
   }

@@ -24,7 +24,7 @@ def choose(z_NxV, *, implementation: str | None = None) -> target.Choice:
 
   Args:
     z_NxV: an array or a `jax.ShapeDtypeStruct`.
-    implementation: a name to insist on (`mosaic_gpu`, `xla`, `reference`), or None to pick.
+    implementation: a name to insist on (`mosaic_gpu`, `mosaic_tpu`, `xla`, `reference`), or None to pick.
 
   Raises:
     ValueError: z is not a matrix of a floating type, or the implementation is unknown or not possible.
@@ -33,6 +33,7 @@ def choose(z_NxV, *, implementation: str | None = None) -> target.Choice:
     raise ValueError(f"z must be [N, V] of a floating type, not {z_NxV.shape} of {z_NxV.dtype}")
   obstacles = {
     "mosaic_gpu": lambda: target.mosaic_gpu_obstacle(_NAME, z_NxV),
+    "mosaic_tpu": lambda: target.mosaic_tpu_obstacle(_NAME, z_NxV),
     "xla": lambda: None,
     "reference": lambda: None,
   }

@@ -8,9 +8,11 @@ import jax
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from pgolf_jax.kernels import hopper
+from pgolf_jax.plan import hardware
 
 
 @contextlib.contextmanager
@@ -101,23 +103,42 @@ def _interpreted_mosaic_gpu():
     yield
 
 
-# The TPU kernels are told to be interpreted by an argument.
+@contextlib.contextmanager
+def _pretend_tpu():
+  """Traces inside take a TPU v5e for their target."""
+  device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    yield
+
+
+@contextlib.contextmanager
+def _interpreted_mosaic_tpu():
+  """Kernels traced inside run in Pallas' Mosaic TPU interpreter, where memory is NaN until it is written."""
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")), _pretend_tpu():
+    yield
+
+
 _INTERPRETERS = {
   "xla": contextlib.nullcontext,
   "mosaic_gpu": _interpreted_mosaic_gpu,
-  "mosaic_tpu": contextlib.nullcontext,
+  "mosaic_tpu": _interpreted_mosaic_tpu,
 }
 
 
 @pytest.fixture(scope="class")
 def run(request):
-  """run(f)(*args): f, jitted once, with the kernels of the test class's `implementation` interpreted."""
+  """run(f)(*args): f, jitted once, with the kernels of the test class's `implementation` interpreted.
+
+  A class whose kernels are told to be interpreted by an argument says so: `interpreted_by_argument`.
+  """
+  by_argument = getattr(request.cls, "interpreted_by_argument", False)
+  interpreter = contextlib.nullcontext if by_argument else _INTERPRETERS[request.cls.implementation]
 
   def compiled(f):
     jitted = jax.jit(f)
 
     def call(*arguments):
-      with _INTERPRETERS[request.cls.implementation]():
+      with interpreter():
         # The interpreter's callbacks compute with JAX: other work dispatched beside them can deadlock.
         return jax.block_until_ready(jitted(*arguments))
 
@@ -142,3 +163,31 @@ def hopper_kernels():
 def pretend_hopper():
   """A context in which traces take an H100 for their target."""
   return _pretend_hopper
+
+
+@pytest.fixture
+def tpu_kernels():
+  """tpu_kernels(f, *shapes) → how many Mosaic TPU kernels f holds when compiled for a TPU v5e."""
+  if not hardware.has_libtpu():
+    pytest.skip("libtpu is not installed: nothing can be compiled for TPUs")
+  chip = SingleDeviceSharding(hardware.topology("v5e:2x4").mesh.devices.flat[0])
+
+  def count(f, *shapes) -> int:
+    on_chip = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=chip) for s in shapes]
+    with _pretend_tpu():
+      lowered = jax.jit(f).trace(*on_chip).lower(lowering_platforms=("tpu",))
+    return lowered.compile().as_text().count('custom_call_target="tpu_custom_call"')
+
+  return count
+
+
+@pytest.fixture
+def interpret_tpu():
+  """A context in which Mosaic TPU kernels that are called run in Pallas' interpreter."""
+  return _interpreted_mosaic_tpu
+
+
+@pytest.fixture
+def pretend_tpu():
+  """A context in which traces take a TPU v5e for their target."""
+  return _pretend_tpu

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.kernels.leaky_relu2_mlp import api, reference
+from pgolf_jax.kernels.leaky_relu2_mlp import api, mosaic_tpu, reference, xla
 
 
 def arguments(seed, n, d, f, dtype):
@@ -84,6 +84,43 @@ class TestMosaicGpu(Cases):
   slopes = (0.3,)
 
 
+class TestMosaicTpu(Cases):
+  """Several steps of the sum, and tokens that do not fill their tile."""
+
+  implementation = "mosaic_tpu"
+  n, d, f = 260, 640, 128
+  slopes = (0.3,)
+  examples = 1
+
+
+class TestMosaicTpuFloat32(TestMosaicTpu):
+  """Several tiles of columns."""
+
+  n, d, f = 20, 128, 1152
+  dtype = jnp.float32
+  tolerance = 1e-5
+  slopes = (0.7,)
+
+
+def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
+  """Both products against XLA's, which the cases above hold to the formula."""
+  lanes = st.integers(1, 5).map(lambda n: 128 * n)
+  tokens = st.one_of(st.integers(1, 80), st.integers(250, 270))
+
+  @settings(max_examples=2, deadline=None)
+  @given(n=tokens, d=lanes, f=lanes, dtype=st.sampled_from((jnp.bfloat16, jnp.float32)))
+  def check(n, d, f, dtype):
+    x, up, down, dy = arguments(n, n, d, f, dtype)
+    with interpret_tpu():
+      u, a = mosaic_tpu.up(x, up, slope=0.3)
+      du = jax.block_until_ready(mosaic_tpu.up_gradient(dy, down, u, slope=0.3))
+    for got, want in zip((u, a, du), (*xla.up(x, up, slope=0.3), xla.up_gradient(dy, down, u, slope=0.3)), strict=True):
+      assert got.dtype == dtype and got.shape == (n, f)
+      assert distance(got, want.astype(jnp.float32)) < (5e-3 if dtype == jnp.bfloat16 else 1e-5)
+
+  check()
+
+
 def test_slope_decides_the_negative_side():
   x, up, down = jnp.array([[-2.0]]), jnp.ones((1, 1)), jnp.ones((1, 1))
   assert api.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0] == 1.0
@@ -96,10 +133,23 @@ def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, d, f):
   assert hopper_kernels(with_gradient(lambda *a: api.leaky_relu2_mlp(*a, slope=0.3)), *shapes) == 2
 
 
+@pytest.mark.parametrize(
+  ("n", "d", "f", "dtype"),
+  [
+    (12288, 512, 2048, jnp.bfloat16),
+    (300, 1024, 4096, jnp.float32),
+    (9, 384, 640, jnp.bfloat16),
+  ],
+)
+def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, d, f, dtype):
+  shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (f, d), (d, f), (n, d))]
+  assert tpu_kernels(with_gradient(lambda *a: api.leaky_relu2_mlp(*a, slope=0.3)), *shapes) == 2
+
+
 def test_chooses_xla_on_a_cpu_and_says_why():
-  name, reason = api.choose(*arguments(0, 8, 8, 8, jnp.float32)[:3])
+  name, reason = api.choose(*[jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)] * 3)
   assert name == "xla"
-  assert "it needs a Hopper GPU" in reason
+  assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
 
 
 def test_refuses_with_the_numbers():
@@ -120,3 +170,20 @@ def test_mosaic_gpu_refuses_what_it_cannot_do(pretend_hopper):
     api.choose(x, up, down, implementation="mosaic_gpu")
   with pytest.raises(ValueError, match="not cpu"):
     api.choose(x, up, down, implementation="mosaic_gpu")
+
+
+def test_mosaic_tpu_refuses_what_it_cannot_do(pretend_tpu):
+  def choose(d, f, dtype, n=8):
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (f, d), (d, f))]
+    return api.choose(*shapes, implementation="mosaic_tpu")
+
+  with pretend_tpu():
+    assert choose(128, 256, jnp.bfloat16).name == "mosaic_tpu"
+    with pytest.raises(ValueError, match="N=8, D=96 and F=256"):
+      choose(96, 256, jnp.bfloat16)
+    with pytest.raises(ValueError, match="N=0, D=128 and F=256"):
+      choose(128, 256, jnp.bfloat16, n=0)
+    with pytest.raises(ValueError, match="not float16"):
+      choose(128, 256, jnp.float16)
+  with pytest.raises(ValueError, match="it needs a TPU, not cpu"):
+    choose(128, 256, jnp.bfloat16)

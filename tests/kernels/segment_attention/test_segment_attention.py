@@ -119,6 +119,7 @@ class TestMosaicTpu(Cases):
   """Rows of three chunks, the last not full; segments are cut to the bound, and so begin in the chunk before, too."""
 
   implementation = "mosaic_tpu"
+  interpreted_by_argument = True
   examples = 1
   b, t, h, k, c = 1, 290, 2, 1, 64
   longest = 128

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.kernels.softcapped_xent import api, linear, reference
+from pgolf_jax.kernels.softcapped_xent import api, linear, mosaic_tpu, reference, xla
 
 
 def arguments(seed, n, v, scale, dtype):
@@ -91,6 +91,49 @@ class TestMosaicGpu(Cases):
   n, v = 128, 384
 
 
+class TestMosaicTpu(Cases):
+  """Two blocks of rows, the second not full."""
+
+  implementation = "mosaic_tpu"
+  n, v = 260, 128
+  examples = 1
+
+
+class TestMosaicTpuFloat32(TestMosaicTpu):
+  """Two blocks of columns."""
+
+  n, v = 20, 2304
+  dtype = jnp.float32
+  tolerance = 1e-5
+  examples = 2
+
+
+def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
+  """Both passes against XLA's, which the cases above hold to the formula."""
+
+  @settings(max_examples=2, deadline=None)
+  @given(
+    n=st.integers(1, 40),
+    v=st.integers(1, 9).map(lambda n: 128 * n),
+    hinted=st.booleans(),
+    dtype=st.sampled_from((jnp.bfloat16, jnp.float32)),
+  )
+  def check(n, v, hinted, dtype):
+    z, target, hint, d_nll, d_hint = arguments(n, n, v, 20.0, dtype)
+    caps = jnp.float32(30.0), jnp.float32(12.0)
+    hints = (hint, d_hint) if hinted else (None, None)
+    lse_want = xla.log_sum_exp(z, *caps)
+    rest = (lse_want, target, -d_nll, *hints, d_nll, *caps)
+    with interpret_tpu():
+      lse = jax.block_until_ready(mosaic_tpu.log_sum_exp(z, *caps))
+      dz = jax.block_until_ready(mosaic_tpu.gradient(z, *rest))
+    np.testing.assert_allclose(lse, lse_want, rtol=1e-5)
+    assert dz.dtype == dtype and dz.shape == (n, v)
+    assert distance(dz, xla.gradient(z, *rest).astype(jnp.float32)) < (5e-3 if dtype == jnp.bfloat16 else 1e-5)
+
+  check()
+
+
 @pytest.mark.parametrize("n", [1, 7, 16, 23])
 def test_linear_form_agrees_in_blocks_of_any_number_of_tokens(monkeypatch, n):
   monkeypatch.setattr(linear, "_BLOCK_LOGITS", 8 * 30)
@@ -148,7 +191,26 @@ def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, v):
   assert hopper_kernels(jax.grad(loss), z, index, index) == 2
 
 
-def test_refuses_with_the_numbers(pretend_hopper):
+@pytest.mark.parametrize(
+  ("n", "v", "dtype"), [(4096, 8192, jnp.bfloat16), (4096, 8192, jnp.float32), (3, 384, jnp.bfloat16)]
+)
+def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, v, dtype):
+  z, index = jax.ShapeDtypeStruct((n, v), dtype), jax.ShapeDtypeStruct((n,), jnp.int32)
+
+  def loss(z, target, hint):
+    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, cap_pos=30.0, cap_neg=30.0)
+    return nll.mean() + hint_logp.mean()
+
+  assert tpu_kernels(jax.grad(loss), z, index, index) == 2
+
+
+def test_chooses_xla_on_a_cpu_and_says_why():
+  name, reason = api.choose(jax.ShapeDtypeStruct((8, 128), jnp.bfloat16))
+  assert name == "xla"
+  assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
+
+
+def test_refuses_with_the_numbers(pretend_hopper, pretend_tpu):
   z, target, *_ = arguments(0, 6, 5, 1.0, jnp.float32)
   with pytest.raises(ValueError, match=r"\(5,\) of int32 for z_NxV.shape=\(6, 5\)"):
     api.softcapped_xent(z, target[:5], cap_pos=30.0, cap_neg=30.0)
@@ -158,3 +220,9 @@ def test_refuses_with_the_numbers(pretend_hopper):
     api.linear_softcapped_xent(z, jnp.zeros((7, 4)), target, cap_pos=30.0, cap_neg=30.0)
   with pretend_hopper(), pytest.raises(ValueError, match="N=6 and V=5"):
     api.choose(z.astype(jnp.bfloat16), implementation="mosaic_gpu")
+  with pretend_tpu():
+    assert api.choose(jax.ShapeDtypeStruct((6, 128), jnp.float32), implementation="mosaic_tpu").name == "mosaic_tpu"
+    with pytest.raises(ValueError, match="N=6 and V=5"):
+      api.choose(z, implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="not float16"):
+      api.choose(jax.ShapeDtypeStruct((6, 128), jnp.float16), implementation="mosaic_tpu")
