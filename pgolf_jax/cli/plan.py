@@ -11,7 +11,8 @@ from pgolf_jax.settings import Settings
 DESCRIPTION = """Compile the train and test-time training steps for hardware that is not there.
 
 Prints memory a device, work, collectives and the least time at peak rates; exit status 1 if a program does not fit.
-TPUs need libtpu (pip install 'pgolf_jax[tpu]') and no TPU; programs for H100s are lowered, not compiled.
+TPUs need libtpu (pip install 'pgolf_jax[tpu]') and no TPU; H100s JAX's CUDA plugin (pip install 'pgolf_jax[cuda]') and
+neither a GPU nor a driver. Without the plugin programs for H100s are lowered, not compiled.
 
 Example: pgolf plan configs/v5e_8.toml --topology v5e:2x4"""
 

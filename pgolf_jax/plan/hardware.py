@@ -6,6 +6,7 @@ import os
 import re
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.plan.machine_code import SHARED_MEMORY
 
 GIB = 2**30
 
@@ -29,6 +30,34 @@ CHIPS = {
 }
 
 _H100 = "NVIDIA H100 80GB HBM3"
+# What XLA's compiler asks of a GPU, as a GpuTargetConfig message. Sizes and limits: NVIDIA H100 data sheet (SXM) and
+# the table of compute capability 9.0 in the CUDA C++ Programming Guide.
+_H100_TARGET = f"""
+platform_name: "CUDA"
+device_description_str: "{_H100}"
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: {80 * 10**9}
+  memory_bandwidth: 3350000000000
+  l2_cache_size: {50 * 2**20}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {SHARED_MEMORY}
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}}
+"""
+_GPUS_OF_A_HOST = 8
 _EXAMPLES = ("h100:1", "h100:8", "v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4")
 # libtpu looks for a TPU's surroundings when it is loaded; there are none, and other processes may load it as well.
 _LIBTPU = {
@@ -65,7 +94,8 @@ def topology(name: str) -> Topology:
   """The devices of that name, such as `v5e:2x4` or `h100:8`.
 
   Raises:
-    UserError: there is no such topology, or libtpu, which describes TPUs, is not installed.
+    UserError: there is no such topology, or libtpu, which describes TPUs, is not installed. H100s without the CUDA
+      plugin are no error: `only_lowers` says so.
   """
   if found := re.fullmatch(r"h100:(\d+)", name.lower()):
     return _h100(int(found[1]), name)
@@ -82,14 +112,40 @@ def has_libtpu() -> bool:
   return importlib.util.find_spec("libtpu") is not None
 
 
-def _h100(count: int, name: str) -> Topology:
-  from jax.sharding import AbstractDevice, AbstractMesh
+def has_cuda() -> bool:
+  """Whether JAX's CUDA plugin is installed, which compiles for NVIDIA GPUs and needs neither a GPU nor a driver."""
+  import importlib.util
 
+  return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def _h100(count: int, name: str) -> Topology:
   if count < 1:
     raise UserError("A topology needs at least one device, as in h100:1.")
+  if not has_cuda():
+    return _lowered_h100(count, name, "nothing here compiles for H100s: lowered for CUDA only")
+  import numpy as np
+  from jax.experimental import topologies
+  from jax.sharding import Mesh
+
+  # The plugin would else refuse to start where there is no driver whose version it could check.
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+  hosts = count // _GPUS_OF_A_HOST if count % _GPUS_OF_A_HOST == 0 else 1
+  try:
+    devices = topologies.get_topology_desc(
+      platform="cuda", topology_name="h100", target_config=_H100_TARGET, topology=f"1x{hosts}x{count // hosts}"
+    ).devices
+  except Exception as e:
+    why = f"JAX's CUDA plugin does not compile here ({str(e).splitlines()[0]}): lowered for CUDA only"
+    return _lowered_h100(count, name, why)
+  return Topology(name, Mesh(np.asarray(devices), ("data",)), "cuda", devices[0].device_kind)
+
+
+def _lowered_h100(count: int, name: str, why: str) -> Topology:
+  from jax.sharding import AbstractDevice, AbstractMesh
+
   device = AbstractDevice(device_kind=_H100, num_cores=132, platform="gpu")
-  mesh = AbstractMesh((count,), ("data",), abstract_device=device)
-  return Topology(name, mesh, "cuda", _H100, only_lowers="nothing here compiles for H100s: lowered for CUDA only")
+  return Topology(name, AbstractMesh((count,), ("data",), abstract_device=device), "cuda", _H100, only_lowers=why)
 
 
 def _tpu(name: str) -> Topology:

@@ -10,9 +10,10 @@ from pgolf_jax.kernels.peaks import peaks
 from pgolf_jax.plan import collectives
 from pgolf_jax.plan.collectives import Traffic
 from pgolf_jax.plan.hardware import GIB, Topology
+from pgolf_jax.plan.machine_code import Kernel, read, recorded, table
 from pgolf_jax.plan.programs import Program
 
-_KERNEL = re.compile(r'@mosaic_gpu\w*|@tpu_custom_call|custom_call_target="tpu_custom_call"')
+_KERNEL = re.compile(r'@mosaic_gpu\w*|@tpu_custom_call|custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
 _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|[Ee]xceed(s|ed).*memory")
 
 
@@ -27,6 +28,7 @@ class Finding:
     traffic: by kind of collective.
     floors: seconds that the program cannot beat, by what limits it.
     failure: what the compiler said of a program that does not fit.
+    machine_code: of the Pallas kernels, where they were compiled for a GPU, each with how often it was.
   """
 
   title: str
@@ -38,6 +40,7 @@ class Finding:
   traffic: dict[str, Traffic]
   floors: dict[str, float]
   failure: str | None = None
+  machine_code: dict[Kernel, int] = dataclasses.field(default_factory=dict)
 
 
 def examine(program: Program, topology: Topology) -> Finding:
@@ -45,13 +48,13 @@ def examine(program: Program, topology: Topology) -> Finding:
   began = time.perf_counter()
   devices = topology.mesh.size
   lowered = program.trace().lower(lowering_platforms=(topology.platform,))
-  memory, fits, failure, moved = {}, None, None, None
+  memory, fits, failure, moved, machine_code = {}, None, None, None, {}
   if topology.only_lowers:
     text = lowered.as_text()
     traffic = collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), devices)
   else:
     try:
-      compiled = lowered.compile()
+      compiled, machine_code = _compile(lowered, topology)
     except jax.errors.JaxRuntimeError as e:
       if not _TOO_LARGE.search(str(e)):
         raise
@@ -67,7 +70,15 @@ def examine(program: Program, topology: Topology) -> Finding:
   kernels = len(_KERNEL.findall(text))
   floors = _floors(program.flops, moved, traffic, topology)
   seconds = time.perf_counter() - began
-  return Finding(program.title, seconds, memory, fits, program.flops, kernels, traffic, floors, failure)
+  return Finding(program.title, seconds, memory, fits, program.flops, kernels, traffic, floors, failure, machine_code)
+
+
+def _compile(lowered, topology: Topology):
+  """(compiled program, machine code of its kernels, for GPUs)."""
+  if topology.platform != "cuda":
+    return lowered.compile(), {}
+  with recorded() as folder:
+    return lowered.compile(), read(folder)
 
 
 def _memory(compiled) -> dict[str, int]:
@@ -119,4 +130,6 @@ def report(finding: Finding, topology: Topology) -> str:
     each = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in finding.floors.items())
     longest = max(finding.floors.values()) * 1e3
     lines.append(f"  time          at least {longest:.1f} ms at the chips' peak rates ({each})")
+  if finding.machine_code:
+    lines += ["  machine code", *table(finding.machine_code)]
   return "\n".join(lines)

@@ -1,6 +1,7 @@
 """`pgolf plan` on a small model: lowered for H100s, and compiled for TPUs where libtpu is installed."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
-from pgolf_jax.plan import collectives, hardware, work
+from pgolf_jax.plan import collectives, hardware, machine_code, work
 from pgolf_jax.plan.plan import examine
 from pgolf_jax.plan.programs import Program, programs
 from pgolf_jax.settings import ModelConfig, Settings, TrainConfig, TTTConfig
@@ -47,7 +48,12 @@ def tpu(name="v5e:2x4"):
   return hardware.topology(name)
 
 
-def test_every_program_lowers_for_eight_h100s_with_kernels_inside():
+@pytest.fixture
+def no_cuda_plugin(monkeypatch):
+  monkeypatch.setattr(hardware, "has_cuda", lambda: False)
+
+
+def test_every_program_lowers_for_eight_h100s_with_kernels_inside(no_cuda_plugin):
   topology = hardware.topology("h100:8")
   found = [examine(p, topology) for p in programs(SETTINGS, topology.mesh, every_shape=False)]
   step, ttt, phase = found
@@ -72,6 +78,76 @@ def test_the_step_compiles_for_a_tpu_with_kernels_inside():
   assert {"all-gather", "all-reduce"} <= found.traffic.keys()
 
 
+def test_the_step_compiles_for_an_h100_that_is_not_there():
+  if not hardware.has_cuda():
+    pytest.skip("JAX's CUDA plugin is not installed: nothing can be compiled for H100s")
+  topology = hardware.topology("h100:8")
+  assert topology.only_lowers is None
+  (step,) = programs(dataclasses.replace(SETTINGS, ttt=TTTConfig(enabled=False)), topology.mesh, every_shape=False)
+  found = examine(step, topology)
+  assert found.fits and 0 < found.memory["arguments"] < sum(found.memory.values()) < topology.chip.memory
+  assert found.kernels > len(found.machine_code) > 5
+  assert {"all-gather", "all-reduce", "reduce-scatter"} <= found.traffic.keys()
+  products = [kernel for kernel in found.machine_code if kernel.products]
+  assert {kernel.name.split("/")[0] for kernel in products} == {"segment_attention", "leaky_relu2_mlp"}
+  assert all(0 < k.registers <= 255 and 0 < k.shared <= machine_code.SHARED_MEMORY for k in found.machine_code)
+  assert not any(k.spilled for k in found.machine_code if "attention" in k.name)
+
+
+def test_a_plugin_that_refuses_leaves_lowering(monkeypatch):
+  def refuse(**_):
+    raise RuntimeError("no such plugin")
+
+  monkeypatch.setattr(hardware, "has_cuda", lambda: True)
+  monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+  assert "no such plugin" in hardware.topology("h100:2").only_lowers
+
+
+def test_machine_code_is_read_from_what_mosaic_gpu_writes(tmp_path):
+  source = tmp_path / "attention" / "kernels.py"
+  source.parent.mkdir()
+  source.write_text("def first():\n  return 1\n\n\ndef second():\n  return 2\n")
+  ptx = f"""
+.visible .entry kernel_mosaic_gpu_kernel(
+.maxntid 128, 3, 1
+  .loc	1 6 0
+  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{%f1}}
+  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{%f1}}
+  wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {{%f1}}
+	.file	1 "{source}"
+"""
+  assembler = """
+ptxas info    : (C7504) Potential Performance Loss: 'setmaxnreg' ignored.
+ptxas         .     8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 123 registers, used 16 barriers, 17 bytes smem
+info    : used 123 registers, used 16 barriers, 8 stack, 1025 bytes smem, 1088 bytes cmem[0], 0 bytes lmem
+"""
+  folder = tmp_path / "dump"
+  folder.mkdir()
+  for name in ("kernel_0", "kernel_1"):
+    (folder / f"{name}.ptx").write_text(ptx)
+    (folder / f"{name}.ptxas").write_text(assembler)
+    sizes = "dynamic_shared_memory_size %7 {\n dynamic_shared_memory_size %c44056_i32 a"
+    (folder / f"{name}.mlir-passes.log").write_text(sizes)
+  products = (("m64n128k16", 1), ("m64n64k16", 2))
+  kernel = machine_code.Kernel("attention/second", 123, 12, products, 44_073, 384, ("'setmaxnreg' ignored.",))
+  assert machine_code.read(folder) == {kernel: 2}
+  assert kernel.blocks_on_sm == 1, "48 thousand registers each"
+  assert dataclasses.replace(kernel, threads=128).blocks_on_sm == 4
+  lines = machine_code.table({kernel: 2})
+  assert "1 × m64n128k16, 2 × m64n64k16" in lines[1] and lines[-1].endswith("ignored. (attention/second)")
+
+
+def test_a_record_ignores_the_cache_and_leaves_things_as_they_were(monkeypatch):
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", "elsewhere")
+  cached = jax.config.jax_enable_compilation_cache
+  with machine_code.recorded() as folder:
+    assert os.environ["MOSAIC_GPU_DUMP_TO"] == str(folder) and folder.is_dir()
+    assert not jax.config.jax_enable_compilation_cache
+  assert os.environ["MOSAIC_GPU_DUMP_TO"] == "elsewhere" and not folder.exists()
+  assert jax.config.jax_enable_compilation_cache is cached
+
+
 def test_a_program_that_does_not_fit_is_said_not_to():
   topology = tpu()
   everywhere = NamedSharding(topology.mesh, P())
@@ -80,7 +156,7 @@ def test_a_program_that_does_not_fit_is_said_not_to():
   assert found.fits is False and found.failure
 
 
-def test_every_shape_of_the_schedule_is_planned_when_asked_for():
+def test_every_shape_of_the_schedule_is_planned_when_asked_for(no_cuda_plugin):
   topology = hardware.topology("h100:8")
   titles = [p.title for p in programs(SETTINGS, topology.mesh, every_shape=True)]
   assert titles[:3] == [
@@ -137,7 +213,7 @@ def test_unknown_topologies_are_refused_with_one_that_exists():
     hardware.topology("v5e-2x4")
 
 
-def test_the_verb_prints_a_table(tmp_path, capsys, monkeypatch):
+def test_the_verb_prints_a_table(no_cuda_plugin, tmp_path, capsys, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # restored afterwards
   config = tmp_path / "small.toml"
   config.write_text(CONFIG)

@@ -1,0 +1,136 @@
+"""What Pallas kernels for NVIDIA GPUs became: registers, spills, tensor-core instructions, shared memory."""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+SHARED_MEMORY = 232_448
+"""Bytes of shared memory that one thread block may have on compute capability 9.0 (CUDA C++ Programming Guide)."""
+
+_REGISTERS, _THREADS, _SHARED_OF_SM, _SHARED_OF_SYSTEM = 65_536, 2048, 233_472, 1024
+
+_PRODUCT = re.compile(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"(?:\s+"([^"]+)")?', re.M)
+_PLACE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)", re.M)
+_DYNAMIC = re.compile(rb"dynamic_shared_memory_size %c(\d+)(?:_i32)?\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """One kernel's machine code.
+
+  Attributes:
+    name: the folder and function in which the kernel is called, such as `segment_attention/_attend`; for a
+      gradient's kernels JAX keeps but the place of the function that is differentiated.
+    registers: of a thread.
+    spilled: bytes stored to local memory for want of registers, by a thread.
+    products: tensor-core instructions in the text, by shape.
+    shared: bytes of shared memory of a thread block, static and dynamic.
+    threads: of a thread block.
+    remarks: what the assembler says of lost speed.
+  """
+
+  name: str
+  registers: int
+  spilled: int
+  products: tuple[tuple[str, int], ...]
+  shared: int
+  threads: int
+  remarks: tuple[str, ...]
+
+  @property
+  def blocks_on_sm(self) -> int:
+    """Thread blocks that fit on a multiprocessor at once."""
+    by_warp = -(-self.registers // 8) * 8 * 32  # registers are given out to a warp in units of 256
+    by_registers = _REGISTERS // (by_warp * -(-self.threads // 32))
+    return min(by_registers, _SHARED_OF_SM // (self.shared + _SHARED_OF_SYSTEM), _THREADS // self.threads)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Path]:
+  """A folder to which Mosaic GPU writes what it makes of every kernel that is compiled inside.
+
+  JAX's cache of compiled programs is left aside: a program from there brings no record.
+  """
+  cached, before = jax.config.jax_enable_compilation_cache, os.environ.get("MOSAIC_GPU_DUMP_TO")
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+      yield Path(folder)
+    finally:
+      jax.config.update("jax_enable_compilation_cache", cached)
+      os.environ.pop("MOSAIC_GPU_DUMP_TO")
+      if before is not None:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = before
+
+
+def read(folder: Path) -> dict[Kernel, int]:
+  """The kernels in such a folder, each with how often it was compiled."""
+  found: Counter[Kernel] = Counter()
+  for ptx in sorted(folder.glob("*.ptx")):
+    passes = ptx.with_suffix(".mlir-passes.log")
+    sizes = _DYNAMIC.findall(passes.read_bytes()) if passes.exists() else []
+    assembler = ptx.with_suffix(".ptxas").read_text(errors="replace")
+    found[kernel(ptx.read_text(errors="replace"), assembler, int(sizes[-1]) if sizes else 0)] += 1
+  return dict(sorted(found.items(), key=lambda item: item[0].name))
+
+
+def kernel(ptx: str, assembler: str, dynamic_shared: int) -> Kernel:
+  """A kernel from its PTX, what the assembler said of it, and its bytes of dynamic shared memory."""
+  products = Counter(_PRODUCT.findall(ptx))
+  threads = re.search(r"\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", ptx)
+  return Kernel(
+    name=_place(ptx),
+    registers=_number(r"Used (\d+) registers", assembler),
+    spilled=_number(r"(\d+) bytes spill stores", assembler),
+    products=tuple(sorted(products.items())),
+    shared=_number(r"(\d+) bytes smem", assembler) + dynamic_shared,
+    threads=functools.reduce(lambda n, part: n * int(part or 1), threads.groups(), 1) if threads else 1,
+    remarks=tuple(dict.fromkeys(re.findall(r"Potential Performance Loss: (.*)", assembler))),
+  )
+
+
+def _number(pattern: str, text: str) -> int:
+  found = re.search(pattern, text)
+  return int(found[1]) if found else 0
+
+
+def _place(ptx: str) -> str:
+  """Folder and outermost function of the source line at which the kernel is called; else its entry's name."""
+  files = {number: Path(folder, name) if name else Path(folder) for number, folder, name in _FILE.findall(ptx)}
+  place = _PLACE.search(ptx)
+  path = files.get(place[1]) if place else None
+  if path is not None and path.is_file():
+    for node in ast.parse(path.read_text()).body:
+      if isinstance(node, ast.FunctionDef) and node.lineno <= int(place[2]) <= (node.end_lineno or node.lineno):
+        return f"{path.parent.name}/{node.name}"
+  entry = re.search(r"\.entry\s+(\w+)", ptx)
+  return entry[1] if entry else "unnamed"
+
+
+def table(kernels: dict[Kernel, int]) -> list[str]:
+  """The kernels as lines of text, with the assembler's remarks below."""
+  lines = [
+    f"    {'kernel':<40}{'registers':>10}{'spilled':>9}{'shared':>9}{'blocks/SM':>11}  wgmma",
+    *(
+      f"    {k.name:<40}{k.registers:>10}{k.spilled:>9}{k.shared:>9,}{k.blocks_on_sm:>11}  "
+      + (", ".join(f"{count} × {shape}" for shape, count in k.products) or "none")
+      for k in kernels
+    ),
+    f"    (bytes spilled by a thread; bytes of shared memory of a thread block, at most {SHARED_MEMORY:,})",
+  ]
+  remarks: dict[str, list[str]] = {}
+  for k in kernels:
+    for remark in k.remarks:
+      remarks.setdefault(remark, []).append(k.name)
+  return lines + [f"    ptxas: {remark} ({', '.join(dict.fromkeys(names))})" for remark, names in remarks.items()]
