@@ -3,6 +3,7 @@
 #ifndef PGOLF_NGRAM_KEYS_H
 #define PGOLF_NGRAM_KEYS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -38,6 +39,21 @@ static inline void context_keys(const uint32_t *first, int context, int count, u
     const uint32_t c = COEFFICIENT[j];
     for (int i = 0; i < count; ++i) key[i] ^= (uint64_t)first[i + j] * c;
   }
+}
+
+/* A pair key is a multiple of PAIR, xored with less than 2^shift. So two contexts whose pairs can share a key agree in
+   context·PAIR from bit `shift` on: they are of one group. */
+static inline int group_shift_of(uint64_t vocab_size, int context) {
+  int shift = 0;
+  for (uint64_t most = (vocab_size - 1) * COEFFICIENT[context]; most; most >>= 1) shift += 1;
+  return shift;
+}
+
+/* The shard of a context. Where contexts are compared in full none shares a count; otherwise groups stay together. */
+static inline int shard_of(uint64_t key, bool exact, int group_shift, int shards) {
+  const uint64_t group = exact ? key : (key * PAIR) >> group_shift;
+  const uint64_t spread = mixed(group ^ 0x9e3779b97f4a7c15u) >> 32; /* unlike hash_of, by which tables are laid out */
+  return (int)((spread * (uint64_t)shards) >> 32);
 }
 
 #endif

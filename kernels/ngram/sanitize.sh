@@ -12,7 +12,8 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
 flags="-std=gnu11 -g -O1 -Wall -Wextra -fno-omit-frame-pointer -fno-sanitize-recover=all -I$here"
-fuzz="$root/tests/kernels/ngram/fuzz.c $here/state.c $here/table.c -Wl,--wrap=calloc,--wrap=realloc -pthread"
+sources="$here/shard.c $here/state.c $here/table.c"
+fuzz="$root/tests/kernels/ngram/fuzz.c $sources -Wl,--wrap=calloc,--wrap=realloc -pthread"
 
 echo "== C, addresses, leaks and undefined behaviour"
 $cc $flags -fsanitize=address,undefined -o "$build/fuzz" $fuzz
@@ -25,7 +26,7 @@ $cc $flags -fsanitize=thread -o "$build/fuzz_threads" $fuzz
 echo "== Python type, addresses, leaks and undefined behaviour"
 include=$("$python" -c "import sysconfig; print(sysconfig.get_path('include'))")
 $cc $flags -fsanitize=address,undefined -shared -fPIC -DPy_LIMITED_API=0x030B0000 "-I$include" \
-  -o "$build/_ngram.abi3.so" "$here/_ngram.c" "$here/state.c" "$here/table.c" -pthread
+  -o "$build/_ngram.abi3.so" "$here/_ngram.c" $sources -pthread
 cat >"$build/run.py" <<'EOF'
 import importlib.util, sys
 import pytest
@@ -42,7 +43,7 @@ PYTHONMALLOC=malloc LD_PRELOAD=$($cc -print-file-name=libasan.so) ASAN_OPTIONS=d
   LSAN_OPTIONS=exitcode=0 "$python" "$build/run.py" "$build/_ngram.abi3.so" "$root/tests/kernels/ngram" \
   >"$build/log" 2>&1 || status=$?
 # The interpreter leaves memory of its own behind; only what this extension allocated counts.
-if [ $status -ne 0 ] || grep -qE "ERROR: AddressSanitizer|runtime error|/(_ngram|state|table)\.[ch]:" "$build/log"; then
+if [ $status -ne 0 ] || grep -qE "ERROR: AddressSanitizer|runtime error|/(_ngram|shard|state|table)\.[ch]:" "$build/log"; then
   cat "$build/log"
   exit 1
 fi

@@ -28,7 +28,7 @@ typedef struct {
   uint64_t vocab_size; /* tokens are below it */
   size_t expected;     /* targets in all, as far as is known; sizes tables and is never a limit */
   int shards;
-  int group_shift;     /* pair keys of two contexts can be equal only if context·PAIR agrees above this bit */
+  int group_shift;     /* by which contexts are shared out, see keys.h */
   vector history;      /* uint32: every token so far, seeds included */
   ngram_shard *shard;
 } ngram;

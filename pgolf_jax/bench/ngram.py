@@ -1,7 +1,9 @@
 """`pgolf bench ngram`: the n-gram hints of a whole validation stream, in both table modes, on one core and two."""
 
+import ctypes
 import dataclasses
-import os
+import functools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,9 +24,10 @@ class Row:
   Attributes:
     what: tables and compiler, `threads` how many at once.
     targets: how many hints were made.
-    first: seconds of the first time, which also has to get memory from the system.
-    best: seconds of the fastest time; `core_seconds` of all cores together in the least busy one.
+    best: seconds of the fastest time, `median` of the one in the middle, `core_seconds` of all cores together in the
+      least busy one; memory comes from the system anew each time.
     state_bytes: counts held at the end, without results; None where they cannot be told.
+    peak_bytes: highest growth of the process, results and their making included; None where the system does not tell.
     floor: seconds in which memory could move what the method must touch at random; None where not worked out.
     gated: hints whose gate is open.
     agrees: whether hints equal those of the first row of the same tables; None for that row.
@@ -33,10 +36,11 @@ class Row:
   what: str
   threads: int
   targets: int
-  first: float
   best: float
+  median: float
   core_seconds: float
   state_bytes: int | None
+  peak_bytes: int | None
   floor: float | None
   gated: int
   agrees: bool | None
@@ -53,7 +57,8 @@ def ngram(
   """Time the hints of a stream: both table modes, plain Python on a part, and the published C if its file is given.
 
   Floor: the cache lines that every target touches at random, one a table, read and written back, over the bandwidth
-  that copying a large array reaches on this machine.
+  that copying a large array reaches on this machine. B/target: bytes of the counts at the end; peak B: the highest
+  growth of the process a target, results included. × published: how many times faster than the published C.
 
   Example: pgolf bench ngram --data data/fineweb --published online_ngram_state.c
 
@@ -63,7 +68,7 @@ def ngram(
     targets: length of the stream.
     order: context tokens plus one.
     threads: numbers of threads to time.
-    repeats: times that each is run.
+    repeats: times that each is run, in turns, so that other work on the machine slows all of them alike.
     published: online_ngram_state.c of the published submission, compiled here to be timed on the same stream.
   """
   from rich.console import Console
@@ -71,32 +76,51 @@ def ngram(
 
   tokens = read_stream(data, targets + 1) if data else made_up_stream(targets + 1)
   rows = measure(tokens, order, threads, repeats, published)
-  title = f"{len(tokens) - 1:,} targets, order {order}, {'made up' if data is None else data}"
-  table = Table(title=title, title_justify="left")
-  figures = ("threads", "first s", "best s", "core s", "M/s", "floor s", "bytes/target", "gated", "agrees")
-  table.add_column("tables")
-  for column in figures:
+  table = Table(title_justify="left", title=f"{len(tokens) - 1:,} targets, order {order}, {data or 'made up'}")
+  table.add_column("tables", no_wrap=True)
+  figures = ("threads", "best s", "median s", "core s", "M/s", "floor s", "B/target", "peak B", "gated", "agrees")
+  for column in (*figures, *(("× published", "by core s") if published else ())):
     table.add_column(column, justify="right")
   for row in rows:
-    table.add_row(
+    cells = [
       row.what,
       str(row.threads),
-      f"{row.first:.2f}",
       f"{row.best:.2f}",
+      f"{row.median:.2f}",
       f"{row.core_seconds:.2f}",
       f"{row.targets / row.best / 1e6:.2f}",
       "" if row.floor is None else f"{row.floor:.2f}",
       "" if row.state_bytes is None else f"{row.state_bytes / row.targets:.1f}",
+      "" if row.peak_bytes is None else f"{row.peak_bytes / row.targets:.1f}",
       f"{row.gated:,}",
       {None: "", True: "yes", False: "NO"}[row.agrees],
-    )
-  Console().print(table)
+    ]
+    if published:  # its row is the last
+      share = row.targets / rows[-1].targets
+      cells += [f"{rows[-1].best * share / row.best:.2f}", f"{rows[-1].core_seconds * share / row.core_seconds:.2f}"]
+    table.add_row(*cells)
+  console = Console()
+  if not console.is_terminal:
+    console.width = 160  # a log file takes the whole table
+  console.print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+  """What a row measures. `run` returns (hint, gate, bytes of the counts or None); ways of one `group` must agree."""
+
+  what: str
+  threads: int
+  group: str
+  run: Callable
+  floor: float | None = None
+  repeats: int | None = None  # less than the others' where it takes long
 
 
 def measure(
   tokens: np.ndarray, order: int, threads: tuple[int, ...], repeats: int, published: Path | None
 ) -> list[Row]:
-  """The rows of the table; `tokens` has one more than there are targets."""
+  """The rows of the table; `tokens` has one more than there are targets. The published C, if any, is the last row."""
   from pgolf_jax.bench import _ngram_published
   from pgolf_jax.kernels.ngram import NgramState, reference
 
@@ -105,44 +129,36 @@ def measure(
   targets, vocab_size, threshold = np.ascontiguousarray(tokens[1:]), int(tokens.max()) + 1, 0.8
   bandwidth = _copy_bandwidth()
 
-  def ours(mode: str, count: int) -> Callable:
-    def run():
-      state = NgramState(
-        order, threshold=threshold, mode=mode, vocab_size=vocab_size, expected=len(targets), threads=count
-      )
-      state.seed(targets[:1])
-      hint, gate = state.update(targets)
-      return hint * gate, gate, state.nbytes
+  def ours(mode: str, count: int) -> tuple:
+    state = NgramState(
+      order, threshold=threshold, mode=mode, vocab_size=vocab_size, expected=len(targets), threads=count
+    )
+    state.seed(targets[:1])
+    hint, gate = state.update(targets)
+    hint *= gate
+    return hint, gate, state.nbytes
 
-    return run
-
-  def plain_python():
+  def plain_python() -> tuple:
     model = reference.NgramModel(order, threshold=threshold, mode="exact")
     model.seed(targets[:1])
-    hint, gate = model.update(part)
+    hint, gate = model.update(targets[:100_000])
     return hint * gate, gate, None
 
-  rows = []
+  ways = []
   for mode, tables in (("exact", 1), ("reference", 2)):
     floor = len(targets) * tables * 2 * LINE / bandwidth
-    expected = None
-    for count in threads:
-      row, found = _time(ours(mode, count), f"{mode}, C", count, repeats, floor, expected)
-      rows.append(row)
-      expected = expected or found
+    ways += [_Way(f"{mode}, C", count, mode, functools.partial(ours, mode, count), floor) for count in threads]
     if mode == "exact":
-      part = targets[:100_000]
-      begun = expected[0][: len(part)], expected[1][: len(part)]
-      rows.append(_time(plain_python, "exact, plain Python", 1, 1, None, begun)[0])
-  if published:
-    with tempfile.TemporaryDirectory() as folder:
+      ways.append(_Way("exact, plain Python", 1, mode, plain_python, repeats=1))
+  with tempfile.TemporaryDirectory() as folder:
+    if published:
       library = _ngram_published.compile_source(published, Path(folder))
 
-      def theirs():
+      def theirs() -> tuple:
         return *_ngram_published.hints(library, targets, order, threshold), None
 
-      rows.append(_time(theirs, "reference, published C", 1, repeats, None, expected)[0])
-  return rows
+      ways.append(_Way("reference, published C", 1, "reference", theirs))
+    return _in_turns(ways, repeats)
 
 
 def read_stream(folder: Path, count: int) -> np.ndarray:
@@ -170,27 +186,55 @@ def made_up_stream(count: int, vocab_size: int = 8192) -> np.ndarray:
   return tokens
 
 
-def _time(run: Callable, what: str, threads: int, repeats: int, floor: float | None, expected) -> tuple[Row, tuple]:
-  walls, cores = [], []
-  for _ in range(repeats):
-    wall, core = time.perf_counter(), sum(os.times()[:2])
-    *found, state_bytes = run()
-    cores.append(sum(os.times()[:2]) - core)
-    walls.append(time.perf_counter() - wall)
-  agrees = None if expected is None else all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-  row = Row(
-    what=what,
-    threads=threads,
-    targets=len(found[1]),
-    first=walls[0],
-    best=min(walls),
-    core_seconds=min(cores),
-    state_bytes=state_bytes,
-    floor=floor,
-    gated=int(found[1].sum()),
-    agrees=agrees,
-  )
-  return row, tuple(found)
+def _in_turns(ways: list[_Way], repeats: int) -> list[Row]:
+  times: list[list[tuple[float, float]]] = [[] for _ in ways]  # wall and core seconds
+  seen: list[dict] = [{} for _ in ways]  # what the first time showed
+  expected = {}
+  for repeat in range(repeats):
+    for way, seconds, fields in zip(ways, times, seen, strict=True):
+      if repeat >= (way.repeats or repeats):
+        continue
+      before = _reset_peak()
+      wall, core = time.perf_counter(), time.process_time()
+      hint, gate, state_bytes = way.run()
+      seconds.append((time.perf_counter() - wall, time.process_time() - core))
+      if repeat:
+        continue
+      fields["peak_bytes"] = None if before is None else _memory("VmHWM") - before
+      known = expected.setdefault(way.group, (hint, gate))
+      same = all(np.array_equal(a, b[: len(a)]) for a, b in zip((hint, gate), known, strict=True))
+      fields["agrees"] = None if known[1] is gate else same
+      fields |= {"targets": len(gate), "state_bytes": state_bytes, "gated": int(gate.sum())}
+  return [
+    Row(
+      what=way.what,
+      threads=way.threads,
+      floor=way.floor,
+      best=min(wall for wall, _ in seconds),
+      median=statistics.median(wall for wall, _ in seconds),
+      core_seconds=min(core for _, core in seconds),
+      **fields,
+    )
+    for way, seconds, fields in zip(ways, times, seen, strict=True)
+  ]
+
+
+def _reset_peak() -> int | None:
+  """Bytes of memory that the process holds now, from where its peak is counted; None but on Linux with glibc.
+
+  What was freed goes back to the system first: taken up again, it would not count as growth.
+  """
+  try:
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+  except (AttributeError, OSError, TypeError):
+    return None
+
+
+def _memory(field: str) -> int:
+  lines = Path("/proc/self/status").read_text().splitlines()
+  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def _copy_bandwidth() -> float:

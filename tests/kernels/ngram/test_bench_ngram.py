@@ -1,5 +1,7 @@
 """`pgolf bench ngram` on a short stream."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,15 @@ def test_rows_agree_with_each_other():
     ("reference, C", 2),
   ]
   assert [row.agrees for row in rows] == [None, True, True, None, True]
-  assert all(row.targets == 20_000 and row.first > 0 and row.gated for row in rows)
+  assert all(row.targets == 20_000 and row.median >= row.best > 0 and row.core_seconds > 0 and row.gated for row in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+def test_peak_memory_holds_the_counts_and_the_results():
+  rows = bench.measure(bench.made_up_stream(1_000_001), order=16, threads=(1,), repeats=1, published=None)
+  ours = [row for row in rows if row.state_bytes]
+  assert len(ours) == 2
+  assert all(row.state_bytes < row.peak_bytes < 2 * row.state_bytes + 5 * row.targets for row in ours)
 
 
 def test_made_up_stream_repeats_as_often_as_text():
