@@ -6,17 +6,42 @@ out the writing of checkpoints by itself.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import jax
 
+from pgolf_jax import cache, xla_flags
 from pgolf_jax.errors import UserError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
+def start() -> None:
+  """What comes before the first look at a device, in every verb that computes: XLA's options, the other processes of
+  the run, the compile cache. Afterwards only the leader prints.
+
+  Raises:
+    UserError: as `initialize`.
+  """
+  xla_flags.apply()
+  initialize()
+  cache.use_compile_cache()
+  if jax.process_count() > 1 and not is_leader():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave_devices() -> None:
+  """For a process that only starts others which compute: it sees CPUs alone, and takes no GPU or TPU from them.
+
+  What XLA's options are is told through the environment, which those inherit.
+  """
+  xla_flags.apply()
+  jax.config.update("jax_platforms", "cpu")
+
+
 def initialize() -> None:
-  """Joins the other processes of the run, if there are any. Must come before the first look at a device.
+  """Joins the other processes of the run, if there are any.
 
   Processes are described by `JAX_COORDINATOR_ADDRESS` (host:port), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or else by
   the cluster that started them, which JAX detects by itself: a SLURM step or an Open MPI job of several tasks, a TPU

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgolf_jax import cache, distributed, settings_checks, xla_flags
+from pgolf_jax import cache, distributed, settings_checks
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder, log, write_bytes_atomically
@@ -123,9 +123,7 @@ STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
 
 def run(settings: Settings, folder: Path, names: list[str]) -> int:
   """Runs the stages that are not yet complete, then prints the table. Returns the exit status."""
-  xla_flags.apply()
-  distributed.initialize()
-  cache.use_compile_cache()
+  distributed.start()
   mesh = data_mesh(usable_devices(settings))
   settings_checks.check(settings, device_count=mesh.size)
   with distributed.leader_first("run folder"):

@@ -20,13 +20,13 @@ GPU_FLAGS = {
 
 
 def apply(environ: MutableMapping[str, str] | None = None, *, driver: Path = Path("/dev/nvidiactl")) -> None:
-  """Adds the flags to `XLA_FLAGS` where there is an NVIDIA driver; a flag that is set already keeps its value.
+  """Adds the flags where there is an NVIDIA driver. Must come before the first look at a device."""
+  if driver.exists():
+    add_gpu_flags(os.environ if environ is None else environ)
 
-  Must come before the first look at a device.
-  """
-  environ = os.environ if environ is None else environ
-  if not driver.exists():
-    return
+
+def add_gpu_flags(environ: MutableMapping[str, str]) -> None:
+  """Adds the flags to `XLA_FLAGS`; a flag that is set already keeps its value."""
   given = environ.get("XLA_FLAGS", "")
   named = set(re.findall(r"--[a-z0-9_]+", given))
   ours = [f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in named]

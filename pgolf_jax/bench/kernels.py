@@ -47,6 +47,9 @@ def kernels(
   from rich.console import Console
   from rich.table import Table
 
+  from pgolf_jax import distributed
+
+  distributed.start()
   rows, notes = measure(operations, tokens, max_segment, repeats)
   table = Table("operation", "pass", "by", "ms", "TFLOP/s", "GB/s", "roofline", "÷ XLA")
   xla = {(row.operation, row.passes): row.seconds for row in rows if row.implementation == "xla"}

@@ -12,14 +12,14 @@ import tyro
 _PROGRAM = """
 import dataclasses, sys, tempfile
 from pathlib import Path
-from pgolf_jax import cache, stages
+from pgolf_jax import distributed, stages
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.settings import load
 from pgolf_jax.training.loop import Trainer
 from pgolf_jax.training.step import data_mesh
 settings = load(sys.argv[1])
 settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, stop_step=1))
-cache.use_compile_cache()
+distributed.start()
 with tempfile.TemporaryDirectory() as folder:
   Trainer(RunFolder(folder, settings), data_mesh(), stages.data_folder(settings)).train()
 """
@@ -34,9 +34,10 @@ def start(config: tyro.conf.Positional[Path], repeats: int = 3) -> None:
     config: TOML file of settings.
     repeats: starts with a warm cache, of which the median is printed.
   """
-  from pgolf_jax import stages
+  from pgolf_jax import distributed, stages
   from pgolf_jax.settings import load
 
+  distributed.leave_devices()
   stages.data_folder(load(config))  # preparing the default text is not what is timed
   with tempfile.TemporaryDirectory() as folder:
     first = _seconds(config, folder)

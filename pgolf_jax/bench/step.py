@@ -87,9 +87,9 @@ def main(args: list[str]) -> int:
   from rich.console import Console
   from rich.table import Table
 
-  from pgolf_jax import cache
+  from pgolf_jax import distributed
 
-  cache.use_compile_cache()
+  distributed.start()
   rows, notes = measure(found)
   table = Table()
   for column in ("pass", "segments", "looping", "by", "ms", "tokens/s", "MFU", "roofline", "planned GiB", "peak GiB"):

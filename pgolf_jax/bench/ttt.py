@@ -45,9 +45,9 @@ def ttt(
   from rich.console import Console
   from rich.table import Table
 
-  from pgolf_jax import cache, settings, stages
+  from pgolf_jax import distributed, settings, stages
 
-  cache.use_compile_cache()
+  distributed.start()
   loaded = settings.load(config)
   folder = data or stages.data_folder(loaded)
   table = Table(title=f"test-time training, {config.stem} on {folder}", title_justify="left")

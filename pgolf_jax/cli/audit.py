@@ -24,12 +24,12 @@ def audit(
     probes: perturbations of each kind; each is an evaluation of a small stream.
     probe_tokens: tokens of that stream.
   """
-  from pgolf_jax import cache, stages
+  from pgolf_jax import distributed, stages
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.scoring import audit as audits
   from pgolf_jax.training.step import data_mesh
 
-  cache.use_compile_cache()
+  distributed.start()
   mesh = data_mesh()
   found = [RunFolder(path) for path in runs]
   broken = 0

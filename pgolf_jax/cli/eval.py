@@ -35,14 +35,14 @@ def evaluate(
   import dataclasses
   import os
 
-  from pgolf_jax import cache, settings_checks, stages
+  from pgolf_jax import distributed, settings_checks, stages
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.scoring import plain, stage
   from pgolf_jax.settings import Settings
   from pgolf_jax.training.step import data_mesh
 
-  cache.use_compile_cache()
+  distributed.start()
   mesh = data_mesh()
   if target.is_dir():
     run = RunFolder(target)

@@ -29,13 +29,14 @@ def COMMAND(
   """
   import jax.numpy as jnp
 
-  from pgolf_jax import cache
+  from pgolf_jax import distributed
   from pgolf_jax.data.tokenizer import Tokenizer
   from pgolf_jax.errors import UserError
   from pgolf_jax.quantize.artifact import dequantize
   from pgolf_jax.quantize.generate import generate
   from pgolf_jax.settings import Settings
 
+  distributed.start()
   path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
   try:
     data = path.read_bytes()
@@ -43,7 +44,6 @@ def COMMAND(
     raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an artifact.") from error
   config, params = dequantize(data)
   settings = Settings.from_dict(config, where=f"{path}'s config")
-  cache.use_compile_cache()
   pieces = generate(
     settings.model,
     {name: jnp.asarray(value) for name, value in params.items()},

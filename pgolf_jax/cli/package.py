@@ -18,11 +18,12 @@ def COMMAND(
     data: folder of validation shards; the run's own if not given.
     ttt: check the score with test-time training too, not only the plain one.
   """
-  from pgolf_jax import stages
+  from pgolf_jax import distributed, stages
   from pgolf_jax.errors import UserError
   from pgolf_jax.quantize import accounting, package
   from pgolf_jax.run_folder import RunFolder
 
+  distributed.leave_devices()
   folder = RunFolder(run)
   if not folder.artifact.is_file():
     raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")

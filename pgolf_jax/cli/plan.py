@@ -33,12 +33,14 @@ class PlanArgs:
 def main(args: list[str]) -> int:
   import os
 
-  from pgolf_jax import settings_checks
+  from pgolf_jax import settings_checks, xla_flags
   from pgolf_jax.cli.config_args import parse_as
 
   found = parse_as(PlanArgs, "plan", DESCRIPTION, args)
   # What is planned for need not be here, and what is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
+  if found.topology.lower().startswith("h100"):
+    xla_flags.add_gpu_flags(os.environ)
   from pgolf_jax.plan.hardware import topology
   from pgolf_jax.plan.plan import examine, report
   from pgolf_jax.plan.programs import programs

@@ -34,8 +34,10 @@ def main(args: list[str]) -> int:
     if not {"-h", "--help"} & set(args):
       raise UserError("pgolf quantize needs a run folder first, as in: pgolf quantize runs/demo")
     tyro.cli(QuantizeArgs, args=args, prog="pgolf quantize", description=DESCRIPTION)
+  from pgolf_jax import distributed
   from pgolf_jax.run_folder import RunFolder
 
+  distributed.start()
   run = RunFolder(args[0])
   defaults = QuantizeArgs(run=Path(args[0]), quantize=run.settings.quantize)
   found = tyro.cli(QuantizeArgs, default=defaults, args=args, prog="pgolf quantize", description=DESCRIPTION)
@@ -43,13 +45,12 @@ def main(args: list[str]) -> int:
 
 
 def _quantize(run, found: QuantizeArgs) -> int:
-  from pgolf_jax import cache, stages
+  from pgolf_jax import distributed, stages
   from pgolf_jax.quantize import accounting, package, stage
   from pgolf_jax.training.step import data_mesh, world_size
 
   if "train" not in run.results():
     raise UserError(f"{run.path} has no finished training; `pgolf train` with its config and --out {run.path} goes on.")
-  cache.use_compile_cache()
   mesh = data_mesh()
   settings = dataclasses.replace(run.settings, quantize=found.quantize)
   code = package.code()
@@ -61,7 +62,8 @@ def _quantize(run, found: QuantizeArgs) -> int:
     fit_bytes=settings.quantize.budget_bytes - code.size if found.fit else None,
   )
   out = found.out or run.artifact
-  out.write_bytes(made.data)
+  if distributed.is_leader():
+    out.write_bytes(made.data)
   budget = settings.quantize.budget_bytes
   parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
   print(accounting.table(accounting.account(made.data, **parts, tokenizer=0, budget=budget)))

@@ -1,0 +1,102 @@
+"""Before its first look at a device, every verb that computes has told XLA its options and found its processes."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+import tomli_w
+
+from pgolf_jax import distributed, settings, xla_flags
+from pgolf_jax.cli import VERBS, main
+from pgolf_jax.errors import UserError
+
+
+class Started(UserError):
+  pass
+
+
+@pytest.fixture
+def stop_at_the_start(monkeypatch):
+  """Verbs stop where they would start JAX, and fail if they look at a device before."""
+
+  def stop():
+    raise Started("started")
+
+  def looked(*_, **__):
+    raise AssertionError("a device was looked at before the start")
+
+  monkeypatch.setattr(distributed, "start", stop)
+  monkeypatch.setattr(distributed, "leave_devices", stop)
+  for name in ("devices", "local_devices", "device_count", "process_index", "process_count"):
+    monkeypatch.setattr(jax, name, looked)
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A run folder with its config, trained as far as its results say."""
+  (tmp_path / "config.toml").write_text(tomli_w.dumps(settings.Settings().to_dict()))
+  (tmp_path / "results.json").write_text('{"train": {"steps": 1}}')
+  return tmp_path
+
+
+COMMANDS = {
+  "run": ["configs/demo.toml", "--out", "RUN/new"],
+  "train": ["configs/demo.toml", "--out", "RUN/new"],
+  "quantize": ["RUN"],
+  "eval": ["RUN"],
+  "audit": ["RUN"],
+  "package": ["RUN"],
+  "parity": ["check", "RUN"],
+  "bench": ["step", "configs/demo.toml"],
+  "generate": ["RUN"],
+}
+NO_DEVICES = {"data", "plan"}
+
+
+def test_every_verb_is_looked_at_here():
+  assert COMMANDS.keys() | NO_DEVICES == VERBS.keys()
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_verbs_start_before_they_look(verb, stop_at_the_start, run, capsys):
+  with pytest.raises(Started):
+    main([verb, *(word.replace("RUN", str(run)) for word in COMMANDS[verb]), "--debug"])
+
+
+@pytest.mark.parametrize("what", [["kernels"], ["ttt", "configs/demo.toml"], ["start", "configs/demo.toml"]])
+def test_benchmarks_do_too(what, stop_at_the_start):
+  with pytest.raises(Started):
+    main(["bench", *what, "--debug"])
+
+
+def test_the_start_is_all_three(monkeypatch):
+  done = []
+  monkeypatch.setattr(xla_flags, "apply", lambda: done.append("options"))
+  monkeypatch.setattr(distributed, "initialize", lambda: done.append("processes"))
+  monkeypatch.setattr("pgolf_jax.cache.use_compile_cache", lambda: done.append("cache"))
+  distributed.start()
+  assert done == ["options", "processes", "cache"]
+
+
+@pytest.mark.parametrize("leader", [True, False])
+def test_of_several_processes_the_leader_alone_prints(leader, monkeypatch, capsys):
+  monkeypatch.setattr(distributed, "initialize", lambda: None)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: 0 if leader else 1)
+  monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored afterwards
+  distributed.start()
+  print("heard")
+  assert capsys.readouterr().out == ("heard\n" if leader else "")
+
+
+def test_a_process_that_leaves_the_devices_sees_cpus_alone():
+  program = (
+    "from pgolf_jax import distributed; distributed.leave_devices(); import jax, os;"
+    "print(jax.config.jax_platforms, jax.default_backend(), os.environ['JAX_PLATFORMS'])"
+  )
+  # Children see what this process was told, not what it takes.
+  environment = os.environ | {"JAX_PLATFORMS": "tpu,cpu"}
+  said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+  assert said.stdout.split() == ["cpu", "cpu", "tpu,cpu"]
