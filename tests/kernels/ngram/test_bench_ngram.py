@@ -22,7 +22,8 @@ def test_rows_agree_with_each_other():
     ("reference, C", 2),
   ]
   assert [row.agrees for row in rows] == [None, True, True, None, True]
-  assert all(row.targets == 20_000 and row.median >= row.best > 0 and row.core_seconds > 0 and row.gated for row in rows)
+  assert all(row.targets == 20_000 and row.gated for row in rows)
+  assert all(row.median >= row.best > 0 and row.core_seconds > 0 for row in rows)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
