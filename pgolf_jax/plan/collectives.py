@@ -21,18 +21,28 @@ class Traffic(NamedTuple):
 
 _BITS = {"pred": 8, "bf16": 16, "i1": 8}
 _HLO = re.compile(rf"= (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\(")
+_CHAIN = re.compile(r'frontend_attributes=\{[^}]*chain_id="(\d+)"')
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]+\d*)>")
 
 
 def in_hlo(text: str, devices: int) -> dict[str, Traffic]:
-  """Kind → traffic of compiled HLO text; an asynchronous pair counts once, by its start."""
+  """Kind → traffic of compiled HLO text.
+
+  An asynchronous pair counts once, by its start. On TPUs an exchange that runs beside other work is a chain of fusions
+  with that work, each of which repeats it in the text: a chain counts once.
+  """
   found: dict[str, Traffic] = {}
+  chains: set[tuple[str, str]] = set()
   for line in text.splitlines():
     match = _HLO.search(line)
     if not match or match["half"] == "-done":
       continue
     kind = match["kind"]
+    if chain := _CHAIN.search(line):
+      if (kind, chain[1]) in chains:
+        continue
+      chains.add((kind, chain[1]))
     sizes = [_bytes(kind_, dims.split(",")) for kind_, dims in _SHAPE.findall(match["result"])]
     if match["half"] and kind == "all-gather":
       size = sum(sizes) * devices // (devices + 1)  # the start's result holds operands and results

@@ -191,6 +191,14 @@ def test_collectives_that_run_beside_other_work_count_once():
   assert collectives.in_hlo(text, 8) == {"all-gather": (1, 16 * 16 * 4), "all-reduce": (1, 2 * 8 + 4 * 4)}
 
 
+def test_a_chain_of_fusions_with_one_exchange_counts_once():
+  gather = "  %{} = f32[8,64]{{1,0}} all-gather(%p), channel_id=1, frontend_attributes={{chain_id=\"{}\"}}\n"
+  text = "".join(gather.format(f"all-gather.{i}", i // 3) for i in range(6))
+  assert collectives.in_hlo(text + "  %all-gather = f32[8,2]{1,0} all-gather(%p), channel_id=1\n", 8) == {
+    "all-gather": (3, 2 * 8 * 64 * 4 + 8 * 2 * 4)
+  }
+
+
 def test_an_all_reduce_sends_twice_what_a_gather_does():
   assert collectives.Traffic(1, 800).sent("all-reduce", 8) == 2 * collectives.Traffic(1, 800).sent("all-gather", 8)
   assert collectives.Traffic(1, 800).sent("all-gather", 8) == 700
