@@ -25,6 +25,8 @@ _TILE_D = 64
 """Summed at a time: one 128-byte swizzle of 16-bit numbers."""
 _STAGES = 3
 """Copies in flight: with the epilogue's buffers what fits into 227 KiB of shared memory."""
+_COPYING = 2
+"""The warpgroup that keeps copies in flight; those before it multiply."""
 _PATCH = 64
 """Rows and columns that the epilogue handles at once."""
 _PATCHES = [(slice(n, n + _PATCH), slice(f, f + _PATCH)) for n in (0, 64) for f in (0, 64)]
@@ -130,13 +132,14 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
         plgpu.BlockSpec((_TILE_D, _TILE_F), lambda i: (i, 0), transforms=hopper.TILED, delay_release=1),
       ],
       max_concurrent_steps=_STAGES,
-      num_compute_wgs=2,
+      num_compute_wgs=_COPYING,
       memory_registers=40,
       wg_axis="warpgroup",
       compute_context=context,
     )
 
   def kernel(a_ref, b_ref, *refs):
+    *refs, multiplied = refs
     half = lax.axis_index("warpgroup")
     allocations = pipeline(lambda *_: None, lambda *_: None).get_allocations(a_ref, b_ref)
 
@@ -155,7 +158,9 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
           @functools.partial(pl.run_scoped, acc_ref=plgpu.ACC((_TILE_N, _HALF), jnp.float32))
           def _(acc_ref):
             run_pipeline(acc_ref)
-            epilogue(acc_ref[...], rows, columns, half, refs)
+            acc = acc_ref[...]  # waits for the products
+            plgpu.barrier_arrive(multiplied)
+            epilogue(acc, rows, columns, half, refs)
 
         def step(_, a_smem, b_smem, acc_ref):
           plgpu.wgmma(acc_ref, a_smem, b_smem.at[:, pl.ds(half * _HALF, _HALF)])
@@ -168,15 +173,21 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
           allocations=allocations,
         )
 
+        # A release that is delayed never comes for a tile's last step, and the pipeline does not wait for it: the next
+        # tile's copies could overwrite what the last product is still reading.
+        @pl.when(half == _COPYING)
+        def _():
+          plgpu.barrier_wait(multiplied)
+
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
     kernel,
     out_type=outputs,
-    scratch_types=scratch,
+    scratch_types=(*scratch, plgpu.Barrier(num_arrivals=_COPYING)),
     grid=(min(target.target().cores, n_tiles * f_tiles),),
     grid_names=("block",),
-    num_threads=3,
+    num_threads=_COPYING + 1,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
   )(a_NxD, b_DxF, *operands)

@@ -182,6 +182,14 @@ def tpu_kernels():
 
 
 @pytest.fixture
+def interpret_gpu():
+  """A context in which Mosaic GPU kernels that are called run in Pallas' interpreter, which looks for races."""
+  if not _RECENT:
+    pytest.skip("this JAX's interpreter does not look for races")
+  return _interpreted_mosaic_gpu
+
+
+@pytest.fixture
 def interpret_tpu():
   """A context in which Mosaic TPU kernels that are called run in Pallas' interpreter."""
   return _interpreted_mosaic_tpu

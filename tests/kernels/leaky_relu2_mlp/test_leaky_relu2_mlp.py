@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels.leaky_relu2_mlp import api, mosaic_tpu, reference, xla
+from pgolf_jax.kernels import target
+from pgolf_jax.kernels.leaky_relu2_mlp import api, mosaic_gpu, mosaic_tpu, reference, xla
 
 
 def arguments(seed, n, d, f, dtype):
@@ -100,6 +104,39 @@ class TestMosaicTpuFloat32(TestMosaicTpu):
   dtype = jnp.float32
   tolerance = 1e-5
   slopes = (0.7,)
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_copies_for_the_next_tile_wait_for_the_last_product_of_this_one(interpret_gpu, monkeypatch, d):
+  """The interpreter multiplies at once and finds no race in what is still being read when the product is issued. So the
+  last one is repeated at the latest moment, when its sums are asked for. One block works on both tiles."""
+  build = plgpu.emit_pipeline_warp_specialized
+
+  def late(step, *, compute_context, **options):
+    def pipeline(*refs, allocations):
+      a_smem, b_smem = allocations["flat_in_smem_refs"]
+      last = (options["grid"][0] - 1) % a_smem.shape[0]
+
+      def context(run):
+        def run_and_repeat(acc):
+          run(acc)
+          plgpu.wgmma(acc, a_smem.at[last], b_smem.at[last, :, pl.ds(128 * lax.axis_index("warpgroup"), 128)])
+
+        compute_context(run_and_repeat)
+
+      build(step, compute_context=context, **options)(*refs, allocations=allocations)
+
+    pipeline.get_allocations = build(step, compute_context=compute_context, **options).get_allocations
+    return pipeline
+
+  monkeypatch.setattr(plgpu, "emit_pipeline_warp_specialized", late)
+  monkeypatch.setattr(mosaic_gpu.target, "target", lambda: target.Target("gpu", "NVIDIA H100", 1))
+  x, up, _, _ = arguments(0, 128, d, 512, jnp.bfloat16)
+  with interpret_gpu():
+    u, _ = jax.block_until_ready(mosaic_gpu.up(x, up, slope=0.3))
+  twice = jnp.concatenate([x, x[:, -64:]], axis=1), jnp.concatenate([up, up[:, -64:]], axis=1)
+  want, _ = xla.up(*twice, slope=0.3)
+  assert distance(u, want.astype(jnp.float32)) < 5e-3
 
 
 def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
