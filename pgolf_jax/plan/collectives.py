@@ -29,28 +29,23 @@ _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]+\d*)>")
 def in_hlo(text: str, devices: int) -> dict[str, Traffic]:
   """Kind → traffic of compiled HLO text.
 
-  An asynchronous pair counts once, by its start. On TPUs an exchange that runs beside other work is a chain of fusions
-  with that work, each of which repeats it in the text: a chain counts once.
+  An asynchronous pair counts once, by its end: what its start's result holds beside it differs by kind and release. On
+  TPUs an exchange that runs beside other work is a chain of fusions with that work, each of which repeats it in the
+  text: a chain counts once.
   """
   found: dict[str, Traffic] = {}
   chains: set[tuple[str, str]] = set()
   for line in text.splitlines():
     match = _HLO.search(line)
-    if not match or match["half"] == "-done":
+    if not match or match["half"] == "-start":
       continue
     kind = match["kind"]
     if chain := _CHAIN.search(line):
       if (kind, chain[1]) in chains:
         continue
       chains.add((kind, chain[1]))
-    sizes = [_bytes(kind_, dims.split(",")) for kind_, dims in _SHAPE.findall(match["result"])]
-    if match["half"] and kind == "all-gather":
-      size = sum(sizes) * devices // (devices + 1)  # the start's result holds operands and results
-    elif match["half"] and kind in ("collective-permute", "reduce-scatter"):
-      size = max(sizes)
-    else:
-      size = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
-    _add(found, kind, size)
+    size = sum(_bytes(kind_, dims.split(",")) for kind_, dims in _SHAPE.findall(match["result"]))
+    _add(found, kind, size * (devices if kind == "reduce-scatter" else 1))
   return found
 
 

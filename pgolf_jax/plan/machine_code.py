@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 SHARED_MEMORY = 232_448
 """Bytes of shared memory that one thread block may have on compute capability 9.0 (CUDA C++ Programming Guide)."""
@@ -64,14 +65,19 @@ def recorded() -> Iterator[Path]:
   cached, before = jax.config.jax_enable_compilation_cache, os.environ.get("MOSAIC_GPU_DUMP_TO")
   with tempfile.TemporaryDirectory() as folder:
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-    jax.config.update("jax_enable_compilation_cache", False)
+    _use_cache(False)
     try:
       yield Path(folder)
     finally:
-      jax.config.update("jax_enable_compilation_cache", cached)
+      _use_cache(cached)
       os.environ.pop("MOSAIC_GPU_DUMP_TO")
       if before is not None:
         os.environ["MOSAIC_GPU_DUMP_TO"] = before
+
+
+def _use_cache(yes: bool) -> None:
+  jax.config.update("jax_enable_compilation_cache", yes)
+  compilation_cache.reset_cache()  # JAX looks at the setting once, when it first compiles
 
 
 def read(folder: Path) -> dict[Kernel, int]:

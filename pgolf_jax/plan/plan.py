@@ -14,6 +14,7 @@ from pgolf_jax.plan.machine_code import Kernel, read, recorded, table
 from pgolf_jax.plan.programs import Program
 
 _KERNEL = re.compile(r'@mosaic_gpu\w*|@tpu_custom_call|custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
+_GPU_KERNEL = re.compile(r'\bkernel_hash = "([^"]*)"')
 _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|[Ee]xceed(s|ed).*memory")
 
 
@@ -29,6 +30,7 @@ class Finding:
     floors: seconds that the program cannot beat, by what limits it.
     failure: what the compiler said of a program that does not fit.
     machine_code: of the Pallas kernels, where they were compiled for a GPU, each with how often it was.
+    known_kernels: how many different kernels for GPUs this process had compiled before, which leave no record again.
   """
 
   title: str
@@ -41,6 +43,7 @@ class Finding:
   floors: dict[str, float]
   failure: str | None = None
   machine_code: dict[Kernel, int] = dataclasses.field(default_factory=dict)
+  known_kernels: int = 0
 
 
 def examine(program: Program, topology: Topology) -> Finding:
@@ -70,7 +73,10 @@ def examine(program: Program, topology: Topology) -> Finding:
   kernels = len(_KERNEL.findall(text))
   floors = _floors(program.flops, moved, traffic, topology)
   seconds = time.perf_counter() - began
-  return Finding(program.title, seconds, memory, fits, program.flops, kernels, traffic, floors, failure, machine_code)
+  known = 0 if not memory else len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values())
+  return Finding(
+    program.title, seconds, memory, fits, program.flops, kernels, traffic, floors, failure, machine_code, max(0, known)
+  )
 
 
 def _compile(lowered, topology: Topology):
@@ -132,4 +138,6 @@ def report(finding: Finding, topology: Topology) -> str:
     lines.append(f"  time          at least {longest:.1f} ms at the chips' peak rates ({each})")
   if finding.machine_code:
     lines += ["  machine code", *table(finding.machine_code)]
+  if finding.known_kernels:
+    lines.append(f"    {finding.known_kernels} more with the machine code that they have in programs above")
   return "\n".join(lines)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.plan import collectives, hardware, machine_code, work
-from pgolf_jax.plan.plan import examine
+from pgolf_jax.plan.plan import examine, report
 from pgolf_jax.plan.programs import Program, programs
 from pgolf_jax.settings import ModelConfig, Settings, TrainConfig, TTTConfig
 
@@ -92,6 +92,9 @@ def test_the_step_compiles_for_an_h100_that_is_not_there():
   assert {kernel.name.split("/")[0] for kernel in products} == {"segment_attention", "leaky_relu2_mlp"}
   assert all(0 < k.registers <= 255 and 0 < k.shared <= machine_code.SHARED_MEMORY for k in found.machine_code)
   assert not any(k.spilled for k in found.machine_code if "attention" in k.name)
+  again = examine(step, topology)
+  assert again.known_kernels == sum(found.machine_code.values()) and not again.machine_code
+  assert f"{again.known_kernels} more" in report(again, topology) and " more" not in report(found, topology)
 
 
 def test_a_plugin_that_refuses_leaves_lowering(monkeypatch):
@@ -140,12 +143,20 @@ info    : used 123 registers, used 16 barriers, 8 stack, 1025 bytes smem, 1088 b
 
 def test_a_record_ignores_the_cache_and_leaves_things_as_they_were(monkeypatch):
   monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", "elsewhere")
-  cached = jax.config.jax_enable_compilation_cache
+  events = []
+  jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+
+  def asks_the_cache(x):
+    events.clear()
+    jax.jit(lambda y: y + x).lower(1.0).compile()
+    return any("compile_requests_use_cache" in event for event in events)
+
+  assert asks_the_cache(1.0)
   with machine_code.recorded() as folder:
     assert os.environ["MOSAIC_GPU_DUMP_TO"] == str(folder) and folder.is_dir()
-    assert not jax.config.jax_enable_compilation_cache
+    assert not asks_the_cache(2.0)
   assert os.environ["MOSAIC_GPU_DUMP_TO"] == "elsewhere" and not folder.exists()
-  assert jax.config.jax_enable_compilation_cache is cached
+  assert asks_the_cache(3.0)
 
 
 def test_a_program_that_does_not_fit_is_said_not_to():
@@ -187,8 +198,16 @@ def test_collectives_that_run_beside_other_work_count_once():
   %ag = (f32[2,16]{1,0}, f32[16,16]{1,0}) all-gather-start(%x), dimensions={0}
   %done = f32[16,16]{1,0} all-gather-done(%ag)
   %ar = (bf16[8]{0}, f32[4]{0}) all-reduce(%a, %b), to_apply=%add
+  %ar-start = ((f32[32]{0}), f32[32]{0}) all-reduce-start(%c), to_apply=%add
+  %ar-done = f32[32]{0} all-reduce-done(%ar-start)
+  gather = '  %{} = f32[8,64]{{1,0}} all-gather(%p), channel_id=1, frontend_attributes={{chain_id="{}"}}\n'
+  %rs-done = (bf16[1,64]{1,0}, bf16[1]{0}) reduce-scatter-done(%rs)
   """
-  assert collectives.in_hlo(text, 8) == {"all-gather": (1, 16 * 16 * 4), "all-reduce": (1, 2 * 8 + 4 * 4)}
+  assert collectives.in_hlo(text, 8) == {
+    "all-gather": (1, 16 * 16 * 4),
+    "all-reduce": (2, 2 * 8 + 4 * 4 + 32 * 4),
+    "reduce-scatter": (1, 8 * 65 * 2),
+  }
 
 
 def test_a_chain_of_fusions_with_one_exchange_counts_once():
