@@ -119,10 +119,11 @@ def _check_eval(settings: Settings) -> None:
 
 def _check_ttt(settings: Settings) -> None:
   t = settings.ttt
-  for name in ("batch_size", "chunk_size", "lora_rank", "short_lora_rank", "grad_steps", "num_phases"):
+  for name in ("batch_size", "chunk_size", "lora_rank", "short_lora_rank", "num_phases"):
     _require(getattr(t, name) is None or getattr(t, name) > 0, f"ttt.{name}={getattr(t, name)} must be positive.")
-  sizes = [size for _, size in parse_steps(t.short_score_first_steps)] if t.short_score_first else []
-  longest = max([t.chunk_size, *sizes])
+  _require(t.grad_steps >= 0, f"ttt.grad_steps={t.grad_steps} must not be negative; 0 scores without learning.")
+  sizes = [size for _, size in parse_steps(t.short_score_first_steps)] or [t.short_chunk_size]
+  longest = max([t.chunk_size, *(sizes if t.short_score_first else [])])
   _require(
     t.seq_len >= longest,
     f"ttt.seq_len={t.seq_len} must hold a chunk of {longest} targets; 3072 is usual.",

@@ -90,6 +90,8 @@ def test_misspelt_environment_names():
     ("model", {"leaky_relu_sq_slope": 0.0}, r"\(0, 1\]"),
     ("eval", {"batch_tokens": 8192}, "fewer than eval.seq_len"),
     ("hints", {"order": 1}, "hints.order"),
+    ("ttt", {"grad_steps": -1}, "0 scores without learning"),
+    ("ttt", {"short_score_first_steps": "", "short_chunk_size": 4096}, "hold a chunk of 4096"),
   ],
 )
 def test_impossible_combinations_are_refused(section, changes, part):

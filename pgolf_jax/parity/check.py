@@ -64,9 +64,10 @@ def _relative(name: str, ours, wanted, limit: float) -> Row:
 
 
 def _absolute(name: str, ours, wanted, limit: float) -> Row:
-  return Row(
-    name, float(np.max(np.abs(np.asarray(ours, np.float64) - wanted), initial=0.0)), limit, "largest difference"
-  )
+  ours = np.asarray(ours, np.float64)
+  # A target that neither scored (VAL_DOC_FRACTION) is NaN on both sides.
+  difference = np.where(np.isnan(ours) & np.isnan(wanted), 0.0, np.abs(ours - wanted))
+  return Row(name, float(np.max(difference, initial=0.0)), limit, "largest difference")
 
 
 def _exact(case: Case, name: str, ours: Arrays, expected: Arrays) -> Row:

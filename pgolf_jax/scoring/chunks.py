@@ -97,7 +97,7 @@ def steps(ttt: TTTConfig, batch: Batch) -> list[Step]:
   for k in range(-(-int(targets.max()) // size)):
     window = min((k + 1) * size, int(targets.max()), ttt.seq_len)
     # A document's last chunk is scored, but nothing of it is left to learn for.
-    kind = LEARN if (learning > (k + 1) * size).any() else SCORE
+    kind = LEARN if ttt.grad_steps > 0 and (learning > (k + 1) * size).any() else SCORE
     found.append(Step(k, int((targets > k * size).sum()), window, kind))
   return found
 

@@ -73,6 +73,6 @@ def batches(documents: list[Document], size: int, *, ascending: bool = False) ->
 
 
 def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
-  """Numbers of scored documents after which a global phase runs."""
-  prefix = max(0, min(documents, prefix_docs))
+  """Numbers of scored documents after which a global phase runs; fewer than one phase counts as one."""
+  prefix, phases = max(0, min(documents, prefix_docs)), max(1, phases)
   return [prefix * k // phases for k in range(1, phases + 1)] if prefix else []

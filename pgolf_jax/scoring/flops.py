@@ -45,7 +45,7 @@ class Costs:
     """One document's chunk of `width` targets at the end of a window; each update computes inputs' gradients too."""
     tokens = width if self.cached else window
     pairs = width * window if self.cached else window * window / 2
-    return (tokens * self.token + pairs * self.pair + width * self.target) * (2 * self.updates if learn else 1)
+    return (tokens * self.token + pairs * self.pair + width * self.target) * (max(2 * self.updates, 1) if learn else 1)
 
   def step(self, slots: int, window: int, width: int, *, learn: bool) -> float:
     """A compiled step, on one device."""

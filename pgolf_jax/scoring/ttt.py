@@ -104,7 +104,7 @@ class _Run:
     self._all = find_documents(data.tokens, s.model.bos_id)
     documents = select(self._all, s.eval.doc_fraction, s.seed)
     self._reported = {int(x) for x in ttt.eval_batches.split(",") if x.strip()}
-    self._batches = batches(documents, ttt.batch_size, ascending=bool(self._reported))
+    self._batches = batches(documents, ttt.batch_size, ascending=bool(ttt.eval_batches))
     self._boundaries = phase_boundaries(ttt.prefix_docs, ttt.num_phases, len(documents))
     self._world = world_size(s, self.mesh)
     self._costs = Costs.of(s.model, ttt)
@@ -118,7 +118,8 @@ class _Run:
       [(is_short(ttt, b), call.shape) for b in self._batches for call in self._calls[b.index]],
       slots=-(-max(len(b.documents) for b in self._batches) // self.mesh.size),
       stream_length=len(data.tokens) + ttt.seq_len + ttt.chunk_size,
-      phases=bool(self._boundaries),
+      # A chunk of the phase that is shorter than a row has nothing to train on.
+      phases=bool(self._boundaries) and global_phase.row_tokens(ttt, s.eval.seq_len, self._world) > 0,
     )
     self._stream = place(self.mesh, np.pad(data.tokens.astype(np.int32), (0, ttt.seq_len + ttt.chunk_size)), P())
     writes = jax.process_index() == 0

@@ -52,6 +52,13 @@ def test_a_slip_is_caught(case, kind, name, value, slip):
   assert not all(row.ok for row in check(found, {name: broken}))
 
 
+def test_a_target_that_neither_scored_agrees(case):
+  wanted = np.array([1.0, np.nan])
+  found = case("ttt", {"x": X}, {"nll": wanted})
+  assert all(row.ok for row in check(found, {"nll": wanted}))
+  assert not all(row.ok for row in check(found, {"nll": np.zeros(2)}))
+
+
 @pytest.mark.parametrize(
   "dtype, slip, ok", [("float32", 0.01, False), ("bfloat16", 0.01, True), ("bfloat16", 0.1, False)]
 )

@@ -68,6 +68,23 @@ def test_learning_and_hints_help_on_a_repeating_text():
   assert moving.score.bpb < 0.9 * moving.untilted.bpb
 
 
+def test_no_steps_are_no_learning():
+  data = random_documents(LENGTHS)
+  still = evaluate(changed(SETTINGS, train_min_doc_len=10**6), data)
+  found = evaluate(changed(SETTINGS, grad_steps=0), data)
+  np.testing.assert_array_equal(found.nll_N, still.nll_N)
+  assert found.useful_flops == still.useful_flops
+
+
+def test_a_phase_whose_chunks_hold_no_row_moves_no_weight():
+  params = random_params()
+  settings = changed(SETTINGS, prefix_docs=2, global_chunk_tokens=SETTINGS.eval.seq_len - 1)
+  found = evaluate(settings, random_documents(LENGTHS), params=params)
+  assert any(event["event"] == "weights" for event in found.trace)
+  for name, value in params.items():
+    np.testing.assert_array_equal(found.params[name], value)
+
+
 def test_strict_order_is_acyclic_and_reference_order_is_not():
   data = random_documents(LENGTHS)
   settings = changed(SETTINGS, prefix_docs=5)
