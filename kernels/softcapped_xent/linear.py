@@ -7,8 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pgolf_jax.kernels import target
+
 _BLOCK_LOGITS = 2**25
-"""Logits per block: 4096 tokens of 8192, about what stays in an H200's L2 cache in bfloat16."""
+"""Logits per block: 4096 tokens of 8192."""
+_GPU_BLOCK_LOGITS = 2**28
+"""The same on GPUs, where 4096 tokens, 64 to a thread block, would leave half of an H100's 132 multiprocessors without
+work and the rest with one thread block, which has no other to hide its latencies behind. 32,768 give each four."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -29,7 +34,8 @@ def in_blocks(
 
 
 def _blocks(n: int, v: int) -> int:
-  return -(-n // max(1, _BLOCK_LOGITS // v))
+  logits = _GPU_BLOCK_LOGITS if target.target().platform in ("gpu", "cuda") else _BLOCK_LOGITS
+  return -(-n // max(1, logits // v))
 
 
 def _split(blocks: int, a_N: jax.Array) -> jax.Array:

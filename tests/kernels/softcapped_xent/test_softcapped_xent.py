@@ -1,5 +1,7 @@
 """Every implementation of the softcapped cross-entropy, forward and gradient, against the formula in float32."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +167,32 @@ def test_linear_form_never_holds_all_logits():
 
   memory = jax.jit(jax.grad(loss, (0, 1))).lower(x, weight, target).compile().memory_analysis()
   assert memory.temp_size_in_bytes < n * v * 4 / 2
+
+
+def gradient_of_the_head(x, weight, target):
+  def loss(x, weight):
+    return api.linear_softcapped_xent(x, weight, target, cap_pos=30.0, cap_neg=30.0).mean()
+
+  return jax.grad(loss, (0, 1))(x, weight)
+
+
+RECORD = [
+  jax.ShapeDtypeStruct((98304, 512), jnp.bfloat16),
+  jax.ShapeDtypeStruct((8192, 512), jnp.bfloat16),
+  jax.ShapeDtypeStruct((98304,), jnp.int32),
+]
+
+
+def test_every_product_of_the_linear_form_takes_its_operands_as_they_are():
+  text = jax.jit(gradient_of_the_head).lower(*RECORD).as_text()
+  operands = re.findall(r"stablehlo\.dot_general .*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>\)", text)
+  assert operands == 3 * [("bf16", "bf16")], "logits and two gradients"
+
+
+def test_blocks_of_the_linear_form_fill_a_gpu(pretend_hopper):
+  with pretend_hopper():
+    text = str(jax.make_jaxpr(gradient_of_the_head)(*RECORD))
+  assert "bf16[32768,8192]" in text and "bf16[4096,8192]" not in text
 
 
 def test_caps_get_no_gradient():
