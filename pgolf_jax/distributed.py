@@ -10,6 +10,9 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pgolf_jax import cache, xla_flags
 from pgolf_jax.errors import UserError
@@ -95,6 +98,26 @@ def barrier(name: str) -> None:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices(name)
+
+
+def for_all_hosts(mesh: Mesh) -> NamedSharding | None:
+  """How a program gives out what every process will read: whole, on all devices. None, XLA's choice, for one process.
+
+  To gather an array after the program means to compile another one, within whatever clock is running.
+  """
+  return NamedSharding(mesh, P()) if jax.process_count() > 1 else None
+
+
+def leaders(value: float) -> float:
+  """The leader's value: what processes decide by, each with a clock of its own, must come from one of them.
+
+  With several processes it waits for the steps that were dispatched before; the first call compiles a program.
+  """
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
 @contextlib.contextmanager

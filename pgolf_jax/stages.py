@@ -88,7 +88,7 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
 
   settings = run.settings
   made = stage.make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
-  if jax.process_index() == 0:
+  if distributed.is_leader():
     write_bytes_atomically(run.artifact, made.data)
   distributed.barrier("artifact written")
   code = package.code()

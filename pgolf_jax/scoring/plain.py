@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax import distributed
 from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.gpt import packed_nll
@@ -107,7 +108,8 @@ def score(
     return jax.lax.map(row_nll, tokens_RxT1)
 
   specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
-  nll = jax.jit(jax.shard_map(device_nll, mesh=mesh, check_vma=False, **specs))
+  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, **specs)
+  nll = jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
   params = jax.device_put(params, NamedSharding(mesh, P()))
   nats = 0.0
   with progress(description, total=targets, unit="targets") as bar:
@@ -117,16 +119,8 @@ def score(
       for row, (begin, end) in zip(tokens, group, strict=False):
         row[: end - begin + 1] = data.tokens[begin : end + 1]
       placed = jax.make_array_from_callback(tokens.shape, sharding, lambda index, t=tokens: t[index])
-      losses = _gathered(nll(params, placed))
+      losses = np.asarray(nll(params, placed))
       for row, (begin, end) in zip(losses, group, strict=False):
         nats += float(np.sum(row[: end - begin], dtype=np.float64))
       bar.advance(sum(end - begin for begin, end in group))
   return Score(nats, targets, int(np.sum(data.token_bytes[1:], dtype=np.int64)))
-
-
-def _gathered(x: jax.Array) -> np.ndarray:
-  if x.is_fully_addressable:
-    return np.asarray(x)
-  from jax.experimental import multihost_utils
-
-  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax import distributed
 from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.scoring import adapt, global_phase
@@ -26,7 +27,7 @@ from pgolf_jax.scoring.scan import (
   place,
   sharded_scan,
 )
-from pgolf_jax.scoring.window import Rows, Scored
+from pgolf_jax.scoring.window import Rows
 from pgolf_jax.settings import Settings
 
 Draw = Callable[[int, int, np.ndarray], Adapters]
@@ -52,6 +53,8 @@ class AdapterPrograms:
     self.without_B = jax.jit(adapt.without_B, out_shardings=adapters, donate_argnums=0)
     self.begin = jax.jit(functools.partial(adapt.begin, rule), out_shardings=carry, donate_argnums=0)
     self.settle = jax.jit(functools.partial(adapt.settle, rule), out_shardings=adapters)
+    everywhere = distributed.for_all_hosts(mesh)
+    self._gather = jax.jit(lambda adapters: adapters, out_shardings=everywhere) if everywhere else lambda x: x
 
   def _shardings(self, tree):
     return jax.tree.map(lambda s: NamedSharding(self._mesh, s), tree, is_leaf=lambda x: isinstance(x, P))
@@ -59,6 +62,10 @@ class AdapterPrograms:
   def place(self, adapters: Adapters) -> Adapters:
     """Host arrays on the mesh."""
     return jax.tree.map(lambda x, s: place(self._mesh, np.asarray(x), s), adapters, self._specs)
+
+  def fetch(self, adapters: Adapters) -> Adapters:
+    """All of them on every process's host."""
+    return jax.tree.map(np.asarray, self._gather(adapters))
 
 
 class Programs:
@@ -148,6 +155,10 @@ class Programs:
       lowered[short, shape] = sharded_scan(self.mesh, spec, shape).lower(
         computing, stream, self._first_carry(short), self.new_memory(), *inputs[short, shape]
       )
+    if jax.process_count() > 1:  # what they gather and agree on between scans
+      distributed.leaders(0.0)
+      for short in {short for short, _ in lowered}:
+        self.adapters[short].fetch(self._first_carry(short).adapters)
     if phases:
       step = self._random_phase_step()
       arguments = global_phase.arguments(self.mesh, self._update_rows, step)
@@ -187,17 +198,3 @@ class Programs:
     longest = global_phase.row_tokens(self.settings.ttt, self.settings.eval.seq_len, self.world)
     tokens = np.random.default_rng(0).integers(0, 64, (self.world, longest + 1), dtype=np.int32)
     return global_phase.PhaseStep(tokens, np.full(self.world, longest, np.int32), 0.0)
-
-
-def fetch(x: jax.Array) -> np.ndarray:
-  """The whole array on this process's host."""
-  if x.is_fully_addressable:
-    return np.asarray(x)
-  from jax.experimental import multihost_utils
-
-  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def fetch_scored(scored: Scored) -> Scored:
-  """A scan's scores on the host."""
-  return Scored(*(None if x is None else fetch(x) for x in scored))

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax import distributed
 from pgolf_jax.model.adapters import Adapter, Adapters, widths
 from pgolf_jax.model.params import Params
 from pgolf_jax.scoring import adapt, cached, window
@@ -130,7 +131,7 @@ def sharded_scan(mesh: Mesh, spec: Spec, shape: Shape):
     out_specs=(carry, memory, scored),
     check_vma=False,  # a switch whose branches differ in what varies over devices cannot be checked
   )
-  return jax.jit(on_devices, donate_argnums=(2, 3))
+  return jax.jit(on_devices, donate_argnums=(2, 3), out_shardings=(None, None, distributed.for_all_hosts(mesh)))
 
 
 def adapter_specs(spec: Spec) -> dict[str, Adapter]:

@@ -15,7 +15,7 @@ import numpy as np
 from pgolf_jax.model.adapters import Adapter, Adapters
 from pgolf_jax.scoring.adapt import map_rows, row_axis
 from pgolf_jax.scoring.documents import Batch
-from pgolf_jax.scoring.programs import Programs, fetch
+from pgolf_jax.scoring.programs import Programs
 from pgolf_jax.scoring.store import flatten, unflatten
 from pgolf_jax.settings import TTTConfig
 
@@ -122,7 +122,7 @@ class AdapterSets:
     """Keeps what later batches start from of the adapters after a batch."""
     if self._ttt.warm_start_mean:
       rows = document_rows(len(batch.documents), self._programs.slots, self._programs.mesh.size)
-      host = jax.tree.map(fetch, adapters)
+      host = self._programs.adapters[lease.short].fetch(adapters)
       mean = map_rows(lambda axis, x: np.take(x, rows, axis).mean(axis), host)
       if self._fits_template(adapters):
         m = np.float32(self._ttt.warm_start_mean_momentum)
@@ -144,7 +144,7 @@ class AdapterSets:
     """What a restart needs: plain values and arrays."""
     arrays = {}
     for short, adapters in self._kept.items():
-      arrays |= flatten(f"short{int(short)}", jax.tree.map(fetch, adapters))
+      arrays |= flatten(f"short{int(short)}", self._programs.adapters[short].fetch(adapters))
     if self._template is not None:
       arrays |= flatten("template", self._template)
     kept = {str(int(short)): [self._label[short], self._carried[short]] for short in self._kept}

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax import distributed
 from pgolf_jax.model.params import Params
 from pgolf_jax.progress import progress
 from pgolf_jax.run_folder import log
@@ -24,7 +25,7 @@ from pgolf_jax.scoring.documents import Batch, batches, find_documents, phase_bo
 from pgolf_jax.scoring.evaluation import Clocks, Evaluation
 from pgolf_jax.scoring.flops import Costs
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.programs import Programs, fetch, fetch_scored
+from pgolf_jax.scoring.programs import Programs
 from pgolf_jax.scoring.scan import call_arguments, place
 from pgolf_jax.scoring.sets import AdapterSets, Draw, document_rows, is_short
 from pgolf_jax.scoring.store import Store
@@ -122,12 +123,11 @@ class _Run:
       phases=bool(self._boundaries) and global_phase.row_tokens(ttt, s.eval.seq_len, self._world) > 0,
     )
     self._stream = place(self.mesh, np.pad(data.tokens.astype(np.int32), (0, ttt.seq_len + ttt.chunk_size)), P())
-    writes = jax.process_index() == 0
     self._store = Store(
       evaluator.folder,
       self._targets,
       evaluation.identity(s, params, data, evaluator.dtype) if evaluator.folder is not None else {},
-      writes=writes,
+      writes=distributed.is_leader(),
     )
     self._sets = AdapterSets(ttt, self._programs, seed=s.seed, draw=evaluator.draw)
     self._computing = self._programs.computing(self._params)
@@ -170,7 +170,7 @@ class _Run:
           self._collect(self._pending, bar)
           self._pending = []
           self._global_phase()
-        if self._store.folder is not None and time.monotonic() - saved >= self._save_seconds:
+        if self._store.folder is not None and distributed.leaders(time.monotonic() - saved) >= self._save_seconds:
           self._collect(self._pending, bar)
           self._pending = []
           self._save()
@@ -231,7 +231,7 @@ class _Run:
       at, valid = _places(batch, call, size, self.mesh.size)
       at = at[valid]
       steps = len(call.steps)
-      model_nll, nll, logp = (None if x is None else x[:steps][valid] for x in fetch_scored(scored))
+      model_nll, nll, logp = (None if x is None else np.asarray(x)[:steps][valid] for x in scored)
       self._store.model_nll_N[at] = model_nll
       self._store.nll_N[at] = nll
       np.add.at(self._store.times_N, at, 1)
@@ -273,7 +273,7 @@ class _Run:
     self._computing = self._programs.computing(self._params)
     self._sets.renew()
     if self._store.folder is not None:
-      self._store.save_weights(self._version, {k: fetch(v) for k, v in self._params.items()})
+      self._store.save_weights(self._version, {k: np.asarray(v) for k, v in self._params.items()})
     jax.block_until_ready(self._params)
     self._seconds["global_phases"] += time.monotonic() - began
 

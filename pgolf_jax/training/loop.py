@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pgolf_jax import distributed
@@ -101,12 +100,8 @@ class Trainer:
     return self._before + time.perf_counter() - self._began
 
   def _elapsed(self) -> float:
-    """Seconds of training so far, the same on every process: what decides anything must come from here.
-
-    With several processes it waits for the steps that were dispatched before.
-    """
-    now = self._local_elapsed()
-    return float(multihost_utils.broadcast_one_to_all(np.float32(now))) if jax.process_count() > 1 else now
+    """Seconds of training so far, the same on every process: what decides anything must come from here."""
+    return distributed.leaders(self._local_elapsed())
 
   def _progress(self) -> dict:
     return {"elapsed": self._elapsed(), "loader": self.loader.state(), "schedule": self.schedule.state()}

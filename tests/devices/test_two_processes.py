@@ -49,11 +49,23 @@ def config(tmp_path_factory):
   return path
 
 
-def start(config, out, devices, **environment):
+def start(command, devices, **environment):
   environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
-  program = "import sys; from pgolf_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-  command = [sys.executable, "-c", program, "train", str(config), "--out", str(out), "--debug"]
   return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def start_two(command):
+  """Two processes of four devices each, which find each other."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  each = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+  return [start(command, 4, **each, JAX_PROCESS_ID=str(index)) for index in range(2)]
+
+
+def train(config, out):
+  program = "import sys; from pgolf_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+  return [sys.executable, "-c", program, "train", str(config), "--out", str(out), "--debug"]
 
 
 def finish(processes):
@@ -71,18 +83,8 @@ def finish(processes):
 def runs(config, tmp_path_factory):
   """(folder of one process, folder of two, what each of the two printed)."""
   folder = tmp_path_factory.mktemp("runs")
-  finish([start(config, folder / "one", 8)])
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  two = [
-    start(
-      config, folder / "two", 4,
-      JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index),
-    )
-    for index in range(2)
-  ]  # fmt: skip
-  printed = finish(two)
+  finish([start(train(config, folder / "one"), 8)])
+  printed = finish(start_two(train(config, folder / "two")))
   return RunFolder(folder / "one"), RunFolder(folder / "two"), printed
 
 

@@ -200,7 +200,7 @@ def test_collectives_that_run_beside_other_work_count_once():
   %ar = (bf16[8]{0}, f32[4]{0}) all-reduce(%a, %b), to_apply=%add
   %ar-start = ((f32[32]{0}), f32[32]{0}) all-reduce-start(%c), to_apply=%add
   %ar-done = f32[32]{0} all-reduce-done(%ar-start)
-  gather = '  %{} = f32[8,64]{{1,0}} all-gather(%p), channel_id=1, frontend_attributes={{chain_id="{}"}}\n'
+  %rs = ((bf16[8,64]{1,0}, bf16[8]{0}), (bf16[1,64]{1,0}, bf16[1]{0})) reduce-scatter-start(%e, %f), to_apply=%add
   %rs-done = (bf16[1,64]{1,0}, bf16[1]{0}) reduce-scatter-done(%rs)
   """
   assert collectives.in_hlo(text, 8) == {
@@ -211,7 +211,7 @@ def test_collectives_that_run_beside_other_work_count_once():
 
 
 def test_a_chain_of_fusions_with_one_exchange_counts_once():
-  gather = "  %{} = f32[8,64]{{1,0}} all-gather(%p), channel_id=1, frontend_attributes={{chain_id=\"{}\"}}\n"
+  gather = '  %{} = f32[8,64]{{1,0}} all-gather(%p), channel_id=1, frontend_attributes={{chain_id="{}"}}\n'
   text = "".join(gather.format(f"all-gather.{i}", i // 3) for i in range(6))
   assert collectives.in_hlo(text + "  %all-gather = f32[8,2]{1,0} all-gather(%p), channel_id=1\n", 8) == {
     "all-gather": (3, 2 * 8 * 64 * 4 + 8 * 2 * 4)
