@@ -14,8 +14,6 @@ from pgolf_jax.scoring import audit
 from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.training.step import data_mesh
 
-pytestmark = pytest.mark.xdist_group("audit")  # one worker makes what all of them look at
-
 DATA = random_documents([40, 31, 52])
 
 

@@ -15,8 +15,6 @@ from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
 
-pytestmark = pytest.mark.xdist_group("two_processes")  # one worker makes what all of them look at
-
 STEPS = 6
 CONFIG = {
   "model": {

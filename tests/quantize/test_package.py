@@ -14,8 +14,6 @@ from pgolf_jax.quantize import accounting, artifact, package, stage
 from pgolf_jax.quantize.rescore import score
 from pgolf_jax.settings import QuantizeConfig, Settings
 
-pytestmark = pytest.mark.xdist_group("package")  # one worker makes what all of them look at
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
