@@ -68,7 +68,10 @@ def ttt(
       f"{row.flops_per_second / 1e9:,.1f}",
       f"{row.compile_seconds:.0f}",
     )
-  Console().print(table)
+  console = Console()
+  if not console.is_terminal:
+    console.width = 120  # a log file takes the whole table
+  console.print(table)
 
 
 def measure(settings, folder: Path, method: str, count: int) -> Row:
