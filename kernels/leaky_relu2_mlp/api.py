@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from pgolf_jax.kernels import target
 from pgolf_jax.kernels.leaky_relu2_mlp import reference
+from pgolf_jax.kernels.products import product
 
 _NAME = "leaky_relu2_mlp"
 
@@ -73,10 +74,6 @@ def _check(x, up, down) -> None:
     raise ValueError(f"x, up and down must have one floating type, not {x.dtype}, {up.dtype} and {down.dtype}")
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _mlp(x_NxD, up_FxD, down_DxF, slope, name):
   return _forward(x_NxD, up_FxD, down_DxF, slope, name)[0]
@@ -84,14 +81,14 @@ def _mlp(x_NxD, up_FxD, down_DxF, slope, name):
 
 def _forward(x_NxD, up_FxD, down_DxF, slope, name):
   u_NxF, a_NxF = target.backend(_NAME, name).up(x_NxD, up_FxD, slope=slope)
-  return _product("nf,df->nd", a_NxF, down_DxF), (x_NxD, up_FxD, down_DxF, u_NxF, a_NxF)
+  return product("nf,df->nd", a_NxF, down_DxF), (x_NxD, up_FxD, down_DxF, u_NxF, a_NxF)
 
 
 def _backward(slope, name, kept, dy_NxD):
   x_NxD, up_FxD, down_DxF, u_NxF, a_NxF = kept
   du_NxF = target.backend(_NAME, name).up_gradient(dy_NxD, down_DxF, u_NxF, slope=slope)
-  dx_NxD = _product("nf,fd->nd", du_NxF, up_FxD)
-  return dx_NxD, _product("nf,nd->fd", du_NxF, x_NxD), _product("nd,nf->df", dy_NxD, a_NxF)
+  dx_NxD = product("nf,fd->nd", du_NxF, up_FxD)
+  return dx_NxD, product("nf,nd->fd", du_NxF, x_NxD), product("nd,nf->df", dy_NxD, a_NxF)
 
 
 _mlp.defvjp(_forward, _backward)

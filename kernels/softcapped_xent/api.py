@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import target
+from pgolf_jax.kernels.products import product
 from pgolf_jax.kernels.softcapped_xent import linear, reference
 
 _NAME = "softcapped_xent"
@@ -123,19 +124,15 @@ def linear_softcapped_xent(
   return linear.in_blocks(block_nll, x_NxD, weight_VxD, target_N, *caps)
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-
-
 @jax.custom_vjp
 def _logits(x_NxD, weight_VxD):
   """The head's product. JAX's own gradient of it would multiply in float32, at half of a GPU's rate or less."""
-  return _product("nd,vd->nv", x_NxD, weight_VxD)
+  return product("nd,vd->nv", x_NxD, weight_VxD)
 
 
 def _logits_gradient(kept, dz_NxV):
   x_NxD, weight_VxD = kept
-  return _product("nv,vd->nd", dz_NxV, weight_VxD), _product("nv,nd->vd", dz_NxV, x_NxD)
+  return product("nv,vd->nd", dz_NxV, weight_VxD), product("nv,nd->vd", dz_NxV, x_NxD)
 
 
 _logits.defvjp(lambda x, weight: (_logits(x, weight), (x, weight)), _logits_gradient)
