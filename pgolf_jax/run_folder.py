@@ -11,19 +11,13 @@ scores/              per-document scores
 """
 
 import json
-import logging
-import os
-import sys
-import time
 from pathlib import Path
 
 import tomli_w
 
-from pgolf_jax.distributed import is_leader
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings
-
-log = logging.getLogger("pgolf")
+from pgolf_jax.runtime.files import write_json, write_text
+from pgolf_jax.settings.config import Settings
 
 
 class RunFolder:
@@ -52,7 +46,7 @@ class RunFolder:
       raise UserError(f"{self.path} is not a run folder: it has no config.toml; `pgolf run CONFIG` makes one.")
     else:
       self.path.mkdir(parents=True, exist_ok=True)
-      write_atomically(config, tomli_w.dumps(settings.to_dict()))
+      write_text(config, tomli_w.dumps(settings.to_dict()))
     self.settings = settings
 
   @property
@@ -66,6 +60,10 @@ class RunFolder:
   @property
   def artifact(self) -> Path:
     return self.path / "artifact.pgolf"
+
+  @property
+  def log(self) -> Path:
+    return self.path / "run.log"
 
   @property
   def scores(self) -> Path:
@@ -83,34 +81,7 @@ class RunFolder:
 
   def finish(self, stage: str, result: dict) -> None:
     """Marks a stage as complete."""
-    write_atomically(self.path / "results.json", json.dumps({**self.results(), stage: result}, indent=2) + "\n")
-
-  def log_to_file(self) -> None:
-    """Sends what is logged to the terminal and, with times, to run.log; of several processes, the first one's."""
-    log.propagate = False
-    log.setLevel(logging.INFO)
-    if not is_leader():
-      log.handlers = [logging.NullHandler()]
-      return
-    to_file = logging.FileHandler(self.path / "run.log", encoding="utf-8")
-    formatter = logging.Formatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    to_file.setFormatter(formatter)
-    to_terminal = logging.StreamHandler(sys.stdout)
-    to_terminal.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers = [to_file, to_terminal]
-
-
-def write_atomically(path: Path, text: str) -> None:
-  """Writes the whole file or none of it."""
-  write_bytes_atomically(path, text.encode())
-
-
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-  """Writes the whole file or none of it."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  partial.write_bytes(data)
-  partial.replace(path)
+    write_json(self.path / "results.json", {**self.results(), stage: result})
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgolf_jax import cache, distributed, settings_checks
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import RunFolder, log, write_bytes_atomically
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime import compile_cache, distributed
+from pgolf_jax.runtime.files import write_bytes
+from pgolf_jax.runtime.log import log, log_to
+from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain
-from pgolf_jax.settings import Settings
-from pgolf_jax.training.step import data_mesh, world_size
+from pgolf_jax.settings import check
+from pgolf_jax.settings.config import Settings
 
 
 def data_folder(settings: Settings) -> Path:
@@ -25,7 +28,7 @@ def data_folder(settings: Settings) -> Path:
   from pgolf_jax.data.default_text import ensure_default_data
 
   name = f"speeches-{settings.model.vocab_size}{'' if settings.data.caseops else '-plain'}"
-  folder = cache.root() / "data" / name
+  folder = compile_cache.root() / "data" / name
   with distributed.leader_first("default data"):
     return ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
 
@@ -83,13 +86,14 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
-  from pgolf_jax.quantize import accounting, package, stage
+  from pgolf_jax.quantize import stage
   from pgolf_jax.scoring.stage import load_artifact
+  from pgolf_jax.submission import accounting, package
 
   settings = run.settings
   made = stage.make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
-    write_bytes_atomically(run.artifact, made.data)
+    write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
   code = package.code()
   parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
@@ -124,11 +128,11 @@ STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
 def run(settings: Settings, folder: Path, names: list[str]) -> int:
   """Runs the stages that are not yet complete, then prints the table. Returns the exit status."""
   distributed.start()
-  mesh = data_mesh(usable_devices(settings))
-  settings_checks.check(settings, device_count=mesh.size)
+  mesh = data_mesh(usable_devices(settings.train.micro_batches))
+  check.check(settings, device_count=mesh.size)
   with distributed.leader_first("run folder"):
     found = RunFolder(folder, settings)
-  found.log_to_file()
+  log_to(found.log)
   there = jax.device_count()
   idle = "" if mesh.size == there else f" ({there} are there: train.micro_batches={settings.train.micro_batches})"
   log.info("run folder %s, %d × %s%s", found.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
@@ -144,14 +148,6 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   log.info("\n%s", table(found))
   broken = found.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
-
-
-def usable_devices(settings: Settings) -> list[jax.Device]:
-  """The devices of a run: in one process the most that can share a step's micro-batches, in several all."""
-  devices = jax.devices()
-  if jax.process_count() > 1:
-    return devices
-  return devices[: max(n for n in range(1, len(devices) + 1) if settings.train.micro_batches % n == 0)]
 
 
 def _wanted(settings: Settings, name: str) -> bool:

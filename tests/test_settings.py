@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from pgolf_jax import settings_checks
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings, check_env_names, env_names
+from pgolf_jax.settings import check
+from pgolf_jax.settings.config import Settings, check_env_names, env_names
 
 
 def test_every_setting_survives_its_environment_name():
@@ -25,7 +25,7 @@ def test_defaults_are_the_record():
 @pytest.mark.parametrize("config", ["demo", "record_8xh100", "record_1xgpu"])
 def test_configs_are_valid_and_survive_being_written(config):
   settings = Settings.from_toml(f"configs/{config}.toml")
-  settings_checks.check(settings)
+  check.check(settings)
   assert Settings.from_dict(settings.to_dict()) == settings
 
 
@@ -99,12 +99,12 @@ def test_impossible_combinations_are_refused(section, changes, part):
   settings = Settings()
   settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **changes)})
   with pytest.raises(UserError, match=part):
-    settings_checks.check(settings)
+    check.check(settings)
 
 
 def test_devices_must_fit_the_ranks():
   with pytest.raises(UserError, match="number of ranks, 3, must divide train"):
-    settings_checks.check(Settings(), device_count=3)
+    check.check(Settings(), device_count=3)
   ranks = dataclasses.replace(Settings(), train=dataclasses.replace(Settings().train, world_size=2))
   with pytest.raises(UserError, match="clip_scope='global'"):
-    settings_checks.check(ranks, device_count=8)
+    check.check(ranks, device_count=8)

@@ -7,7 +7,7 @@ import numpy as np
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.settings import EvalConfig, HintConfig, ModelConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.config import EvalConfig, HintConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(

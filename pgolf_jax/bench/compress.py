@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_jax.quantize.tensors import Grid
+from pgolf_jax.quantize.artifact.tensors import Grid
 
 RECORD = {
   "attn.c_q.weight": (512, 512, 13.0),
@@ -36,7 +36,7 @@ def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True) 
   from rich.console import Console
   from rich.table import Table
 
-  from pgolf_jax.quantize import artifact as artifacts
+  from pgolf_jax.quantize.artifact import format as artifacts
 
   tensors = artifacts.read(artifact.read_bytes()).tensors if artifact else _random_grids(layers)
   console = Console()
@@ -57,8 +57,8 @@ def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True) 
 
 def measure_files(tensors: Mapping) -> list[dict[str, str]]:
   """Bytes and seconds of whole artifacts, by codec."""
-  from pgolf_jax.quantize import artifact as artifacts
-  from pgolf_jax.quantize.codecs import NAMES
+  from pgolf_jax.quantize.artifact import format as artifacts
+  from pgolf_jax.quantize.artifact.codecs import NAMES
 
   rows = []
   for name in NAMES:
@@ -87,8 +87,8 @@ def measure_kinds(tensors: Mapping) -> list[dict[str, str]]:
   ZPAQ gets the columns one after the other, and, where the reference sorts rows by similarity, the better of sorted
   (with two bytes a row for the order) and unsorted.
   """
-  from pgolf_jax.quantize.codecs import codec
-  from pgolf_jax.quantize.names import kind
+  from pgolf_jax.quantize.artifact.codecs import codec
+  from pgolf_jax.quantize.artifact.names import kind
 
   groups: dict[str, list[np.ndarray]] = {}
   for name, tensor in tensors.items():
@@ -115,7 +115,7 @@ def measure_kinds(tensors: Mapping) -> list[dict[str, str]]:
 def measure_gptq(tensors: Mapping[str, Grid]) -> tuple[float, float]:
   """Seconds of GPTQ over weights of the tensors' shapes: the first time, with compiling, and the second."""
   from pgolf_jax.quantize.quantize import quantize
-  from pgolf_jax.settings import QuantizeConfig
+  from pgolf_jax.settings.config import QuantizeConfig
 
   rng = np.random.default_rng(0)
   weights = {n: rng.standard_normal(t.q_MxN.shape, np.float32) for n, t in tensors.items()}

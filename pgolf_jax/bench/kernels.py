@@ -47,7 +47,7 @@ def kernels(
   from rich.console import Console
   from rich.table import Table
 
-  from pgolf_jax import distributed
+  from pgolf_jax.runtime import distributed
 
   distributed.start()
   rows, notes = measure(operations, tokens, max_segment, repeats)

@@ -12,11 +12,12 @@ import tyro
 _PROGRAM = """
 import dataclasses, sys, tempfile
 from pathlib import Path
-from pgolf_jax import distributed, stages
+from pgolf_jax.runtime import distributed
+from pgolf_jax import stages
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.settings import load
+from pgolf_jax.settings.config import load
 from pgolf_jax.training.loop import Trainer
-from pgolf_jax.training.step import data_mesh
+from pgolf_jax.runtime.mesh import data_mesh
 settings = load(sys.argv[1])
 settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, stop_step=1))
 distributed.start()
@@ -34,8 +35,9 @@ def start(config: tyro.conf.Positional[Path], repeats: int = 3) -> None:
     config: TOML file of settings.
     repeats: starts with a warm cache, of which the median is printed.
   """
-  from pgolf_jax import distributed, stages
-  from pgolf_jax.settings import load
+  from pgolf_jax import stages
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.settings.config import load
 
   distributed.leave_devices()
   stages.data_folder(load(config))  # preparing the default text is not what is timed

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 DESCRIPTION = """Time the training step of a config, for each sequence length of its schedule, looping off and on.
 
@@ -87,7 +87,7 @@ def main(args: list[str]) -> int:
   from rich.console import Console
   from rich.table import Table
 
-  from pgolf_jax import distributed
+  from pgolf_jax.runtime import distributed
 
   distributed.start()
   rows, notes = measure(found)
@@ -132,20 +132,20 @@ def measure(arguments: StepArgs) -> tuple[list[Row], list[str]]:
   """
   import jax
 
-  from pgolf_jax import settings_checks
   from pgolf_jax.kernels.peaks import peaks
-  from pgolf_jax.stages import usable_devices
+  from pgolf_jax.runtime.mesh import data_mesh
+  from pgolf_jax.settings import check
+  from pgolf_jax.runtime.mesh import usable_devices
   from pgolf_jax.training.implementations import chosen
   from pgolf_jax.training.schedule import Schedule
-  from pgolf_jax.training.step import data_mesh
 
   if arguments.repeats < 1:
     raise UserError(f"--repeats {arguments.repeats} must be at least 1.")
   if arguments.profile is not None and "step" not in arguments.passes:
     raise UserError("--profile traces the whole step, which is not among --passes.")
   settings = arguments.settings
-  mesh = data_mesh(usable_devices(settings))
-  settings_checks.check(settings, device_count=mesh.size)
+  mesh = data_mesh(usable_devices(settings.train.micro_batches))
+  check.check(settings, device_count=mesh.size)
   t = settings.train
   kind = mesh.devices.flat[0].device_kind
   limits = peaks(kind)
@@ -325,7 +325,7 @@ class _Work:
     import torch
 
     from pgolf_jax.bench._torch_gpt import TorchGPT, TorchStep
-    from pgolf_jax.training.step import world_size
+    from pgolf_jax.runtime.mesh import world_size
 
     settings = self.settings
     device = "cuda" if self.mesh.devices.flat[0].platform == "gpu" else "cpu"

@@ -45,10 +45,12 @@ def ttt(
   from rich.console import Console
   from rich.table import Table
 
-  from pgolf_jax import distributed, settings, stages
+  from pgolf_jax import stages
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.settings import config
 
   distributed.start()
-  loaded = settings.load(config)
+  loaded = config.load(config)
   folder = data or stages.data_folder(loaded)
   table = Table(title=f"test-time training, {config.stem} on {folder}", title_justify="left")
   columns = ("method", "shapes", "useful", "one shape", "tokens", "s", "tokens/s", "outside", "GFLOP/s", "compile s")
@@ -81,12 +83,12 @@ def measure(settings, folder: Path, method: str, count: int) -> Row:
   import numpy as np
 
   from pgolf_jax.model import params as parameters
+  from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.scoring import chunks
   from pgolf_jax.scoring.documents import batches, find_documents
   from pgolf_jax.scoring.flops import Costs
   from pgolf_jax.scoring.plain import ValidationData, load_validation
   from pgolf_jax.scoring.ttt import Evaluator
-  from pgolf_jax.training.step import data_mesh
 
   mesh = data_mesh()
   t = dataclasses.replace(settings.ttt, method=method, prefix_docs=0)

@@ -24,10 +24,11 @@ def audit(
     probes: perturbations of each kind; each is an evaluation of a small stream.
     probe_tokens: tokens of that stream.
   """
-  from pgolf_jax import distributed, stages
+  from pgolf_jax import stages
+  from pgolf_jax.audit import audit as audits
   from pgolf_jax.run_folder import RunFolder
-  from pgolf_jax.scoring import audit as audits
-  from pgolf_jax.training.step import data_mesh
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.mesh import data_mesh
 
   distributed.start()
   mesh = data_mesh()

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from pgolf_jax import settings as settings_module
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings, env_names
+from pgolf_jax.settings import config as settings_module
+from pgolf_jax.settings.config import Settings, env_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,12 +35,14 @@ def evaluate(
   import dataclasses
   import os
 
-  from pgolf_jax import distributed, settings_checks, stages
+  from pgolf_jax import stages
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.scoring import plain, stage
-  from pgolf_jax.settings import Settings
-  from pgolf_jax.training.step import data_mesh
+  from pgolf_jax.settings import check
+  from pgolf_jax.settings.config import Settings
 
   distributed.start()
   mesh = data_mesh()
@@ -58,7 +60,7 @@ def evaluate(
   settings = Settings.from_env(os.environ, base=settings)
   changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
-  settings_checks.check(settings)
+  check.check(settings)
   folder = data or stages.data_folder(settings)
   found = stage.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
   if ttt:

@@ -29,12 +29,12 @@ def COMMAND(
   """
   import jax.numpy as jnp
 
-  from pgolf_jax import distributed
   from pgolf_jax.data.tokenizer import Tokenizer
   from pgolf_jax.errors import UserError
-  from pgolf_jax.quantize.artifact import dequantize
-  from pgolf_jax.quantize.generate import generate
-  from pgolf_jax.settings import Settings
+  from pgolf_jax.model.generate import generate
+  from pgolf_jax.quantize.artifact.format import dequantize
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.settings.config import Settings
 
   distributed.start()
   path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact

@@ -18,10 +18,11 @@ def COMMAND(
     data: folder of validation shards; the run's own if not given.
     ttt: check the score with test-time training too, not only the plain one.
   """
-  from pgolf_jax import distributed, stages
+  from pgolf_jax import stages
   from pgolf_jax.errors import UserError
-  from pgolf_jax.quantize import accounting, package
   from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.submission import accounting, package
 
   distributed.leave_devices()
   folder = RunFolder(run)

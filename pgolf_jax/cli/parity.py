@@ -18,9 +18,9 @@ def run(case: tyro.conf.Positional[Path], out: Path, tokenizer: Path | None = No
   """
   from safetensors.numpy import save_file
 
-  from pgolf_jax import distributed
   from pgolf_jax.parity import run as parity_run
   from pgolf_jax.parity.case import Case
+  from pgolf_jax.runtime import distributed
 
   distributed.start()
   found = Case.load(case)
@@ -45,10 +45,10 @@ def check(case: tyro.conf.Positional[Path], ours: Path | None = None, all: bool 
     all: print every tensor, not the worst alone.
     tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
   """
-  from pgolf_jax import distributed
   from pgolf_jax.parity import case as cases
   from pgolf_jax.parity import check as parity_check
   from pgolf_jax.parity import run as parity_run
+  from pgolf_jax.runtime import distributed
 
   distributed.start()
   found = cases.Case.load(case)

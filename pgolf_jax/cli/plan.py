@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 DESCRIPTION = """Compile the train and test-time training steps for hardware that is not there.
 
@@ -33,20 +33,21 @@ class PlanArgs:
 def main(args: list[str]) -> int:
   import os
 
-  from pgolf_jax import settings_checks, xla_flags
   from pgolf_jax.cli.config_args import parse_as
+  from pgolf_jax.runtime import xla_options
+  from pgolf_jax.settings import check
 
   found = parse_as(PlanArgs, "plan", DESCRIPTION, args)
   # What is planned for need not be here, and what is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
   if found.topology.lower().startswith("h100"):
-    xla_flags.add_gpu_flags(os.environ)
+    xla_options.add_gpu_flags(os.environ)
   from pgolf_jax.plan.hardware import topology
   from pgolf_jax.plan.plan import examine, report
   from pgolf_jax.plan.programs import programs
 
   hardware = topology(found.topology)
-  settings_checks.check(found.settings, device_count=hardware.mesh.size)
+  check.check(found.settings, device_count=hardware.mesh.size)
   print(f"{hardware.name}: {hardware.mesh.size} × {hardware.kind}", flush=True)
   if hardware.only_lowers:
     print(hardware.only_lowers)

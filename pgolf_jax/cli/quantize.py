@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import QuantizeConfig
+from pgolf_jax.settings.config import QuantizeConfig
 
 DESCRIPTION = """Quantise the averaged weights of a run into an artifact, and say what its bytes are.
 
@@ -34,8 +34,8 @@ def main(args: list[str]) -> int:
     if not {"-h", "--help"} & set(args):
       raise UserError("pgolf quantize needs a run folder first, as in: pgolf quantize runs/demo")
     tyro.cli(QuantizeArgs, args=args, prog="pgolf quantize", description=DESCRIPTION)
-  from pgolf_jax import distributed
   from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
 
   distributed.start()
   run = RunFolder(args[0])
@@ -45,9 +45,11 @@ def main(args: list[str]) -> int:
 
 
 def _quantize(run, found: QuantizeArgs) -> int:
-  from pgolf_jax import distributed, stages
-  from pgolf_jax.quantize import accounting, package, stage
-  from pgolf_jax.training.step import data_mesh, world_size
+  from pgolf_jax import stages
+  from pgolf_jax.quantize import stage
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.mesh import data_mesh, world_size
+  from pgolf_jax.submission import accounting, package
 
   if "train" not in run.results():
     raise UserError(f"{run.path} has no finished training; `pgolf train` with its config and --out {run.path} goes on.")

@@ -22,7 +22,7 @@ from pgolf_jax.data.split import Choice, HeldOut, in_training, training_texts
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.data.tokenizer_training import train_tokenizer
 from pgolf_jax.errors import UserError
-from pgolf_jax.progress import progress
+from pgolf_jax.runtime.progress import progress
 
 SHARD_TOKENS = 100_000_000  # as published
 TOKENIZER_BYTES = 100_000_000  # of text to train a tokenizer on; more changes few pieces

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pgolf_jax.data.documents import Documents, Position, batches
 from pgolf_jax.errors import UserError
-from pgolf_jax.progress import progress
+from pgolf_jax.runtime.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)

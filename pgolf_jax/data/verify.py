@@ -15,7 +15,7 @@ from pgolf_jax.data.sidecar import token_bytes
 from pgolf_jax.data.split import digest
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
-from pgolf_jax.progress import progress
+from pgolf_jax.runtime.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp_kernel
 from pgolf_jax.model import rotary
 from pgolf_jax.model.adapters import Adapter, delta
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.settings.config import ModelConfig
 
 EPS = 1.1920929e-07
 """Epsilon of every norm: float32's, also when the input is bfloat16."""

@@ -17,7 +17,7 @@ from pgolf_jax.model import rotary
 from pgolf_jax.model.adapters import Adapter, Adapters, delta
 from pgolf_jax.model.block import Block, Collect, Context, Weights, linear, rms_norm
 from pgolf_jax.model.params import Params, layer_order
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.settings.config import ModelConfig
 
 
 class _Matrix(nnx.Module):

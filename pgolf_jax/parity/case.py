@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings, check_env_names
+from pgolf_jax.settings.config import Settings, check_env_names
 
 Arrays = dict[str, np.ndarray]
 

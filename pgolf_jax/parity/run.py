@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pgolf_jax import settings_checks
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import GPT, eval_caps, packed_nll
 from pgolf_jax.parity.case import Arrays, Case
 from pgolf_jax.run_folder import RunFolder, read_metrics
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import plain
+from pgolf_jax.settings import check
 from pgolf_jax.training import optimizer as optimizers
-from pgolf_jax.training.step import data_mesh
 
 
 def run(case: Case) -> Arrays:
@@ -106,7 +106,7 @@ def _train(case: Case) -> Arrays:
 
   settings = dataclasses.replace(case.settings, quantize=dataclasses.replace(case.settings.quantize, reserve_seconds=0))
   mesh = _one_device()
-  settings_checks.check(settings, device_count=mesh.size)
+  check.check(settings, device_count=mesh.size)
   with tempfile.TemporaryDirectory() as folder:
     run = RunFolder(Path(folder), settings)
     initial = {k: jnp.asarray(v) for k, v in case.params().items()}
@@ -138,8 +138,8 @@ def _plain(case: Case, params, name: str) -> Arrays:
 
 def _e2e(case: Case) -> Arrays:
   """Training from the given parameters; quantising from the reference's average, TTT from its dequantised weights."""
+  from pgolf_jax.parity.ttt import run_case
   from pgolf_jax.quantize.stage import quantize_params
-  from pgolf_jax.scoring.golden import run_case
 
   found = _train(case)
   found |= _plain(
@@ -153,7 +153,7 @@ def _e2e(case: Case) -> Arrays:
 
 
 def _quantize(case: Case) -> Arrays:
-  from pgolf_jax.quantize.parity import quantize_case
+  from pgolf_jax.parity.quantize import quantize_case
 
   moments = [case.params(prefix) for prefix in ("hessian/", "act_rms/")]
   return quantize_case(case.about["settings"], case.params(), *moments)
@@ -170,7 +170,7 @@ def _ngram(case: Case) -> Arrays:
 
 
 def _ttt(case: Case) -> Arrays:
-  from pgolf_jax.scoring.golden import run_case
+  from pgolf_jax.parity.ttt import run_case
 
   return run_case(case.settings, case.inputs, _one_device())
 

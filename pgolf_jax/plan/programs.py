@@ -13,15 +13,16 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.plan import work
+from pgolf_jax.runtime.mesh import AXIS, world_size
 from pgolf_jax.scoring import adapt, global_phase
 from pgolf_jax.scoring.cached import Memory, memory_shape
 from pgolf_jax.scoring.chunks import STEPS_PER_CALL, Shape
 from pgolf_jax.scoring.flops import Costs
-from pgolf_jax.scoring.scan import AXIS, Spec, carry_specs, sharded_scan
+from pgolf_jax.scoring.scan import Spec, carry_specs, sharded_scan
 from pgolf_jax.scoring.window import Rows
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.schedule import Schedule
-from pgolf_jax.training.step import argument_shapes, make_step, world_size
+from pgolf_jax.training.step import argument_shapes, make_step
 
 VALIDATION_TOKENS = 47_853_344
 """Tokens of the official validation split, which lies on every device during an evaluation."""

@@ -2,7 +2,7 @@
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import BANKS, layer_order
-from pgolf_jax.settings import ModelConfig, Settings
+from pgolf_jax.settings.config import ModelConfig, Settings
 
 
 def forward(model: ModelConfig, tokens: int, seq_len: int, *, looping: bool) -> float:

@@ -20,8 +20,8 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.segment_attention.api import segment_starts
 from pgolf_jax.model.gpt import GPT
 from pgolf_jax.model.params import Params
-from pgolf_jax.progress import progress
-from pgolf_jax.settings import ModelConfig, Settings
+from pgolf_jax.runtime.progress import progress
+from pgolf_jax.settings.config import ModelConfig, Settings
 
 
 @dataclasses.dataclass(frozen=True)

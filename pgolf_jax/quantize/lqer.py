@@ -6,7 +6,7 @@ R rank.
 
 import numpy as np
 
-from pgolf_jax.quantize.tensors import LowRank
+from pgolf_jax.quantize.artifact.tensors import LowRank
 
 
 def _steps(magnitude: np.ndarray, levels: float) -> np.ndarray:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.progress import progress
 from pgolf_jax.quantize import awq, lqer
+from pgolf_jax.quantize.artifact.names import unbank
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows
 from pgolf_jax.quantize.gptq import gptq, row_scale
-from pgolf_jax.quantize.names import unbank
-from pgolf_jax.quantize.tensors import Grid, Half, Quantized, Rows
-from pgolf_jax.settings import QuantizeConfig
+from pgolf_jax.runtime.progress import progress
+from pgolf_jax.settings.config import QuantizeConfig
 
 SMALL = 65_536  # elements; up to here a parameter stays fp16
 _GATE_SIZES = range(32, 8193)  # elements of an attention gate that is stored as integers

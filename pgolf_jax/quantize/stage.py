@@ -12,10 +12,10 @@ import numpy as np
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
-from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.artifact import format
 from pgolf_jax.quantize.calibrate import Calibration, calibrate, draw_rows, row_count
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings import QuantizeConfig, Settings
+from pgolf_jax.settings.config import QuantizeConfig, Settings
 
 _CLIPS = ("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
 _CLOSE = 0.0005  # share of the budget that may stay unused
@@ -82,7 +82,7 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
     began = time.perf_counter()
     tensors = quantize(params, moments.hessian, moments.act_rms, config)
     done = time.perf_counter()
-    found = artifact.write(portable(dataclasses.replace(settings, quantize=config)), tensors, config.codec)
+    found = format.write(portable(dataclasses.replace(settings, quantize=config)), tensors, config.codec)
     seconds["quantize"] += done - began
     seconds["encode"] += time.perf_counter() - done
     return found

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from pgolf_jax.model import adapters as model_adapters
 from pgolf_jax.model.adapters import Adapter, Adapters
-from pgolf_jax.settings import ModelConfig, TTTConfig
+from pgolf_jax.settings.config import ModelConfig, TTTConfig
 
 _EPS = 1e-10
 

@@ -14,7 +14,7 @@ from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.gpt import GPT
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.scoring.window import Rows
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.settings.config import ModelConfig
 
 
 class Memory(NamedTuple):

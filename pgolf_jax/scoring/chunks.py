@@ -14,7 +14,7 @@ import numpy as np
 from pgolf_jax.errors import UserError
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.flops import Costs
-from pgolf_jax.settings import TTTConfig
+from pgolf_jax.settings.config import TTTConfig
 
 SKIP, SCORE, LEARN = 0, 1, 2
 """Kinds of step: nothing (padding), score alone (nobody learns from it), score and then update."""

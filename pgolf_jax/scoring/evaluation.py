@@ -9,7 +9,7 @@ import numpy as np
 from pgolf_jax.model.params import Params
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score, ValidationData
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 
 @dataclasses.dataclass(frozen=True)

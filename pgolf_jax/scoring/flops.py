@@ -4,7 +4,7 @@ import dataclasses
 
 from pgolf_jax.model.adapters import widths
 from pgolf_jax.model.params import layer_order
-from pgolf_jax.settings import ModelConfig, TTTConfig
+from pgolf_jax.settings.config import ModelConfig, TTTConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pgolf_jax.kernels.segment_attention.api import segment_starts
 from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.model.gpt import GPT
 from pgolf_jax.model.params import Params
+from pgolf_jax.runtime.mesh import AXIS, place
 from pgolf_jax.scoring.documents import Document
-from pgolf_jax.scoring.scan import AXIS, place
-from pgolf_jax.settings import ModelConfig, TTTConfig
+from pgolf_jax.settings.config import ModelConfig, TTTConfig
 
 
 class PhaseStep(NamedTuple):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int32, Integer
 from pgolf_jax.scoring.documents import Document
 from pgolf_jax.scoring.hints import HintStream, build_hints
 from pgolf_jax.scoring.trace import Trace
-from pgolf_jax.settings import HintConfig
+from pgolf_jax.settings.config import HintConfig
 
 
 class Hints(Protocol):

@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax import distributed
 from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.gpt import packed_nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.progress import progress
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.progress import progress
+from pgolf_jax.settings.config import ModelConfig
 
 
 class ValidationData(NamedTuple):

@@ -11,24 +11,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax import distributed
 from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.params import SOFTCAPS, Params
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.mesh import AXIS, place
 from pgolf_jax.scoring import adapt, global_phase
 from pgolf_jax.scoring.adapt import Carry
 from pgolf_jax.scoring.cached import Memory, memory_shape
 from pgolf_jax.scoring.chunks import LEARN, SCORE, STEPS_PER_CALL, Shape
-from pgolf_jax.scoring.scan import (
-  AXIS,
-  Spec,
-  adapter_specs,
-  call_arguments,
-  carry_specs,
-  place,
-  sharded_scan,
-)
+from pgolf_jax.scoring.scan import Spec, adapter_specs, call_arguments, carry_specs, sharded_scan
 from pgolf_jax.scoring.window import Rows
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 Draw = Callable[[int, int, np.ndarray], Adapters]
 """(number of the set, rank, id of each row) → adapters with these A, B zero; rows with id −1 have no document."""

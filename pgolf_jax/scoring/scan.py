@@ -10,20 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax import distributed
 from pgolf_jax.model.adapters import Adapter, Adapters, widths
 from pgolf_jax.model.params import Params
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.mesh import AXIS, place
 from pgolf_jax.scoring import adapt, cached, window
 from pgolf_jax.scoring.adapt import Carry, Rule, row_axis
 from pgolf_jax.scoring.cached import Memory
 from pgolf_jax.scoring.chunks import STEPS_PER_CALL, Shape
 from pgolf_jax.scoring.window import Rows, Scored
-from pgolf_jax.settings import ModelConfig, TTTConfig
-
-AXIS = "data"
+from pgolf_jax.settings.config import ModelConfig, TTTConfig
 
 
 class Spec(NamedTuple):
@@ -147,11 +146,6 @@ def carry_specs(spec: Spec) -> Carry:
   """How a carry is shared out."""
   each = adapter_specs(spec)
   return Carry(each, each if spec.rule.beta1 else None, each if spec.rule.kind == "adam" else None, P())
-
-
-def place(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
-  """A host array on the mesh; every process holds the whole of it and gives its part."""
-  return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
 
 def call_arguments(mesh: Mesh, size: int, ks: list[int], kinds: list[int], hint_SxBxX: np.ndarray) -> tuple:

@@ -17,7 +17,7 @@ from pgolf_jax.scoring.adapt import map_rows, row_axis
 from pgolf_jax.scoring.documents import Batch
 from pgolf_jax.scoring.programs import Programs
 from pgolf_jax.scoring.store import flatten, unflatten
-from pgolf_jax.settings import TTTConfig
+from pgolf_jax.settings.config import TTTConfig
 
 Draw = Callable[[int, int], Adapters]
 """(number of the set, rank) → host arrays with a row for each document of a batch, in batch order; B is not read."""

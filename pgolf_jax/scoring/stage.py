@@ -11,12 +11,13 @@ from pgolf_jax.data.verify import Check
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import RunFolder, log
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime.log import log
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.evaluation import Evaluation
 from pgolf_jax.scoring.plain import ValidationData, load_validation
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 
 def load_artifact(path: Path) -> tuple[Settings, Params]:
@@ -25,7 +26,7 @@ def load_artifact(path: Path) -> tuple[Settings, Params]:
   Raises:
     UserError: the file is not an artifact, or its weights do not belong to its settings.
   """
-  from pgolf_jax.quantize.artifact import dequantize
+  from pgolf_jax.quantize.artifact.format import dequantize
 
   if not path.is_file():
     raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
@@ -91,7 +92,7 @@ def ttt(run: RunFolder, data_folder: Path, mesh: Mesh) -> dict:
 
 def audit(run: RunFolder, data_folder: Path, mesh: Mesh) -> dict:
   """Audits a run; every check with its evidence. The table goes to the log."""
-  from pgolf_jax.scoring import audit as audits
+  from pgolf_jax.audit import audit as audits
 
   checks = list(audits.audit(run, data_folder, mesh))
   log.info("audit:\n%s", audits.table(checks))

@@ -12,14 +12,14 @@ documents.jsonl     one line a document, when all are scored
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.adapters import Adapter, Adapters
+from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
 
 
 class Store:
@@ -56,7 +56,7 @@ class Store:
           f"{self.folder} holds another evaluation ({differs} differs); give another folder, or delete that one."
         )
     elif self._writes:
-      _write(path, json.dumps(identity, indent=1))
+      write_json(path, identity)
 
   def _array(self, name: str, size: int, dtype, fill) -> np.ndarray:
     if self.progress is not None:
@@ -80,9 +80,9 @@ class Store:
     for array in (self.nll_N, self.model_nll_N, self.times_N):
       array.flush()
     name = f"state-{progress['batches']}.safetensors"
-    _save(self.folder / name, arrays)
+    write_arrays(self.folder / name, arrays)
     before = self.progress
-    _write(self.folder / "progress.json", json.dumps({**progress, "state": name}))
+    write_json(self.folder / "progress.json", {**progress, "state": name})
     if before is not None and before["state"] != name:
       (self.folder / before["state"]).unlink(missing_ok=True)
     self.progress = {**progress, "state": name}
@@ -93,7 +93,7 @@ class Store:
 
   def save_weights(self, version: int, params: dict[str, np.ndarray]) -> None:
     if self._writes:
-      _save(self.folder / f"weights-{version}.safetensors", params)
+      write_arrays(self.folder / f"weights-{version}.safetensors", params)
       (self.folder / f"weights-{version - 2}.safetensors").unlink(missing_ok=True)
 
   def weights(self, version: int) -> dict[str, np.ndarray]:
@@ -102,7 +102,7 @@ class Store:
   def write_lines(self, name: str, lines: list[dict]) -> None:
     """A file of one JSON object a line."""
     if self._writes:
-      _write(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+      write_json_lines(self.folder / name, lines)
 
 
 def flatten(prefix: str, adapters: Adapters) -> dict[str, np.ndarray]:
@@ -118,15 +118,3 @@ def unflatten(prefix: str, arrays: dict[str, np.ndarray]) -> Adapters | None:
   """Inverse of `flatten`; None where there are none."""
   kinds = {name.split(".")[1] for name in arrays if name.startswith(f"{prefix}.")}
   return {kind: Adapter(*(arrays[f"{prefix}.{kind}.{letter}"] for letter in "AB")) for kind in kinds} or None
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-  partial = path.with_name(f".{path.name}.partial")
-  save_file({k: np.array(v, order="C") for k, v in arrays.items()}, partial)
-  os.replace(partial, path)
-
-
-def _write(path: Path, text: str) -> None:
-  partial = path.with_name(f".{path.name}.partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)

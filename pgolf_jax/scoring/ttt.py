@@ -15,10 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax import distributed
 from pgolf_jax.model.params import Params
-from pgolf_jax.progress import progress
-from pgolf_jax.run_folder import log
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.clock import compilations
+from pgolf_jax.runtime.log import log
+from pgolf_jax.runtime.mesh import place, world_size
+from pgolf_jax.runtime.progress import progress
 from pgolf_jax.scoring import chunks, evaluation, global_phase, order
 from pgolf_jax.scoring.chunks import LEARN, Call, Shape
 from pgolf_jax.scoring.documents import Batch, batches, find_documents, phase_boundaries, select
@@ -26,14 +28,12 @@ from pgolf_jax.scoring.evaluation import Clocks, Evaluation
 from pgolf_jax.scoring.flops import Costs
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.programs import Programs
-from pgolf_jax.scoring.scan import call_arguments, place
+from pgolf_jax.scoring.scan import call_arguments
 from pgolf_jax.scoring.sets import AdapterSets, Draw, document_rows, is_short
 from pgolf_jax.scoring.store import Store
 from pgolf_jax.scoring.trace import Trace
 from pgolf_jax.scoring.window import Rows, Scored
-from pgolf_jax.settings import Settings
-from pgolf_jax.training.compile_watch import compilations
-from pgolf_jax.training.step import world_size
+from pgolf_jax.settings.config import Settings
 
 SAVE_SECONDS = 20.0
 """A restart loses at most this and the batch at hand; adapters of the full size take hundreds of megabytes."""

@@ -15,7 +15,7 @@ from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.gpt import GPT, eval_caps
 from pgolf_jax.model.params import Params
 from pgolf_jax.scoring.tilt import tilt
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.settings.config import ModelConfig
 
 
 class Rows(NamedTuple):

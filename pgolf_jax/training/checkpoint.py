@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 from pgolf_jax.training import optimizer
 from pgolf_jax.training.muon import MuonState
 from pgolf_jax.training.step import TrainState, shardings, state_shapes, state_specs

@@ -7,7 +7,7 @@ from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
 from pgolf_jax.kernels.polar_express import api as polar
 from pgolf_jax.kernels.segment_attention import api as attention
 from pgolf_jax.kernels.softcapped_xent import api as xent
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 
 def chosen(settings: Settings) -> dict[str, str]:

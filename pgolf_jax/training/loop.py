@@ -17,27 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pgolf_jax import distributed
 from pgolf_jax.data.loader import Loader
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.progress import progress
-from pgolf_jax.run_folder import RunFolder, log
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.clock import compilations
+from pgolf_jax.runtime.log import log
+from pgolf_jax.runtime.mesh import world_size
+from pgolf_jax.runtime.progress import progress
 from pgolf_jax.training.checkpoint import Checkpoints
-from pgolf_jax.training.compile_watch import compilations
 from pgolf_jax.training.implementations import chosen
 from pgolf_jax.training.metrics import MetricsWriter
 from pgolf_jax.training.schedule import Schedule, StepPlan
-from pgolf_jax.training.step import (
-  StepMetrics,
-  TrainState,
-  argument_shapes,
-  init_state,
-  make_step,
-  place_rows,
-  world_size,
-)
+from pgolf_jax.training.step import StepMetrics, TrainState, argument_shapes, init_state, make_step, place_rows
 
 
 class Trainer:

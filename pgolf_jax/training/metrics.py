@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from pgolf_jax.run_folder import read_metrics, write_atomically
+from pgolf_jax.run_folder import read_metrics
+from pgolf_jax.runtime.files import write_text
 
 
 class MetricsWriter:
@@ -17,7 +18,7 @@ class MetricsWriter:
 
   def __init__(self, jsonl: Path, tensorboard: Path, *, first_step: int):
     kept = [line for line in read_metrics(jsonl) if line["step"] <= first_step]
-    write_atomically(jsonl, "".join(json.dumps(line) + "\n" for line in kept))
+    write_text(jsonl, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = jsonl.open("a", encoding="utf-8")
     from tensorboardX import SummaryWriter
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from pgolf_jax.model.params import BANKS, SOFTCAPS
-from pgolf_jax.settings import OptimizerConfig
+from pgolf_jax.settings.config import OptimizerConfig
 from pgolf_jax.training.muon import scale_by_muon
 
 

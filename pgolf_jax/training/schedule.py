@@ -6,7 +6,7 @@ All functions are plain Python on numbers, so that a schedule can be tested and 
 import dataclasses
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import OptimizerConfig, TrainConfig
+from pgolf_jax.settings.config import OptimizerConfig, TrainConfig
 
 
 def _parse_stages(text: str, what: str, kind) -> list[tuple[float, float]]:

@@ -16,11 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.model.gpt import packed_nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.settings import Settings
+from pgolf_jax.runtime.mesh import AXIS, place, shardings, world_size
+from pgolf_jax.settings.config import Settings
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.muon import MuonState
-
-AXIS = "data"
 
 
 class TrainState(NamedTuple):
@@ -36,16 +35,6 @@ class StepMetrics(NamedTuple):
   grad_norm: jax.Array  # [world], before clipping; with clip_scope "global" the same for all
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """All devices (of all processes) along the axis `data`."""
-  return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
-
-
-def world_size(settings: Settings, mesh: Mesh) -> int:
-  """Ranks that the stream is shared out over: one per device unless the settings say otherwise."""
-  return settings.train.world_size or mesh.size
-
-
 def _optimizer(settings: Settings, mesh: Mesh):
   return optimizers.make(settings.optimizer, axis=AXIS, axis_size=mesh.size)
 
@@ -56,11 +45,6 @@ def state_specs(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
   is_muon = lambda x: isinstance(x, MuonState)  # noqa: E731
   specs = jax.tree.map(lambda x: jax.tree.map(lambda _: P(AXIS), x) if is_muon(x) else P(), opt_state, is_leaf=is_muon)
   return TrainState(jax.tree.map(lambda _: P(), params), specs, jax.tree.map(lambda _: P(), params))
-
-
-def shardings(mesh: Mesh, specs):
-  """The tree of PartitionSpecs as NamedShardings."""
-  return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
 
 
 def _first_state(settings: Settings, mesh: Mesh, specs: TrainState):
@@ -188,4 +172,4 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
   """The step's rows on their devices; every process holds all rows and keeps its own."""
-  return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+  return place(mesh, rows, P(AXIS))

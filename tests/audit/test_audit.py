@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
+from pgolf_jax.audit import audit
 from pgolf_jax.data.shards import read_shard, shard_path, write_shard
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.scoring import audit
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.training.step import data_mesh
 
 DATA = random_documents([40, 31, 52])
 

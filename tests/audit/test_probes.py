@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
+from pgolf_jax.audit import audit, probes
 from pgolf_jax.model.gpt import GPT
-from pgolf_jax.scoring import audit, chunks, order, probes, scan, window
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.scoring import chunks, order, scan, window
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.training.step import data_mesh
 
 DATA = random_documents([40, 31, 52, 36, 45])
 FUTURE, TARGET, NORMAL, ONCE = range(4)

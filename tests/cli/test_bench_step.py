@@ -14,7 +14,7 @@ from pgolf_jax.kernels import peaks as chips
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan import work
 from pgolf_jax.plan.programs import programs
-from pgolf_jax.settings import ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.config import ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -33,7 +33,7 @@ LONG = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, s
 
 @pytest.fixture
 def one_device(monkeypatch):
-  monkeypatch.setattr("pgolf_jax.stages.usable_devices", lambda settings: jax.devices()[:1])
+  monkeypatch.setattr("pgolf_jax.runtime.mesh.usable_devices", lambda settings: jax.devices()[:1])
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_pytorch_does_the_same_step(one_device, monkeypatch):
   """From the same weights, both sides' losses and their weights after one step of a useful size agree."""
   torch = pytest.importorskip("torch")
   monkeypatch.setattr(bench, "LR_SCALE", 1.0)
-  from pgolf_jax.training.step import data_mesh
+  from pgolf_jax.runtime.mesh import data_mesh
 
   made = []
   steps = bench._Work(LONG, data_mesh(jax.devices()[:1]), bench.first_params(LONG), "step", 32, True)

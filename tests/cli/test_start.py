@@ -8,9 +8,10 @@ import jax
 import pytest
 import tomli_w
 
-from pgolf_jax import distributed, settings, xla_flags
 from pgolf_jax.cli import VERBS, main
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime import distributed, xla_options
+from pgolf_jax.settings.config import Settings
 
 
 class Started(UserError):
@@ -36,7 +37,7 @@ def stop_at_the_start(monkeypatch):
 @pytest.fixture
 def run(tmp_path):
   """A run folder with its config, trained as far as its results say."""
-  (tmp_path / "config.toml").write_text(tomli_w.dumps(settings.Settings().to_dict()))
+  (tmp_path / "config.toml").write_text(tomli_w.dumps(Settings().to_dict()))
   (tmp_path / "results.json").write_text('{"train": {"steps": 1}}')
   return tmp_path
 
@@ -73,9 +74,9 @@ def test_benchmarks_do_too(what, stop_at_the_start):
 
 def test_the_start_is_all_three(monkeypatch):
   done = []
-  monkeypatch.setattr(xla_flags, "apply", lambda: done.append("options"))
+  monkeypatch.setattr(xla_options, "apply", lambda: done.append("options"))
   monkeypatch.setattr(distributed, "initialize", lambda: done.append("processes"))
-  monkeypatch.setattr("pgolf_jax.cache.use_compile_cache", lambda: done.append("cache"))
+  monkeypatch.setattr("pgolf_jax.runtime.compile_cache.use_compile_cache", lambda: done.append("cache"))
   distributed.start()
   assert done == ["options", "processes", "cache"]
 
@@ -93,7 +94,7 @@ def test_of_several_processes_the_leader_alone_prints(leader, monkeypatch, capsy
 
 def test_a_process_that_leaves_the_devices_sees_cpus_alone():
   program = (
-    "from pgolf_jax import distributed; distributed.leave_devices(); import jax, os;"
+    "from pgolf_jax.runtime import distributed; distributed.leave_devices(); import jax, os;"
     "print(jax.config.jax_platforms, jax.default_backend(), os.environ['JAX_PLATFORMS'])"
   )
   # Children see what this process was told, not what it takes.

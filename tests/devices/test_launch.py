@@ -6,15 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgolf_jax import settings_checks, xla_flags
-from pgolf_jax.settings import Settings
+from pgolf_jax.runtime import xla_options
+from pgolf_jax.settings import check
+from pgolf_jax.settings.config import Settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_the_flags_are_known_to_this_jax():
   """XLA ends the process at a flag that it does not know."""
-  flags = " ".join(f"{name}={value}" for name, value in xla_flags.GPU_FLAGS.items())
+  flags = " ".join(f"{name}={value}" for name, value in xla_options.GPU_FLAGS.items())
   command = [sys.executable, "-c", "import jax; print(float(jax.jit(lambda x: x + 1)(1.0)))"]
   for given, good in ((flags, True), (flags + " --xla_gpu_no_such_flag=true", False)):
     found = subprocess.run(command, env=os.environ | {"XLA_FLAGS": given}, capture_output=True, text=True)
@@ -24,19 +25,19 @@ def test_the_flags_are_known_to_this_jax():
 def test_what_the_user_set_stays(tmp_path):
   driver = tmp_path / "driver"
   driver.touch()
-  name = next(iter(xla_flags.GPU_FLAGS))
+  name = next(iter(xla_options.GPU_FLAGS))
   environ = {"XLA_FLAGS": f"{name}=false --xla_dump_to=x"}
-  xla_flags.apply(environ, driver=driver)
+  xla_options.apply(environ, driver=driver)
   assert environ["XLA_FLAGS"].split().count(f"{name}=false") == 1
   assert f"{name}=true" not in environ["XLA_FLAGS"] and "--xla_dump_to=x" in environ["XLA_FLAGS"]
   environ = {}
-  xla_flags.apply(environ, driver=driver)
-  assert environ["XLA_FLAGS"] == " ".join(f"{n}={v}" for n, v in xla_flags.GPU_FLAGS.items())
+  xla_options.apply(environ, driver=driver)
+  assert environ["XLA_FLAGS"] == " ".join(f"{n}={v}" for n, v in xla_options.GPU_FLAGS.items())
 
 
 def test_nothing_is_set_without_a_driver(tmp_path):
   environ = {}
-  xla_flags.apply(environ, driver=tmp_path / "none")
+  xla_options.apply(environ, driver=tmp_path / "none")
   assert environ == {}
 
 
@@ -51,7 +52,7 @@ def test_the_slurm_recipe_starts_as_many_processes_as_the_config_has_rows(tmp_pa
   tasks = int(re.search(r"--ntasks-per-node=(\d+)", script.read_text())[1])
   gpus = int(re.search(r"--gres=gpu:h100:(\d+)", script.read_text())[1])
   assert tasks == gpus
-  settings_checks.check(Settings.from_toml(CONFIGS / "record_8xh100.toml"), device_count=tasks)
+  check.check(Settings.from_toml(CONFIGS / "record_8xh100.toml"), device_count=tasks)
 
 
 def test_the_gke_recipe_has_the_chips_of_its_topology_and_a_config_for_them():
@@ -62,4 +63,4 @@ def test_the_gke_recipe_has_the_chips_of_its_topology_and_a_config_for_them():
   rows, columns = re.search(r"gke-tpu-topology: (\d+)x(\d+)", text).groups()
   assert {hosts * n for n in chips} == {int(rows) * int(columns)}
   config = re.search(r"configs/(\S+\.toml), --out", text)[1]
-  settings_checks.check(Settings.from_toml(CONFIGS / config), device_count=int(rows) * int(columns))
+  check.check(Settings.from_toml(CONFIGS / config), device_count=int(rows) * int(columns))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tomli_w
 
-from pgolf_jax import distributed
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
+from pgolf_jax.runtime import distributed
 
 STEPS = 6
 CONFIG = {
@@ -98,8 +98,8 @@ def test_the_losses_are_the_same(runs):
 def test_averaged_weights_and_score_are_the_same(runs):
   import jax
 
+  from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.stages import averaged_params
-  from pgolf_jax.training.step import data_mesh
 
   mesh = data_mesh(jax.devices()[:1])
   one, two = (averaged_params(run, mesh) for run in runs[:2])

@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax import distributed
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.training.step import data_mesh
 
 DATA = random_documents([30, 9, 75, 41, 22, 60, 14, 33, 51, 27, 18, 66, 38, 29, 45, 12])
 SETTINGS = changed(SETTINGS, batch_size=8, prefix_docs=8, lora_lr=1e-4)

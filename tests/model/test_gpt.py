@@ -10,7 +10,7 @@ from pgolf_jax.kernels.segment_attention.api import segment_starts
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import GPT, packed_nll
 from pgolf_jax.model.params import layer_order
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.settings.config import ModelConfig
 
 RECORD = ModelConfig()
 SMALL = ModelConfig(

@@ -15,7 +15,7 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.plan import collectives, hardware, machine_code, work
 from pgolf_jax.plan.plan import examine, report
 from pgolf_jax.plan.programs import Program, programs
-from pgolf_jax.settings import ModelConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.config import ModelConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(

@@ -12,21 +12,21 @@ from artifact_samples import CONFIG, sample_tensors, sealed, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.quantize import artifact
-from pgolf_jax.quantize.codecs import NAMES
-from pgolf_jax.quantize.errors import ArtifactError
-from pgolf_jax.quantize.names import unbank
-from pgolf_jax.quantize.tensors import Grid, Half, LowRank
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact import format
+from pgolf_jax.quantize.artifact.codecs import NAMES
+from pgolf_jax.quantize.artifact.names import unbank
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank
 
 VECTORS = Path(__file__).parent / "vectors"
-WHOLE = {name: artifact.write(CONFIG, sample_tensors(), name) for name in NAMES}
+WHOLE = {name: format.write(CONFIG, sample_tensors(), name) for name in NAMES}
 both_codecs = pytest.mark.parametrize("name", NAMES)
 
 
 @both_codecs
 def test_everything_comes_back(name):
   tensors = sample_tensors()
-  found = artifact.read(WHOLE[name])
+  found = format.read(WHOLE[name])
   assert found.config == CONFIG and found.codec == name
   assert list(found.tensors) == list(tensors)
   assert sum(found.stream_bytes.values()) == len(WHOLE[name])
@@ -37,21 +37,21 @@ def test_everything_comes_back(name):
 
 @both_codecs
 def test_writing_what_was_read_gives_the_same_file(name):
-  found = artifact.read(WHOLE[name])
-  assert artifact.write(found.config, found.tensors, found.codec) == WHOLE[name]
+  found = format.read(WHOLE[name])
+  assert format.write(found.config, found.tensors, found.codec) == WHOLE[name]
 
 
 @both_codecs
 def test_stored_artifact_decodes_to_the_same_bits(name):
   """`python tests/quantize/vectors/make.py` made these files, once."""
   wanted = json.loads((VECTORS / "params.json").read_text())
-  _, params = artifact.dequantize((VECTORS / f"{name}.pgolf").read_bytes())
+  _, params = format.dequantize((VECTORS / f"{name}.pgolf").read_bytes())
   found = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
   assert found == wanted
 
 
 def test_dequantise_gives_banks():
-  config, params = artifact.dequantize(WHOLE["entropy"])
+  config, params = format.dequantize(WHOLE["entropy"])
   assert config == CONFIG
   assert params["qo_bank"].shape == (4, 32, 32) and params["mlp_down_bank"].shape == (2, 32, 64)
   assert all(value.dtype == np.float32 for value in params.values())
@@ -71,7 +71,7 @@ def test_low_rank_product_is_a_chain_of_fused_multiply_adds():
 
 def refused(data: bytes, match: str) -> None:
   with pytest.raises(ArtifactError, match=match):
-    artifact.read(data)
+    format.read(data)
 
 
 def test_foreign_files_are_refused_by_name():
@@ -169,7 +169,7 @@ def test_any_damage_is_an_error(name, data):
         del whole[place]
   if bytes(whole) != WHOLE[name]:
     with pytest.raises(ArtifactError):
-      artifact.dequantize(bytes(whole))
+      format.dequantize(bytes(whole))
 
 
 @both_codecs
@@ -185,7 +185,7 @@ def test_damage_under_a_forged_checksum_is_an_error_or_other_weights(name, data)
     else:
       whole[place : place + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=6))
   try:
-    found = artifact.read(sealed(bytes(whole)))
+    found = format.read(sealed(bytes(whole)))
   except ArtifactError:
     return
   for key, tensor in found.tensors.items():
@@ -224,7 +224,7 @@ def test_any_header_is_an_error_or_an_artifact(name, data):
         table[a], table[b] = table[b], table[a]
 
   with contextlib.suppress(ArtifactError):
-    artifact.dequantize(with_header(WHOLE[name], change))
+    format.dequantize(with_header(WHOLE[name], change))
 
 
 @both_codecs
@@ -246,10 +246,10 @@ def test_memory_stays_below_twice_what_the_table_declares(name, entry, seed):
   if name == "entropy":  # a method, where one is named, that reads on past the end
     body = b"\0" * 5 + body[5:]
   forged = with_header(WHOLE[name], lambda _: {"config": {}, "streams": [64] * streams, "tensors": [entry]})
-  header_bytes = len(forged) - len(WHOLE[name]) + artifact.read(WHOLE[name]).stream_bytes["header"]
+  header_bytes = len(forged) - len(WHOLE[name]) + format.read(WHOLE[name]).stream_bytes["header"]
   tracemalloc.start()
   with contextlib.suppress(ArtifactError):
-    artifact.dequantize(sealed(forged[:header_bytes] + body))
+    format.dequantize(sealed(forged[:header_bytes] + body))
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 2 * 4 * (1 << 22)  # fp32 weights
@@ -264,9 +264,9 @@ def test_memory_of_a_whole_model_stays_below_twice_its_weights():
     for i in range(3)
     for name in ("fc", "proj")
   }
-  data = artifact.write({}, tensors)
+  data = format.write({}, tensors)
   tracemalloc.start()
-  _, params = artifact.dequantize(data)
+  _, params = format.dequantize(data)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 2 * sum(value.nbytes for value in params.values())
@@ -275,4 +275,4 @@ def test_memory_of_a_whole_model_stays_below_twice_its_weights():
 def test_values_that_fp16_cannot_hold_are_refused_on_both_sides():
   tensors = {"w": Half(np.array([1.0, np.inf], np.float16))}
   with pytest.raises(ArtifactError, match="w holds values that are not finite"):
-    artifact.write({}, tensors)
+    format.write({}, tensors)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pgolf_jax.quantize.codecs import NAMES, codec, grids, laws, means
-from pgolf_jax.quantize.codecs.ans import Reader, Writer, put_counted, table, take_counted
-from pgolf_jax.quantize.errors import ArtifactError
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import NAMES, codec, grids, laws, means
+from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, put_counted, table, take_counted
 
 LAW_44 = [
   780182,

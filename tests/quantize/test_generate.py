@@ -7,8 +7,8 @@ from tiny_model import MODEL, random_params
 
 from pgolf_jax.data import caseops
 from pgolf_jax.errors import UserError
+from pgolf_jax.model.generate import generate, next_logits, sample
 from pgolf_jax.model.gpt import packed_nll
-from pgolf_jax.quantize.generate import generate, next_logits, sample
 
 
 class Letters:

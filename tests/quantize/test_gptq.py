@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pgolf_jax.parity.quantize import quantize_case
+from pgolf_jax.quantize.artifact.names import unbank
+from pgolf_jax.quantize.artifact.tensors import LowRank
 from pgolf_jax.quantize.gptq import gptq, inverse_factor, row_scale
-from pgolf_jax.quantize.names import unbank
-from pgolf_jax.quantize.parity import quantize_case
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.quantize.tensors import LowRank
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 
 def matrix_and_hessian(seed: int, rows: int, columns: int):

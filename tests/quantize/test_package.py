@@ -10,9 +10,11 @@ import pytest
 from tiny_model import SETTINGS, random_params, with_quantize, write_data
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize import accounting, artifact, package, stage
-from pgolf_jax.quantize.rescore import score
-from pgolf_jax.settings import QuantizeConfig, Settings
+from pgolf_jax.quantize import stage
+from pgolf_jax.quantize.artifact import format
+from pgolf_jax.settings.config import QuantizeConfig, Settings
+from pgolf_jax.submission import accounting, package
+from pgolf_jax.submission.rescore import score
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +30,14 @@ def made(data):
 
 
 def test_artifact_holds_the_settings_but_no_paths(made):
-  config = artifact.read(made.data).config
+  config = format.read(made.data).config
   assert Settings.from_dict(config).model == SETTINGS.model
   assert "path" not in config["data"]
 
 
 def test_artifact_is_near_the_weights(made):
   params = random_params()
-  _, found = artifact.dequantize(made.data)
+  _, found = format.dequantize(made.data)
   assert set(found) == set(params)
   for name, value in params.items():
     assert found[name].shape == value.shape
@@ -54,7 +56,7 @@ def test_account_adds_up(made):
 
 def test_needed_code_reaches_kernels_and_sources_but_not_training_loops():
   modules = accounting.needed_modules()
-  assert {"pgolf_jax.quantize.artifact", "pgolf_jax.model.gpt", "pgolf_jax.kernels.segment_attention.xla"} <= set(
+  assert {"pgolf_jax.quantize.artifact.format", "pgolf_jax.model.gpt", "pgolf_jax.kernels.segment_attention.xla"} <= set(
     modules
   )
   assert not {"pgolf_jax.cli", "pgolf_jax.training.loop", "pgolf_jax.quantize.gptq", "pgolf_jax.data.prepare"} & set(
@@ -67,8 +69,8 @@ def test_needed_code_reaches_kernels_and_sources_but_not_training_loops():
 
 
 def test_over_budget_is_refused_with_a_way_out(made):
-  plain = artifact.read(made.data)
-  zstd = artifact.write(plain.config, plain.tensors, "zstd")
+  plain = format.read(made.data)
+  zstd = format.write(plain.config, plain.tensors, "zstd")
   found = accounting.account(zstd, starter=b"", archive=b"", files=0, tokenizer=0, budget=len(zstd) - 1000)
   with pytest.raises(
     UserError, match=r"1,000 over the budget .*codec='entropy' saves .*times as wide would fit .*--fit"
@@ -98,14 +100,14 @@ def test_folder_scores_from_itself_alone(made, data, tmp_path):
   found = package.verify(folder, data, expected_bpb=wanted["bpb"])
   assert found["targets"] == 399
   summary = json.loads((folder / "submission.json").read_text())
-  shipped = sum((folder / name).stat().st_size for name in ("artifact.pgolf", "code.tar.xz", "evaluate.py"))
+  shipped = sum((folder / name).stat().st_size for name in ("format.pgolf", "code.tar.xz", "evaluate.py"))
   assert summary["bytes_total"] == shipped
   assert (folder / "logs" / "run.log").read_text() == "trained"
   with pytest.raises(UserError, match="not empty"):
     package.build(folder, made.data, tokenizer=None, logs=[], score=None, name="tiny")
   with pytest.raises(UserError, match="but the run reported 1"):
     package.verify(folder, data, expected_bpb=1.0)
-  (folder / "artifact.pgolf").write_bytes(made.data[:-1])
+  (folder / "format.pgolf").write_bytes(made.data[:-1])
   with pytest.raises(UserError, match="does not score from its own folder"):
     package.verify(folder, data, expected_bpb=None)
 
@@ -113,7 +115,7 @@ def test_folder_scores_from_itself_alone(made, data, tmp_path):
 def test_score_is_that_of_the_dequantised_weights(made, data):
   from pgolf_jax.model.gpt import packed_nll
 
-  _, params = artifact.dequantize(made.data)
+  _, params = format.dequantize(made.data)
   tokens = np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512:].astype(np.int32)
   params = {name: jnp.asarray(v) for name, v in params.items()}
   nats = 0.0

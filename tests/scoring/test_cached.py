@@ -4,10 +4,10 @@ import jax
 import numpy as np
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.scoring import probes
+from pgolf_jax.audit import probes
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.training.step import data_mesh
 
 CACHED = changed(SETTINGS, method="cached")
 

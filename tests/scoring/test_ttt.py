@@ -8,11 +8,11 @@ import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.trace import find_cycle
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.training.step import data_mesh
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
 

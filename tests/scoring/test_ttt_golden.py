@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pgolf_jax.scoring.golden import run_case
-from pgolf_jax.settings import Settings
-from pgolf_jax.training.step import data_mesh
+from pgolf_jax.parity.ttt import run_case
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.settings.config import Settings
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import pytest
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.settings import (
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.settings.config import (
   DataConfig,
   EvalConfig,
   ModelConfig,
@@ -25,7 +26,6 @@ from pgolf_jax.settings import (
   TrainConfig,
 )
 from pgolf_jax.training.loop import Trainer
-from pgolf_jax.training.step import data_mesh
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -47,7 +47,7 @@ import sys, time
 import numpy as np
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.training import loop
-from pgolf_jax.training.step import data_mesh
+from pgolf_jax.runtime.mesh import data_mesh
 import jax
 report = loop.Trainer._report
 def slowly(self, *args):  # so that a kill has something to interrupt

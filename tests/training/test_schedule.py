@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.schedule import Schedule, lr_factor, muon_momentum, parse_seq_schedule
 
 RECORD = Settings()

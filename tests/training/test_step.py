@@ -10,9 +10,10 @@ import pytest
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import packed_nll
-from pgolf_jax.settings import ModelConfig, OptimizerConfig, Settings, TrainConfig
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.settings.config import ModelConfig, OptimizerConfig, Settings, TrainConfig
 from pgolf_jax.training import optimizer as optimizers
-from pgolf_jax.training.step import data_mesh, init_state, make_step, place_rows
+from pgolf_jax.training.step import init_state, make_step, place_rows
 
 MODEL = ModelConfig(
   vocab_size=64, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1, loop_start=1,

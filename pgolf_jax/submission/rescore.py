@@ -19,10 +19,10 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
   import jax.numpy as jnp
 
   from pgolf_jax.model import params as parameters
-  from pgolf_jax.quantize.artifact import dequantize
+  from pgolf_jax.quantize.artifact.format import dequantize
+  from pgolf_jax.runtime.mesh import data_mesh, world_size
   from pgolf_jax.scoring import plain
-  from pgolf_jax.settings import Settings
-  from pgolf_jax.training.step import data_mesh, world_size
+  from pgolf_jax.settings.config import Settings
 
   config, params = dequantize(data)
   settings = Settings.from_dict(config, where="the artifact's config")

@@ -25,7 +25,7 @@ def start(folder: Path, args: list[str]) -> int:
       command = ["cc", *flags, headers, *map(str, ngram.glob("*.c")), "-o", str(ngram / "_ngram.abi3.so")]
       subprocess.run(command, check=True)
     import pgolf_jax
-    from pgolf_jax.quantize.rescore import main
+    from pgolf_jax.submission.rescore import main
 
     if not (pgolf_jax.__file__ or "").startswith(os.path.realpath(code)):
       sys.exit("Another pgolf_jax stands in the way of this folder's own code; run it with python -I.")

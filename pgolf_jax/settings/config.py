@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings_values import FIXED, checked, nearest, parse_env, refuse_unsupported
+from pgolf_jax.settings.values import FIXED, checked, nearest, parse_env, refuse_unsupported
 
 
 def _env(default, name: str):

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pgolf_jax.quantize.codecs import Content
-from pgolf_jax.quantize.errors import ArtifactError
-from pgolf_jax.quantize.names import kind
-from pgolf_jax.quantize.tensors import Grid, Half, LowRank, Quantized, Rows
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import Content
+from pgolf_jax.quantize.artifact.names import kind
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Quantized, Rows
 
 _LARGE = 4096  # fp16 values of one kind from which on they get a stream of their own
 _MAX_SIDE = 1 << 20  # rows or columns of a grid

@@ -1,6 +1,6 @@
 """The submission folder: what is in it, whether it fits, and whether it scores from itself alone.
 
-artifact.pgolf    the weights
+format.pgolf    the weights
 code.tar.xz       every module that evaluation needs, minified, and the C sources
 evaluate.py       unpacks the code and scores the artifact
 tokenizer.model   apart from the budget
@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize import accounting, artifact, starter
-from pgolf_jax.quantize.accounting import Account
-from pgolf_jax.settings import Settings
+from pgolf_jax.quantize.artifact import format
+from pgolf_jax.settings.config import Settings
+from pgolf_jax.submission import accounting, starter
+from pgolf_jax.submission.accounting import Account
 
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
 
@@ -49,9 +50,9 @@ def require_fit(found: Account, data: bytes) -> None:
   if found.over <= 0:
     return
   ways = []
-  loaded = artifact.read(data)
+  loaded = format.read(data)
   if loaded.codec != "entropy":
-    saved = len(data) - len(artifact.write(loaded.config, loaded.tensors, "entropy"))
+    saved = len(data) - len(format.write(loaded.config, loaded.tensors, "entropy"))
     ways.append(f"quantize.codec='entropy' saves {saved:,} bytes" + ("" if saved >= found.over else ", too few"))
   # Each doubling of the grids' steps saves one bit a value.
   values = sum(tensor.q_MxN.size for tensor in loaded.tensors.values() if hasattr(tensor, "q_MxN"))
@@ -84,7 +85,7 @@ def build(
   """
   if folder.exists() and any(folder.iterdir()):
     raise UserError(f"{folder} is not empty; choose another folder with --out, or remove it.")
-  loaded, shipped = artifact.read(data), code()
+  loaded, shipped = format.read(data), code()
   settings = Settings.from_dict(loaded.config, where="the artifact's config")
   found = accounting.account(
     data,
@@ -96,7 +97,7 @@ def build(
   )
   require_fit(found, data)
   (folder / "logs").mkdir(parents=True, exist_ok=True)
-  (folder / "artifact.pgolf").write_bytes(data)
+  (folder / "format.pgolf").write_bytes(data)
   (folder / "code.tar.xz").write_bytes(shipped.archive)
   (folder / "evaluate.py").write_bytes(shipped.starter)
   if tokenizer:

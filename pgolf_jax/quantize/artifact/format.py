@@ -21,11 +21,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pgolf_jax.quantize.codecs import NAMES, codec, plain
-from pgolf_jax.quantize.errors import ArtifactError
-from pgolf_jax.quantize.names import rebank
-from pgolf_jax.quantize.streams import Stream, assemble, check_entry, describe, parameter_count, part, split
-from pgolf_jax.quantize.tensors import Quantized
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import NAMES, codec, plain
+from pgolf_jax.quantize.artifact.names import rebank
+from pgolf_jax.quantize.artifact.streams import Stream, assemble, check_entry, describe, parameter_count, part, split
+from pgolf_jax.quantize.artifact.tensors import Quantized
 
 MAGIC = b"PGOLFJAX"
 VERSION = 1

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax.audit import probes
 from pgolf_jax.data.verify import Check, verify
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.scoring import probes, trace
+from pgolf_jax.scoring import trace
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 _STEP_1_AGREEMENT = 0.02  # nats; bfloat16 on another backend stays well within, another text does not
 
@@ -41,7 +42,7 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, probe_tokens: int = 
   Raises:
     UserError: the run has no artifact.
   """
-  from pgolf_jax.quantize.artifact import dequantize
+  from pgolf_jax.quantize.artifact.format import dequantize
   from pgolf_jax.scoring.plain import load_validation
 
   if not run.artifact.exists():
@@ -154,7 +155,7 @@ def data_checks(folder: Path) -> Iterator[Check]:
 
 def size(artifact: Path, budget: int) -> Check:
   """Artifact and code within the budget."""
-  from pgolf_jax.quantize import accounting
+  from pgolf_jax.submission import accounting
 
   weights = artifact.stat().st_size
   code = len(accounting.archive(accounting.needed_modules())[0])

@@ -13,7 +13,7 @@ from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.gpt import GPT, eval_caps
 from pgolf_jax.model.params import Params
-from pgolf_jax.settings import ModelConfig
+from pgolf_jax.settings.config import ModelConfig
 
 _SMALLEST_BUCKET = 64
 _EOS = 2

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import zstandard
 
-from pgolf_jax.quantize.codecs import Content
-from pgolf_jax.quantize.errors import ArtifactError
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import Content
 
 _LEVEL = 19
 # Rounded noise has no repeats to find: on matrices from the quantiser the fastest level is as small as the slowest,

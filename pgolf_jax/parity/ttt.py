@@ -11,7 +11,7 @@ from pgolf_jax.model.adapters import Adapter, Adapters
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.sets import Draw
 from pgolf_jax.scoring.ttt import Evaluator
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 _KINDS = {"q_loras": "q", "k_loras": "k", "v_loras": "v", "o_loras": "o", "mlp_loras": "mlp"}
 

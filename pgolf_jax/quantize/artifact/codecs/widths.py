@@ -5,8 +5,8 @@ M rows, N columns.
 
 import numpy as np
 
-from pgolf_jax.quantize.codecs import laws
-from pgolf_jax.quantize.codecs.laws import CENTRE, CLASSES, PHASES
+from pgolf_jax.quantize.artifact.codecs import laws
+from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, CLASSES, PHASES
 
 _HALF_LOG2E = 0.5 * 1.4426950408889634
 ROW_STEP = 2  # row classes are multiples of this many width classes

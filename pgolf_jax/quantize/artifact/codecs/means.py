@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from pgolf_jax.quantize.codecs.laws import CENTRE, PHASES, STEPS
+from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, PHASES, STEPS
 
 RANKS = 16  # directions of a mean, at most
 LEAST_SIDE = 2 * RANKS  # rows and columns of a matrix that may have one

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax import cache, xla_flags
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime import compile_cache, xla_options
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -27,9 +27,9 @@ def start() -> None:
   Raises:
     UserError: as `initialize`.
   """
-  xla_flags.apply()
+  xla_options.apply()
   initialize()
-  cache.use_compile_cache()
+  compile_cache.use_compile_cache()
   if jax.process_count() > 1 and not is_leader():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -39,7 +39,7 @@ def leave_devices() -> None:
 
   What XLA's options are is told through the environment, which those inherit.
   """
-  xla_flags.apply()
+  xla_options.apply()
   jax.config.update("jax_platforms", "cpu")
 
 
@@ -69,7 +69,7 @@ def initialize() -> None:
   else:
     return
   if not is_leader():
-    from pgolf_jax import progress
+    from pgolf_jax.runtime import progress
 
     progress.silence()
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.artifact import format
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 
 
 def quantize_case(
@@ -24,5 +24,5 @@ def quantize_case(
   """
   settings = Settings.from_env(environ)
   tensors = quantize(params, hessian, act_rms, settings.quantize)
-  data = artifact.write({}, tensors, settings.quantize.codec)
-  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in artifact.read(data).tensors.items()}
+  data = format.write({}, tensors, settings.quantize.codec)
+  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in format.read(data).tensors.items()}

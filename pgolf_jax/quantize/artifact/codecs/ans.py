@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import constriction
 import numpy as np
 
-from pgolf_jax.quantize.errors import ArtifactError
+from pgolf_jax.errors import ArtifactError
 
 _Stack = constriction.stream.stack.AnsCoder
 _Categorical = constriction.stream.model.Categorical

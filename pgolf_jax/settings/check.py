@@ -2,7 +2,7 @@
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.scoring.chunks import parse_steps
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.schedule import parse_scale_schedule, parse_seq_schedule
 
 

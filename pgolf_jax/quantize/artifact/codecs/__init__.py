@@ -26,6 +26,6 @@ NAMES = ("zstd", "entropy")
 
 def codec(name: str) -> Codec:
   """The codec of that name, one of NAMES."""
-  from pgolf_jax.quantize.codecs import entropy, plain
+  from pgolf_jax.quantize.artifact.codecs import entropy, plain
 
   return {"zstd": plain, "entropy": entropy}[name]

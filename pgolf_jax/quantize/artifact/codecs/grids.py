@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pgolf_jax.quantize.codecs import laws, means, widths
-from pgolf_jax.quantize.codecs.ans import Reader, Writer, joined, parts, put_counted, table, take_counted
-from pgolf_jax.quantize.codecs.laws import CLASSES, PHASE_BITS, PHASES, SHAPES
-from pgolf_jax.quantize.codecs.means import B_LIMIT, LEAST_SIDE, RANKS, Mean
-from pgolf_jax.quantize.codecs.widths import ROW_STEP
-from pgolf_jax.quantize.errors import ArtifactError
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import laws, means, widths
+from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, joined, parts, put_counted, table, take_counted
+from pgolf_jax.quantize.artifact.codecs.laws import CLASSES, PHASE_BITS, PHASES, SHAPES
+from pgolf_jax.quantize.artifact.codecs.means import B_LIMIT, LEAST_SIDE, RANKS, Mean
+from pgolf_jax.quantize.artifact.codecs.widths import ROW_STEP
 
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values

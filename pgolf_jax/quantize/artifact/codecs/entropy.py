@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pgolf_jax.quantize.codecs import Content, plain
-from pgolf_jax.quantize.codecs.ans import Reader, Writer, joined, parts, put_counted, table, take_counted
-from pgolf_jax.quantize.codecs.grids import put_grids, take_grids
-from pgolf_jax.quantize.errors import ArtifactError
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import Content, plain
+from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, joined, parts, put_counted, table, take_counted
+from pgolf_jax.quantize.artifact.codecs.grids import put_grids, take_grids
 
 _LOW_BITS = 6  # of a float16, stored as they are
 _LOW = table(np.ones(1 << _LOW_BITS))

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pgolf_jax
 import pgolf_jax.kernels
-from pgolf_jax.quantize import artifact
-from pgolf_jax.quantize.streams import describe, split
+from pgolf_jax.quantize.artifact import format
+from pgolf_jax.quantize.artifact.streams import describe, split
 
-ENTRY = "pgolf_jax.quantize.rescore"
+ENTRY = "pgolf_jax.submission.rescore"
 """The module that evaluates from a submission folder; its imports decide which code is counted."""
 
 _SOURCES = (".c", ".h")
@@ -56,12 +56,12 @@ def account(data: bytes, *, starter: bytes, archive: bytes, files: int, tokenize
     archive: what `archive` made, of `files` files.
     tokenizer: bytes of the tokenizer model.
   """
-  found = artifact.read(data)
+  found = format.read(data)
   code = len(starter) + len(archive)
   return Account(found.stream_bytes, tensor_bytes(found), code, files, tokenizer, budget)
 
 
-def tensor_bytes(found: artifact.Artifact) -> dict[str, float]:
+def tensor_bytes(found: format.Artifact) -> dict[str, float]:
   """Compressed bytes by tensor: each stream's shared out over its tensors by their number of values."""
   shares = dict.fromkeys(found.tensors, 0.0)
   for stream in split([describe(name, tensor) for name, tensor in found.tensors.items()]):
