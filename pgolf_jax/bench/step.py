@@ -133,9 +133,8 @@ def measure(arguments: StepArgs) -> tuple[list[Row], list[str]]:
   import jax
 
   from pgolf_jax.kernels.peaks import peaks
-  from pgolf_jax.runtime.mesh import data_mesh
+  from pgolf_jax.runtime.mesh import data_mesh, usable_devices
   from pgolf_jax.settings import check
-  from pgolf_jax.runtime.mesh import usable_devices
   from pgolf_jax.training.implementations import chosen
   from pgolf_jax.training.schedule import Schedule
 

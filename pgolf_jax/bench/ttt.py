@@ -47,10 +47,10 @@ def ttt(
 
   from pgolf_jax import stages
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.settings import config
+  from pgolf_jax.settings.config import load
 
   distributed.start()
-  loaded = config.load(config)
+  loaded = load(config)
   folder = data or stages.data_folder(loaded)
   table = Table(title=f"test-time training, {config.stem} on {folder}", title_justify="left")
   columns = ("method", "shapes", "useful", "one shape", "tokens", "s", "tokens/s", "outside", "GFLOP/s", "compile s")
