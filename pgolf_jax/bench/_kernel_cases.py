@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgolf_jax.kernels import target
+from pgolf_jax.kernels import Choice
 from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
 from pgolf_jax.kernels.polar_express import api as polar
 from pgolf_jax.kernels.segment_attention import api as attention
 from pgolf_jax.kernels.softcapped_xent import api as xent
+from pgolf_jax.kernels.softcapped_xent import linear
 
 D, F, V, H, K, C = 512, 2048, 8192, 8, 4, 64
 """The record's sizes."""
@@ -38,7 +39,7 @@ class Case:
   name: str
   arguments: tuple[jax.Array, ...]
   call: Callable[..., jax.Array]
-  choose: Callable[[str], target.Choice]
+  choose: Callable[[str], Choice]
   flops: tuple[float, float]
   num_bytes: tuple[float, float]
   differentiated: tuple[int, ...] = (0,)
@@ -69,6 +70,8 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> list[Case]:
   mlp_bytes = size * (2 * tokens * D + 2 * D * F)
   z, y_N = normal(tokens, V, scale=5.0), jax.random.randint(next(keys), (tokens,), 0, V)
   weight = normal(V, D, scale=0.05)
+  size_of_block = linear.block_size(tokens, V)
+  block = jax.ShapeDtypeStruct((size_of_block, V), dtype), jax.ShapeDtypeStruct((size_of_block,), y_N.dtype)
   head_bytes = size * (tokens * D + V * D)
   bank = normal(matrices, D, F)
   orthogonalise = 5 * matrices * (4 * D * D * F + 2 * D**3)
@@ -78,7 +81,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> list[Case]:
       "segment_attention",
       (q, k, v, jnp.asarray(start)[None]),
       partial(_named, partial(attention.segment_attention, max_segment=max_segment)),
-      lambda name: attention.choose(q, k, v, start[None], max_segment=max_segment, implementation=name),
+      lambda name: attention.OPERATION.choose(q, k, v, start[None], max_segment=max_segment, implementation=name),
       (4 * pairs * H * C, 14 * pairs * H * C),
       (attend_bytes, 3 * attend_bytes),
       (0, 1, 2),
@@ -87,7 +90,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> list[Case]:
       "leaky_relu2_mlp",
       (x, up, down),
       partial(_named, partial(mlp.leaky_relu2_mlp, slope=SLOPE)),
-      lambda name: mlp.choose(x, up, down, implementation=name),
+      lambda name: mlp.OPERATION.choose(x, up, down, slope=SLOPE, implementation=name),
       (4 * tokens * D * F, 12 * tokens * D * F),
       (mlp_bytes, 3 * mlp_bytes),
       (0, 1, 2),
@@ -96,7 +99,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> list[Case]:
       "softcapped_xent",
       (z, y_N),
       partial(_named, partial(xent.softcapped_xent, **CAPS)),
-      lambda name: xent.choose(z, implementation=name),
+      lambda name: xent.OPERATION.choose(z, y_N, None, **CAPS, implementation=name),
       (0, 0),
       (size * z.size, 3 * size * z.size),
     ),
@@ -104,7 +107,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> list[Case]:
       "linear_softcapped_xent",
       (x, weight, y_N),
       partial(_named, partial(xent.linear_softcapped_xent, **CAPS)),
-      lambda name: xent.choose(jax.ShapeDtypeStruct((4096, V), dtype), implementation=name),
+      lambda name: xent.OPERATION.choose(*block, None, **CAPS, implementation=name),
       (2 * tokens * D * V, 6 * tokens * D * V),
       (head_bytes, 3 * head_bytes),
       (0, 1),
@@ -113,7 +116,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> list[Case]:
       "polar_express",
       (bank,),
       partial(_named, polar.polar_express),
-      lambda name: polar.choose(bank, implementation=name),
+      lambda name: polar.OPERATION.choose(bank, steps=5, implementation=name),
       (orthogonalise, 0),
       (2 * size * bank.size, 0),
       (),

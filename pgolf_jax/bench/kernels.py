@@ -71,10 +71,9 @@ def measure(operations, tokens, max_segment, repeats) -> tuple[list[Row], list[s
   import jax.numpy as jnp
 
   from pgolf_jax.bench import _kernel_cases, _kernel_torch
-  from pgolf_jax.kernels import target
-  from pgolf_jax.kernels.peaks import peaks
+  from pgolf_jax.kernels.hardware import peaks, target
 
-  device = target.target()
+  device = target()
   on_cpu = device.platform == "cpu"
   tokens = tokens or (2048 if on_cpu else 98304)
   limits = peaks(device.kind)

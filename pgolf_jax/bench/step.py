@@ -1,16 +1,16 @@
 """`pgolf bench step`: the training step of a config on the devices that are there, beside plain XLA and PyTorch."""
 
-import contextlib
 import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from pgolf_jax import kernels
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings.config import Settings
 
@@ -132,7 +132,7 @@ def measure(arguments: StepArgs) -> tuple[list[Row], list[str]]:
   """
   import jax
 
-  from pgolf_jax.kernels.peaks import peaks
+  from pgolf_jax.kernels.hardware import peaks
   from pgolf_jax.runtime.mesh import data_mesh, usable_devices
   from pgolf_jax.settings import check
   from pgolf_jax.training.implementations import chosen
@@ -264,7 +264,7 @@ class _Work:
     return self._side(self.program)
 
   def plain_xla(self) -> _Side:
-    with only_xla():
+    with kernels.prefer("xla"):
       return self._side(self._compile())
 
   def _peak(self) -> int | None:
@@ -366,19 +366,6 @@ class _Work:
 
 LR_SCALE, MOMENTUM = 1e-3, 0.95
 """Of the timed steps, which all see the same tokens: small, so that the weights stay where they are."""
-
-
-@contextlib.contextmanager
-def only_xla() -> Iterator[None]:
-  """What is traced inside takes plain XLA for every operation that has kernels."""
-  from pgolf_jax.kernels import target
-
-  chosen = target.choose
-  target.choose = lambda operation, name, obstacles: chosen(operation, name or "xla", obstacles)
-  try:
-    yield
-  finally:
-    target.choose = chosen
 
 
 def _planned(program) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.kernels.numerics import softcap
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import GPT, eval_caps, packed_nll
 from pgolf_jax.parity.case import Arrays, Case
@@ -71,8 +72,7 @@ def _logits(config, params, tokens, looping: bool, seq_len: int, dtype) -> jax.A
     model = GPT(config, params)
     start = segment_starts(tokens, bos_id=config.bos_id, seq_len=seq_len)
     z = model.logits(model(tokens, start, looping=looping, max_segment=seq_len, dtype=dtype))[0].astype(jnp.float32)
-    cap_pos, cap_neg = eval_caps(config, params)
-    return jnp.where(z > 0, cap_pos * jnp.tanh(z / cap_pos), cap_neg * jnp.tanh(z / cap_neg))
+    return softcap(z, *eval_caps(config, params))
 
   return logits(params)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pgolf_jax.kernels.numerics import softcap
 from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.model.adapters import Adapters
 from pgolf_jax.model.gpt import GPT, eval_caps
@@ -98,9 +99,7 @@ def score(
   tilted = tilt(nll, hint_logp, chunk.target, hint, gate, beta)
   logp = None
   if distributions:
-    wide = z.astype(jnp.float32)
-    cap = jnp.where(wide > 0, cap_pos, cap_neg)
-    before = jax.nn.log_softmax(cap * jnp.tanh(wide / cap), axis=-1)
+    before = jax.nn.log_softmax(softcap(z.astype(jnp.float32), cap_pos, cap_neg), axis=-1)
     every = jnp.broadcast_to(jnp.arange(V), before.shape)
     logp = -tilt(-before, hint_logp[..., None], every, hint[..., None], gate[..., None], beta[..., None])
   return Scored(jnp.where(chunk.valid, nll, 0), tilted, logp)

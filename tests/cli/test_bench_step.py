@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pgolf_jax.bench import step as bench
 from pgolf_jax.cli import main
-from pgolf_jax.kernels import peaks as chips
+from pgolf_jax.kernels import hardware, prefer
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan import work
 from pgolf_jax.plan.programs import programs
@@ -53,7 +53,7 @@ def test_every_shape_is_timed(half_a_second):
 
 
 def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
-  monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e9, 1e12))
+  monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e9, 1e12))
   arguments = bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward", "gradient", "step"))
   (forward, gradient, step), notes = bench.measure(arguments)
   of_64_tokens = work.forward(SETTINGS.model, 64, 32, looping=True)
@@ -65,7 +65,7 @@ def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
 
 
 def test_where_memory_is_the_limit_the_roofline_is_that_of_bytes(half_a_second, monkeypatch):
-  monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e30, 1e6))
+  monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e30, 1e6))
   (row,), _ = bench.measure(bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward",)))
   assert row.floor_share == pytest.approx(4 * parameters.count(SETTINGS.model) / 0.5e6)
 
@@ -114,7 +114,7 @@ def test_plain_xla_is_what_its_name_says():
     return step.trace().lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu")
 
   assert kernels() > 0
-  with bench.only_xla():
+  with prefer("xla"):
     assert kernels() == 0
   assert kernels() > 0
 

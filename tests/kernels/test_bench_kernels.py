@@ -1,11 +1,9 @@
 """The kernels' benchmark measures what it says."""
 
 import numpy as np
-import pytest
 
 from pgolf_jax.bench import _kernel_cases
 from pgolf_jax.bench.kernels import measure
-from pgolf_jax.kernels.peaks import peaks
 
 
 def test_measures_every_pass_of_every_possible_implementation():
@@ -26,15 +24,3 @@ def test_segments_are_as_long_as_documents_and_never_longer_than_allowed():
   assert (position - start < 2048).all()
   assert (start[start] == start).all()
   assert 500 < 100_000 / len(np.unique(start)) < 1300
-
-
-def test_peaks_are_those_of_the_most_particular_name():
-  assert peaks("NVIDIA H100 80GB HBM3").bytes_per_s == 3.35e12
-  assert peaks("NVIDIA H100 PCIe").flops_per_s == 756e12
-  assert peaks("TPU v5 lite").flops_per_s == 197e12
-  assert peaks("cpu") is None
-
-
-@pytest.mark.parametrize(("flops", "num_bytes", "seconds"), [(989e12, 1, 1.0), (1, 3.35e12, 1.0)])
-def test_floor_is_the_longer_of_the_two_times(flops, num_bytes, seconds):
-  assert peaks("H100").floor_s(flops, num_bytes) == pytest.approx(seconds)
