@@ -19,6 +19,7 @@ from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain
 from pgolf_jax.settings import check
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import departures
 
 
 def data_folder(settings: Settings) -> Path:
@@ -46,7 +47,7 @@ def plain_score(
     mesh=mesh,
     ranks=world_size(settings, mesh),
     batch_tokens=settings.eval.batch_tokens,
-    rows=settings.train.micro_batches,
+    rows=settings.eval.micro_batches,
     seq_len=settings.eval.seq_len,
     dtype=jnp.dtype(settings.train.compute_dtype),
     description=description,
@@ -136,6 +137,8 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   there = jax.device_count()
   idle = "" if mesh.size == there else f" ({there} are there: train.micro_batches={settings.train.micro_batches})"
   log.info("run folder %s, %d × %s%s", found.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  if differing := departures(settings):
+    log.info("settings other than the record's, whose value follows: %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
     if name in found.results():
       log.info("%s: already complete", name)

@@ -128,7 +128,7 @@ def _plain(case: Case, params, name: str) -> Arrays:
     mesh=_one_device(),
     ranks=s.train.world_size,
     batch_tokens=s.eval.batch_tokens,
-    rows=s.train.micro_batches,
+    rows=s.eval.micro_batches,
     seq_len=s.eval.seq_len,
     dtype=jnp.dtype(s.train.compute_dtype),
     description=f"scoring {name}",
