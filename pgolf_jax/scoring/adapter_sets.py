@@ -57,10 +57,14 @@ class AdapterSets:
   Args:
     settings: of the evaluation; its seed is that of the drawn A.
     layout: rows of the batches.
+    largest: documents of the largest batch.
     draw: A from elsewhere, in place of random ones.
   """
 
-  def __init__(self, settings: Settings, layout: Layout, programs: Programs, draw: Draw | None = None):
+  def __init__(
+    self, settings: Settings, layout: Layout, programs: Programs, *, largest: int, draw: Draw | None = None
+  ):
+    self._has_full_batches = settings.ttt.lora.warm_start_a and largest == settings.ttt.batch_size
     self._ttt, self._layout, self._programs, self._draw = settings.ttt, layout, programs.adapters, draw
     self._key = jax.random.key(settings.seed)
     self._carried: dict[bool, AdapterSet] = {}  # by "short documents"
@@ -71,10 +75,10 @@ class AdapterSets:
   def renew(self) -> None:
     """Forgets the carried sets and makes one of the full size."""
     self._carried.clear()
-    if self._ttt.lora.warm_start_a and self._ttt.batch_size <= self._layout.rows:
+    if self._has_full_batches:
       self._carried[False] = self._make(False, range(self._ttt.batch_size))
     else:
-      self._made += 1  # the reference counts the set, but no batch is as large or all are made anew
+      self._made += 1  # the reference makes the set, and uses it for nothing
 
   def _make(self, short: bool, ids: Sequence[int]) -> AdapterSet:
     """A new set; the i-th document of a batch draws by ids[i] alone, unless A comes from elsewhere."""

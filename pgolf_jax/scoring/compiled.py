@@ -167,9 +167,7 @@ class Programs:
     state = ScanState(self.adapters[short].warm_up(rows), self.new_memory(workload.slots))
     tokens = np.random.default_rng(0).integers(2, 64, length, dtype=np.int32)
     documents = Rows(np.zeros(rows, np.int32), np.full(rows, length // 2, np.int32), np.ones(rows, bool))
-    inputs = ScanInputs(
-      self.computing(params), place(self.mesh, tokens, P()), self.place_rows(documents), None, None, None, None
-    )
+    inputs = ScanInputs(self.computing(params), place(self.mesh, tokens, P()), self.place_rows(documents))
     steps = tuple(Step(0, rows, shape.window, kind) for kind in (LEARN, SCORE))
     hints = np.zeros((len(steps), shape.slots * self.mesh.size, shape.width), np.int32)
     return state, place_call(self.mesh, inputs, shape.width, Call(shape, steps), hints)

@@ -153,6 +153,10 @@ class Layout(NamedTuple):
     """Rows on all devices."""
     return self.devices * self.slots
 
+  def slot_of_rows(self) -> Int[np.ndarray, "rows"]:
+    """Returns the slot of each row on its device."""
+    return np.arange(self.rows) % self.slots
+
   def rows_of(self, documents: int) -> Int[np.ndarray, "n"]:
     """Returns the row of each document of a batch, documents in batch order."""
     rank_n = np.arange(documents)[::-1]  # 0 is the longest
@@ -160,8 +164,7 @@ class Layout(NamedTuple):
 
   def documents_in(self, documents: int) -> Int[np.ndarray, "rows"]:
     """Returns the document in each row, as its place in the batch; −1 in rows without one."""
-    row = np.arange(self.rows)
-    rank = row % self.slots * self.devices + row // self.slots
+    rank = self.slot_of_rows() * self.devices + np.arange(self.rows) // self.slots
     return np.where(rank < documents, documents - 1 - rank, -1)
 
   def to_rows(self, x_n: np.ndarray, axis: int = 0) -> np.ndarray:

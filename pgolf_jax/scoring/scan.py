@@ -59,15 +59,15 @@ class ScanState(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-  """What a scan reads."""
+  """What a scan reads. Parameters and stream are placed once, rows for each batch, the rest for each call."""
 
   params: Params  # in the type of the computation, on every device
   stream_N: jax.Array  # int32, on every device
-  rows: Rows  # documents from longer to shorter; those after the shape's slots are finished
-  size: jax.Array  # targets of a chunk, at most the shape's width
-  k_S: jax.Array
-  kind_S: jax.Array  # SKIP, SCORE or LEARN
-  hint_SxBxX: jax.Array  # token that each target's distribution is tilted towards; −1 where the gate is shut
+  rows: Rows | None = None  # documents from longer to shorter; those after the shape's slots are finished
+  size: jax.Array | None = None  # targets of a chunk, at most the shape's width
+  k_S: jax.Array | None = None
+  kind_S: jax.Array | None = None  # SKIP, SCORE or LEARN
+  hint_SxBxX: jax.Array | None = None  # token that each target's distribution is tilted towards; −1 where the gate is shut
 
 
 class Scored(NamedTuple):
