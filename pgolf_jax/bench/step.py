@@ -236,7 +236,7 @@ class _Work:
   def __init__(self, settings: Settings, mesh, params: dict, passes: str, seq_len: int, looping: bool):
     import numpy as np
 
-    from pgolf_jax.plan import work
+    from pgolf_jax.model import flops
 
     self.settings, self.mesh, self.passes, self.seq_len, self.looping = settings, mesh, passes, seq_len, looping
     t, m = settings.train, settings.model
@@ -250,9 +250,9 @@ class _Work:
     self.params = params
     self.tokens = count * span
     devices = mesh.size if passes == "step" else 1
-    forward = work.forward(m, self.tokens // devices, seq_len, looping=looping)
+    forward = flops.forward(m, self.tokens // devices, seq_len, looping=looping)
     self.model_flops = forward if passes == "forward" else 3 * forward
-    self.flops = work.train_step(settings, devices, seq_len, looping) if passes == "step" else self.model_flops
+    self.flops = flops.train_step(settings, devices, seq_len, looping=looping) if passes == "step" else self.model_flops
     sizes = {k: v.nbytes for k, v in self.params.items()}
     # A step reads and writes parameters, their average, and Adam's two moments or Muon's one.
     self.least_bytes = {"forward": 1, "gradient": 2, "step": 6}[passes] * sum(sizes.values())

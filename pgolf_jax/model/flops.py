@@ -36,14 +36,14 @@ def adapter(model: ModelConfig, rank: int, width: int) -> float:
 
 
 def causal_pairs(tokens: int) -> float:
-  """Pairs of a query and a key that it may see, in a segment of this many tokens."""
+  """Pairs of a query and a key that it sees, in a segment of this many tokens."""
   return tokens * (tokens + 1) / 2
 
 
 def forward(model: ModelConfig, tokens: int, seq_len: int, *, looping: bool) -> float:
   """A forward pass over segments of `seq_len` tokens; those that end early need less attention than this."""
-  pairs = tokens / seq_len * causal_pairs(seq_len)
-  return tokens * (token(model, looping=looping) + head(model)) + pairs * pair(model, looping=looping)
+  keys = (seq_len + 1) / 2  # that a query sees on average
+  return tokens * (token(model, looping=looping) + head(model) + keys * pair(model, looping=looping))
 
 
 def orthogonalisation(settings: Settings, devices: int) -> float:

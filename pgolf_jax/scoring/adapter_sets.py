@@ -1,8 +1,8 @@
 """Which set of adapters a batch starts from, and what of it goes on to later batches.
 
 A set of the full batch size is made at the start and after every global phase, one for short documents when they first
-come (`TTT_SHORT_LORA_ENABLED`), and one for every batch of another size, which is used once. Full batches go on with the
-A of the full batch before (`TTT_WARM_START_A`); without that, every document draws its own.
+come (`TTT_SHORT_LORA_ENABLED`), and one for every batch of another size, which is used once. Full batches go on with
+the A of the full batch before (`TTT_WARM_START_A`); without that, every document draws its own.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
 """How a chunk sees what came before it in its document, by one of two methods.
 
-`Window` computes the chunk's window afresh: exact, and the gradient runs through all of it. `Ring` goes on from the keys
-and values of earlier chunks as they were computed then: nothing but the chunk is computed, and the gradient runs through
-the chunk alone. Earlier keys come from adapters as they were then: another algorithm, as legal, and many times cheaper.
+`Window` computes the chunk's window afresh: exact, and the gradient runs through all of it. `Ring` goes on from the
+keys and values of earlier chunks as they were computed then: nothing but the chunk is computed, and the gradient runs
+through the chunk alone. It is another algorithm, as legal, and many times cheaper.
 
-Letters: B rows of a device that take part, W tokens of a window, X targets of a chunk (its width), S tokens of the ring;
-the rest as in model/block.py.
+Letters: B rows of a device that take part, W tokens of a window, X targets of a chunk (its width), S tokens of the
+ring; the rest as in model/__init__.py.
 """
 
 import dataclasses

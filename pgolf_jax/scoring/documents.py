@@ -101,7 +101,8 @@ def batches(ttt: TTTConfig, documents: Sequence[Document]) -> list[Batch]:
   shortest where `ttt.eval_batches` asks for reports on the way.
   """
   by_length = sorted(documents, key=lambda d: d.length)
-  cut = [_batch(ttt, i, by_length[a : a + ttt.batch_size]) for i, a in enumerate(range(0, len(by_length), ttt.batch_size))]
+  firsts = range(0, len(by_length), ttt.batch_size)
+  cut = [_batch(ttt, i, by_length[first : first + ttt.batch_size]) for i, first in enumerate(firsts)]
   return cut if ttt.eval_batches else sorted(cut, key=lambda batch: -batch.longest)
 
 
@@ -168,7 +169,7 @@ class Layout(NamedTuple):
     return np.where(rank < documents, documents - 1 - rank, -1)
 
   def to_rows(self, x_n: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Returns an array with an entry for each document of a batch as one with an entry for each row, 0 in the others."""
+    """Returns the entries of a batch's documents in the documents' rows, and 0 in the others."""
     shape = (*x_n.shape[:axis], self.rows, *x_n.shape[axis + 1 :])
     x_rows = np.zeros(shape, x_n.dtype)
     np.moveaxis(x_rows, axis, 0)[self.rows_of(x_n.shape[axis])] = np.moveaxis(x_n, axis, 0)

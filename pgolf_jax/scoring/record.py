@@ -80,14 +80,14 @@ class Evaluation:
     }
 
 
-def identity(settings: Settings, params: Params, data: ValidationData, *, world: int, draws_at_random: bool) -> dict:
+def identity(settings: Settings, params: Params, data: ValidationData, world: int, *, is_drawn: bool) -> dict:
   """Returns what changes the result of an evaluation beyond rounding, as hashes and plain values.
 
   The number of devices does not: documents are scored by themselves, on whatever device.
 
   Args:
     world: ranks that share out the rows of a global phase; they change the result where there is a phase.
-    draws_at_random: whether A of new adapters comes from the seed.
+    is_drawn: whether A of new adapters comes from the seed.
   """
   weights = hashlib.sha256()
   for name in sorted(params):
@@ -106,7 +106,7 @@ def identity(settings: Settings, params: Params, data: ValidationData, *, world:
     "sidecar": _hash(data.token_bytes),
     "dtype": settings.train.compute_dtype,
     "ranks of a global phase": world if settings.ttt.phase.prefix_docs > 0 else None,
-    "adapters": "from the seed" if draws_at_random else "given",
+    "adapters": "from the seed" if is_drawn else "given",
   }
 
 
@@ -138,19 +138,15 @@ class Record:
   """Scores in memory, or in a folder if one is given.
 
   Args:
-    identity: JSON values that decide the result; a folder made with others is refused.
     data: the stream that is scored.
+    identity: JSON values that decide the result; a folder made with others is refused.
     writes: whether this process writes; of several processes one does.
 
   Attributes:
     progress: of the last save in the folder, or of an evaluation that has not begun.
-    is_resumed: whether the folder holds a save.
-
-  Raises:
-    UserError: the folder holds another evaluation.
   """
 
-  def __init__(self, folder: Path | None, data: ValidationData, identity: dict, *, writes: bool = True):
+  def __init__(self, folder: Path | None, data: ValidationData, *, writes: bool = True):
     self.folder, self._data = folder, data
     self._writes = writes and folder is not None
     self._state_file: str | None = None

@@ -67,7 +67,7 @@ class ScanInputs(NamedTuple):
   size: jax.Array | None = None  # targets of a chunk, at most the shape's width
   k_S: jax.Array | None = None
   kind_S: jax.Array | None = None  # SKIP, SCORE or LEARN
-  hint_SxBxX: jax.Array | None = None  # token that each target's distribution is tilted towards; −1 where the gate is shut
+  hint_SxBxX: jax.Array | None = None  # token that a distribution is tilted towards; −1 where the gate is shut
 
 
 class Scored(NamedTuple):
@@ -183,7 +183,7 @@ def abstract(mesh: Mesh, spec: Spec, shape: Shape, slots: int, stream_length: in
     return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
 
   state = state_shapes(spec, slots * mesh.size)
-  state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, row_shardings(mesh, state))
+  state = jax.tree.map(lambda x, s: struct(x.shape, x.dtype, s), state, row_specs(state))
   integer, by_row = functools.partial(struct, dtype=jnp.int32, spec=P()), functools.partial(struct, spec=P(AXIS))
   rows = (slots * mesh.size,)
   inputs = ScanInputs(

@@ -82,8 +82,8 @@ def evaluate(
   began = time.monotonic()
   plan = Plan.make(settings, data, mesh)
   programs = programs or Programs(settings, mesh, distributions=options.distributions)
-  has_seed = options.draw is None
-  marks = identity(settings, params, data, world=programs.phase.world, draws_at_random=has_seed) if options.folder else {}
+  is_drawn, world = options.draw is None, programs.phase.world
+  marks = identity(settings, params, data, world, is_drawn=is_drawn) if options.folder is not None else {}
   record = Record(options.folder, data, marks, writes=distributed.is_leader())
   state = _prepare(plan, programs, params, options)
   compilation = time.monotonic() - began
@@ -236,7 +236,7 @@ def _places(layout: Layout, batch: Batch, call: Call) -> tuple[np.ndarray, np.nd
 
 def _collect(plan: Plan, record: Record, running: list[RunningCall], bar: ProgressBar) -> None:
   """Brings scores to the host and enters them under their targets."""
-  for batch, target, valid, scored in running:
+  for _, target, valid, scored in running:
     steps, target_M = len(valid), target[valid]
     model_nll_M, nll_M, logp_MxV = (None if x is None else np.asarray(x)[:steps][valid] for x in scored)
     record.enter(target_M, model_nll_M, nll_M)
@@ -245,6 +245,7 @@ def _collect(plan: Plan, record: Record, running: list[RunningCall], bar: Progre
     bar.advance(len(target_M))
   if running:
     bar.note(f"bpb {record.running_bpb:.4f}")
+    batch = running[-1].batch
     if batch.index + 1 in plan.settings.ttt.eval_batches:
       log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
 
