@@ -61,9 +61,7 @@ class AdapterSets:
     draw: A from elsewhere, in place of random ones.
   """
 
-  def __init__(
-    self, settings: Settings, layout: Layout, programs: Programs, *, largest: int, draw: Draw | None = None
-  ):
+  def __init__(self, settings: Settings, layout: Layout, programs: Programs, *, largest: int, draw: Draw | None = None):
     self._has_full_batches = settings.ttt.lora.warm_start_a and largest == settings.ttt.batch_size
     self._ttt, self._layout, self._programs, self._draw = settings.ttt, layout, programs.adapters, draw
     self._key = jax.random.key(settings.seed)

@@ -1,7 +1,7 @@
 """Adapters that all documents of a batch carry side by side: how they are drawn, and how they learn.
 
-Letters: B rows; the rest as in model/__init__.py. Of every array with rows, the last two axes are a document's matrix and
-the one before them counts rows; arrays without rows (an optimizer's count of steps) are scalars.
+Letters: see model/__init__.py. Of every array with rows, the last two axes are a document's matrix and the one before
+them counts rows; arrays without rows (an optimizer's count of steps) are scalars.
 """
 
 from collections.abc import Callable

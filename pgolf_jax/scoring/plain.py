@@ -102,9 +102,7 @@ def score(
     )[0]
     return jax.lax.map(row_nll, tokens_RxT1)
 
-  on_devices = jax.shard_map(
-    device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS)
-  )
+  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
   nll = jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
   params = jax.device_put(params, replicated(mesh))
   nats = 0.0

@@ -5,7 +5,7 @@ nll.npy             nats of every target, tilted; NaN before it is scored
 model_nll.npy       the same before the tilt
 times.npy           how often each target was scored
 trace.jsonl         see trace.py
-progress.json       batches finished, clocks, trace, adapter sets
+progress.json       batches finished, clocks, events of the trace, adapter sets
 state-….safetensors adapters that the next batch goes on with, rows in the order of a batch's documents
 weights-….safetensors  model weights after the last global phase
 documents.jsonl     one line a document, when all are scored
@@ -24,9 +24,9 @@ from safetensors.numpy import load_file
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
-from pgolf_jax.scoring import trace
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score, ValidationData
+from pgolf_jax.scoring.trace import Event, from_json, to_json
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import to_dict
 
@@ -53,7 +53,7 @@ class Evaluation:
   hint_N: np.ndarray  # 0 where the gate is shut
   gate_N: np.ndarray
   params: Params  # model weights after the last global phase
-  trace: list[trace.Event]
+  trace: list[Event]
   clocks: Clocks
   recompilations: int  # inside the clock: a fault
   useful_flops: float  # that the documents' own windows needed
@@ -128,7 +128,7 @@ class Progress:
   batches: int = 0
   phases: int = 0
   adapters: dict = dataclasses.field(default_factory=dict)
-  trace: list[trace.Event] = dataclasses.field(default_factory=list)
+  events: list[Event] = dataclasses.field(default_factory=list)
   seconds: dict[str, float] = dataclasses.field(
     default_factory=lambda: {"evaluation": 0.0, "hints": 0.0, "global_phases": 0.0}
   )
@@ -144,9 +144,13 @@ class Record:
 
   Attributes:
     progress: of the last save in the folder, or of an evaluation that has not begun.
+    is_resumed: whether the folder holds a save.
+
+  Raises:
+    UserError: the folder holds another evaluation.
   """
 
-  def __init__(self, folder: Path | None, data: ValidationData, *, writes: bool = True):
+  def __init__(self, folder: Path | None, data: ValidationData, identity: dict, *, writes: bool = True):
     self.folder, self._data = folder, data
     self._writes = writes and folder is not None
     self._state_file: str | None = None
@@ -155,16 +159,13 @@ class Record:
       folder.mkdir(parents=True, exist_ok=True)
       self._check(identity)
       self._read_progress()
+    self.is_resumed = self._state_file is not None
     targets = len(data.tokens) - 1
     self.nll_N = self._array("nll.npy", targets, np.float32, np.nan)
     self.model_nll_N = self._array("model_nll.npy", targets, np.float32, np.nan)
     self.times_N = self._array("times.npy", targets, np.uint8, 0)
     self.distributions: dict[int, np.ndarray] = {}
     self._running = total(self.nll_N, data)
-
-  @property
-  def is_resumed(self) -> bool:
-    return self._state_file is not None
 
   def _check(self, identity: dict) -> None:
     path = self.folder / "identity.json"
@@ -184,7 +185,7 @@ class Record:
     if path.exists():
       values = json.loads(path.read_text(encoding="utf-8"))
       self._state_file = values.pop("state")
-      self.progress = Progress(**{**values, "trace": [trace.from_json(event) for event in values["trace"]]})
+      self.progress = Progress(**{**values, "events": [from_json(event) for event in values["events"]]})
 
   def _array(self, name: str, size: int, dtype, fill) -> np.ndarray:
     if self.is_resumed:
@@ -225,7 +226,7 @@ class Record:
       array.flush()
     name = f"state-{progress.batches}.safetensors"
     write_arrays(self.folder / name, arrays)
-    values = {**dataclasses.asdict(progress), "trace": [trace.to_json(event) for event in progress.trace]}
+    values = {**dataclasses.asdict(progress), "events": [to_json(event) for event in progress.events]}
     write_json(self.folder / "progress.json", {**values, "state": name})
     if self._state_file not in (None, name):
       (self.folder / self._state_file).unlink(missing_ok=True)
@@ -251,7 +252,7 @@ class Record:
     if self._writes:
       lines = [_document_line(batch, document, result, self._data) for batch in batches for document in batch.documents]
       write_json_lines(self.folder / "documents.jsonl", lines)
-      write_json_lines(self.folder / "trace.jsonl", map(trace.to_json, result.trace))
+      write_json_lines(self.folder / "trace.jsonl", map(to_json, result.trace))
 
 
 def total(nll_N: np.ndarray, data: ValidationData) -> Score:

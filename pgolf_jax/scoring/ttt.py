@@ -188,7 +188,7 @@ def _prepare(plan: Plan, programs: Programs, params: Params, options: Options) -
 def _count_hints(state: State, batch: Batch) -> None:
   began = time.monotonic()
   if counted := state.hints.prepare(batch.documents):
-    state.done.trace.append(HintsEvent(tuple(document.index for document in counted)))
+    state.done.events.append(HintsEvent(tuple(document.index for document in counted)))
   state.done.seconds["hints"] += time.monotonic() - began
 
 
@@ -196,7 +196,7 @@ def _dispatch(plan: Plan, programs: Programs, state: State, batch: Batch) -> lis
   """Puts a batch's scans on the devices, without waiting for them."""
   start = state.adapters.start(batch)
   documents = tuple(document.index for document in batch.documents)
-  state.done.trace.append(ScoreEvent(batch.index, documents, state.done.phases, start.label, start.carried))
+  state.done.events.append(ScoreEvent(batch.index, documents, state.done.phases, start.label, start.carried))
   rows = Rows(
     start=np.array([document.start for document in batch.documents], np.int32),
     targets=np.array([document.targets for document in batch.documents], np.int32),
@@ -270,7 +270,7 @@ def _run_phase(plan: Plan, programs: Programs, state: State, record: Record) -> 
   state.inputs = state.inputs._replace(params=programs.computing(state.params))
   state.adapters.renew()
   done.phases += 1
-  done.trace.append(WeightsEvent(done.phases, tuple(document.index for document in documents)))
+  done.events.append(WeightsEvent(done.phases, tuple(document.index for document in documents)))
   record.save_weights(done.phases, state.params)
   jax.block_until_ready(state.inputs.params)
   done.seconds["global_phases"] += time.monotonic() - began
@@ -309,7 +309,7 @@ def _result(plan: Plan, state: State, record: Record, clock: Clock, compilation:
     hint_N=state.hints.ids_N,
     gate_N=state.hints.gate_N,
     params=state.params,
-    trace=state.done.trace,
+    trace=state.done.events,
     clocks=Clocks(**{**state.done.seconds, "evaluation": clock.seconds}, compilation=compilation),
     recompilations=clock.compilations,
     useful_flops=plan.work.useful_flops,
