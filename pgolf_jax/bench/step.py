@@ -71,10 +71,10 @@ class Row:
 
 def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) -> None:
   """Time the training step of a config, for each sequence length of its schedule, looping off and on.
-  
-  Beside what a run would take stand plain XLA, where a run takes kernels, and PyTorch, where it is installed and there is
-  one device. Tokens are random; each document is as long as a segment may be, the most work that a step can have.
-  
+
+  Beside what a run would take stand plain XLA, where a run takes kernels, and PyTorch, where it is installed and there
+  is one device. Tokens are random; each document is as long as a segment may be, the most work that a step can have.
+
   Example: pgolf bench step configs/record_1xgpu.toml --repeats 20 --profile traces
   On a CPU: pgolf bench step --train.compute-dtype float32 --train.batch-tokens 4096 --train.micro-batches 1
             --train.seq-schedule 1024@1.0 --looping on --passes forward gradient step --repeats 5
