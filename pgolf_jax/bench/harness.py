@@ -209,6 +209,19 @@ def _is_out_of_memory(error: Exception) -> bool:
   return type(error).__name__ == "OutOfMemoryError" or "RESOURCE_EXHAUSTED" in str(error)
 
 
+def device_memory(device: jax.Device) -> Callable[[], Peak | None]:
+  """Starts counting the memory of a device; returns a function that reads the count.
+
+  The backend reports the peak of the whole process: a bound for what runs between, unless that raises it.
+  """
+
+  def peak() -> int | None:
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+  before = peak()
+  return lambda: None if (after := peak()) is None else Peak(after, is_bound=after <= (before or 0))
+
+
 def pytorch(platform: str) -> tuple[ModuleType | None, str]:
   """Returns (the module `torch_gpt`, "") or (None, why PyTorch cannot be timed beside JAX on this platform)."""
   try:
