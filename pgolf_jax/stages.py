@@ -1,5 +1,6 @@
 """The stages of a run, in order. Each reads the run folder, does its work and reports a few figures."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,16 +10,36 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from pgolf_jax.audit import audit as audits
+from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import compile_cache, distributed
 from pgolf_jax.runtime.files import write_bytes
+from pgolf_jax.runtime.lock import locked
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
-from pgolf_jax.scoring import plain
+from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import check
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import departures, from_dict
+
+
+def load_artifact(path: Path) -> tuple[Settings, Params]:
+  """The settings that an artifact carries, and its weights.
+
+  Raises:
+    UserError: the file is not an artifact, or its weights do not belong to its settings.
+  """
+  from pgolf_jax.quantize.artifact.format import dequantize
+
+  if not path.is_file():
+    raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
+  config, params = dequantize(path.read_bytes())
+  settings = from_dict(config, where=f"the config in {path}")
+  parameters.check(settings.model, params, where=str(path))
+  return settings, params
 
 
 def data_folder(settings: Settings) -> Path:
@@ -39,18 +60,7 @@ def plain_score(
   """Plain BPB of parameters on `data`, or on the whole validation split, as the stages report it."""
   data = plain.load_validation(data_folder(settings)) if data is None else data
   began = time.perf_counter()
-  score = plain.score(
-    settings.model,
-    params,
-    data,
-    mesh=mesh,
-    ranks=world_size(settings, mesh),
-    batch_tokens=settings.eval.batch_tokens,
-    rows=settings.train.micro_batches,
-    seq_len=settings.eval.seq_len,
-    dtype=jnp.dtype(settings.train.compute_dtype),
-    description=description,
-  )
+  score = plain.score(settings, params, data, mesh, description=description)
   seconds = time.perf_counter() - began
   found = {"loss": score.loss, "bpb": score.bpb, "targets": score.targets, "bytes": score.text_bytes}
   return found | {"seconds": seconds}
@@ -87,7 +97,6 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
   from pgolf_jax.quantize import stage
-  from pgolf_jax.scoring.stage import load_artifact
   from pgolf_jax.submission import accounting, package
 
   settings = run.settings
@@ -104,15 +113,20 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:
-  from pgolf_jax.scoring import stage
-
-  return stage.ttt(run, data_folder(run.settings), mesh)
+  """Scores the artifact with test-time training, in the run's order; scores are kept in the run's folder."""
+  params, data = load_artifact(run.artifact)[1], plain.load_validation(data_folder(run.settings))
+  result = ttt.evaluate(run.settings, params, data, mesh, ttt.Options(folder=run.scores)).figures(run.settings)
+  text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
+  log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))
+  return result
 
 
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
-  from pgolf_jax.scoring import stage
-
-  return stage.audit(run, data_folder(run.settings), mesh)
+  """Audits the run; every check with its evidence. The table goes to the log."""
+  checks = list(audits.audit(run, data_folder(run.settings), mesh))
+  log.info("audit:\n%s", audits.table(checks))
+  broken = [check.name for check in checks if check.passed is False]
+  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in checks]}
 
 
 STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
@@ -130,23 +144,33 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   distributed.start()
   mesh = data_mesh(usable_devices(settings.train.micro_batches))
   check.check(settings, device_count=mesh.size)
-  with distributed.leader_first("run folder"):
-    found = RunFolder(folder, settings)
-  log_to(found.log)
+  if distributed.is_leader():
+    folder.mkdir(parents=True, exist_ok=True)
+  with locked(folder):
+    with distributed.leader_first("run folder"):
+      run = RunFolder(folder, settings)
+    log_to(run.log)
+    return _run_stages(run, names, mesh)
+
+
+def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
+  settings = run.settings
   there = jax.device_count()
   idle = "" if mesh.size == there else f" ({there} are there: train.micro_batches={settings.train.micro_batches})"
-  log.info("run folder %s, %d × %s%s", found.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  log.info("run folder %s, %d × %s%s", run.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  if differing := departures(settings):
+    log.info("settings other than the record's, whose value follows: %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
-    if name in found.results():
+    if name in run.results():
       log.info("%s: already complete", name)
       continue
     began = time.perf_counter()
-    result = STAGES[name](found, mesh)
+    result = STAGES[name](run, mesh)
     if distributed.is_leader():
-      found.finish(name, result | {"stage_seconds": time.perf_counter() - began})
+      run.finish(name, result | {"stage_seconds": time.perf_counter() - began})
     distributed.barrier(f"{name} complete")
-  log.info("\n%s", table(found))
-  broken = found.results().get("audit", {}).get("broken", [])
+  log.info("\n%s", table(run))
+  broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.numerics import softcap
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import GPT, eval_caps, packed_nll
+from pgolf_jax.model.context import packed
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.parity.case import Arrays, Case
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.mesh import data_mesh
@@ -53,7 +54,7 @@ def _forward(case: Case) -> Arrays:
   found: Arrays = {}
   for looping in (False, True):
     loss = lambda p, looping=looping: packed_nll(  # noqa: E731
-      config, p, tokens, looping=looping, seq_len=seq_len, dtype=dtype
+      bind(config, p), tokens, looping=looping, seq_len=seq_len, dtype=dtype
     ).mean()
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     prefix = f"loop{int(looping)}/"
@@ -65,14 +66,12 @@ def _forward(case: Case) -> Arrays:
 
 def _logits(config, params, tokens, looping: bool, seq_len: int, dtype) -> jax.Array:
   """Evaluation logits [T, V] of one packed row."""
-  from pgolf_jax.kernels.segment_attention.api import segment_starts
 
   @jax.jit
   def logits(params):
-    model = GPT(config, params)
-    start = segment_starts(tokens, bos_id=config.bos_id, seq_len=seq_len)
-    z = model.logits(model(tokens, start, looping=looping, max_segment=seq_len, dtype=dtype))[0].astype(jnp.float32)
-    return softcap(z, *eval_caps(config, params))
+    model = bind(config, params)
+    context = packed(tokens, bos_id=config.bos_id, seq_len=seq_len, looping=looping, dtype=dtype)
+    return model.evaluation_logits(model(tokens, context).hidden)[0]
 
   return logits(params)
 
@@ -120,19 +119,9 @@ def _train(case: Case) -> Arrays:
 
 
 def _plain(case: Case, params, name: str) -> Arrays:
-  s = case.settings
-  score = plain.score(
-    s.model,
-    {k: jnp.asarray(v) for k, v in params.items()},
-    plain.load_validation(case.data),
-    mesh=_one_device(),
-    ranks=s.train.world_size,
-    batch_tokens=s.eval.batch_tokens,
-    rows=s.train.micro_batches,
-    seq_len=s.eval.seq_len,
-    dtype=jnp.dtype(s.train.compute_dtype),
-    description=f"scoring {name}",
-  )
+  params = {k: jnp.asarray(v) for k, v in params.items()}
+  validation = plain.load_validation(case.data)
+  score = plain.score(case.settings, params, validation, _one_device(), description=f"scoring {name}")
   return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
 
 
@@ -162,10 +151,8 @@ def _quantize(case: Case) -> Arrays:
 def _ngram(case: Case) -> Arrays:
   from pgolf_jax.scoring.hints import build_hints
 
-  h = case.settings.hints
-  hints = build_hints(
-    case.inputs["tokens"][1:].astype(np.int32), order=h.order, threshold=h.threshold, boost=h.boost, mode="reference"
-  )
+  config = dataclasses.replace(case.settings.hints, table="reference")
+  hints = build_hints(case.inputs["tokens"][1:].astype(np.int32), config)
   return {"hint_ids": hints.ids, "gate_mask": np.asarray(hints.gate, np.uint8), "boost": hints.boost}
 
 

@@ -24,18 +24,17 @@ planned = gradients.lower(q, k, v, 3072).compile().memory_analysis()
 print(planned.argument_size_in_bytes + planned.output_size_in_bytes + planned.temp_size_in_bytes)
 
 values = (jax.random.normal(key, x.shape) for key, x in zip(jax.random.split(jax.random.key(0), 3), (q, k, v)))
-results = jax.block_until_ready(gradients(*values, 256))
+results = jax.block_until_ready(gradients(*values, 64))
 assert all(jnp.isfinite(g).all() and g.any() for g in results)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 def test_a_row_of_98304_tokens_takes_less_than_6_gb():
-  """By plan with segments of 3072 tokens, and in fact with segments of 256, whose blocks are as large but fewer."""
+  """By plan with segments of 3072 tokens, as in the record; in fact with segments of 64, which take less time."""
   result = subprocess.run(
     [sys.executable, "-c", PROGRAM], env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=True
   )
   planned, peak = map(int, result.stdout.split())
-  print(planned, peak)
   assert planned < 4e9
   assert peak < 6e9

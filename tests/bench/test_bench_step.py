@@ -11,10 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pgolf_jax.bench import step as bench
 from pgolf_jax.cli import main
 from pgolf_jax.kernels import hardware, prefer
+from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
-from pgolf_jax.plan import work
 from pgolf_jax.plan.programs import programs
-from pgolf_jax.settings.config import ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -23,12 +23,13 @@ SETTINGS = Settings(
   ),
   optimizer=OptimizerConfig(muon_dtype="float32"),
   train=TrainConfig(
-    batch_tokens=2 * 64, micro_batches=2, world_size=2, seq_schedule="16@0.5,32@1.0", compute_dtype="float32"
+    batch_tokens=2 * 64, micro_batches=2, world_size=2, compute_dtype="float32",
+    seq_schedule=(LengthStage(16, 0.5), LengthStage(32, 1.0)),
   ),
   ttt=TTTConfig(enabled=False),
 )  # fmt: skip
 
-LONG = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, seq_schedule="32@1.0"))
+LONG = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, seq_schedule=(LengthStage(32, 1.0),)))
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
   monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e9, 1e12))
   arguments = bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward", "gradient", "step"))
   (forward, gradient, step), notes = bench.measure(arguments)
-  of_64_tokens = work.forward(SETTINGS.model, 64, 32, looping=True)
+  of_64_tokens = flops.forward(SETTINGS.model, 64, 32, looping=True)
   assert [r.mfu for r in (forward, gradient, step)] == pytest.approx([n * of_64_tokens / 0.5e9 for n in (1, 3, 6)])
   assert forward.floor_share == pytest.approx(forward.mfu)
-  assert step.floor_share == pytest.approx(work.train_step(LONG, 1, 32, True) / 0.5e9)
+  assert step.floor_share == pytest.approx(flops.train_step(LONG, 1, 32, looping=True) / 0.5e9)
   assert step.floor_share > step.mfu, "Muon's products are no part of the model's"
   assert any("1 × 0.001e12" in note for note in notes)
 
@@ -106,7 +107,7 @@ def test_plain_xla_is_what_its_name_says():
   mesh = AbstractMesh((1,), ("data",), abstract_device=device)
   model = ModelConfig(vocab_size=512, num_layers=2, model_dim=128, num_heads=2, num_kv_heads=1, num_loops=0,
                       parallel_start_layer=0)  # fmt: skip
-  train = TrainConfig(batch_tokens=512, micro_batches=1, seq_schedule="256@1.0")
+  train = TrainConfig(batch_tokens=512, micro_batches=1, seq_schedule=(LengthStage(256, 1.0),))
   settings = Settings(model=model, train=train, ttt=TTTConfig(enabled=False))
 
   def kernels() -> int:
