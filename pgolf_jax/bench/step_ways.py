@@ -16,9 +16,9 @@ from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work
 from pgolf_jax.kernels.hardware import peaks
+from pgolf_jax.model import flops
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
-from pgolf_jax.plan import work as flops
 from pgolf_jax.plan.plan import memory
 from pgolf_jax.runtime.mesh import world_size
 from pgolf_jax.settings.config import Settings
