@@ -64,20 +64,13 @@ def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) ->
   columns = {
     **harness.MILLISECONDS,
     **harness.rate("tokens"),
-    "MFU": lambda m: harness.percentage(mfu(m)),
     **harness.ROOFLINE,
-    "planned GiB": lambda m: harness.figure(m.facts.planned_bytes, 2**30),
+    "planned GiB": lambda m: harness.figure(m.facts, 2**30),
     **harness.PEAK,
     **harness.COMPARISON,
   }
   measurements, notes = measure(arguments)
   harness.show("training step", measurements, columns, notes)
-
-
-def mfu(m: Measurement) -> float | None:
-  """Model FLOP/s over the peak rate; None where no peak is known."""
-  limits = m.way.work.peaks
-  return None if limits is None else m.facts.model_flops / limits.flops_per_s / m.median
 
 
 def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
