@@ -20,7 +20,7 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
 
   from pgolf_jax.model import params as parameters
   from pgolf_jax.quantize.artifact.format import dequantize
-  from pgolf_jax.runtime.mesh import data_mesh, world_size
+  from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.scoring import plain
   from pgolf_jax.settings.load import from_dict
 
@@ -29,26 +29,15 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
   parameters.check(settings.model, params, where="the artifact")
   mesh = data_mesh()
   validation = plain.load_validation(folder)
-  dtype = jnp.dtype(settings.train.compute_dtype)
   params = {name: jnp.asarray(value) for name, value in params.items()}
   if ttt:
-    from pgolf_jax.scoring.ttt import Evaluator
+    from pgolf_jax.scoring.ttt import evaluate
 
-    found = Evaluator(settings, mesh, dtype=dtype)(params, validation)
+    found = evaluate(settings, params, validation, mesh)
     result, seconds = found.score, {"evaluation_seconds": found.clocks.evaluation}
   else:
     seconds = {}
-    result = plain.score(
-      settings.model,
-      params,
-      validation,
-      mesh=mesh,
-      ranks=world_size(settings, mesh),
-      batch_tokens=settings.eval.batch_tokens,
-      rows=settings.eval.micro_batches,
-      seq_len=settings.eval.seq_len,
-      dtype=dtype,
-    )
+    result = plain.score(settings, params, validation, mesh)
   return {"loss": result.loss, "bpb": result.bpb, "targets": result.targets, "bytes": result.text_bytes, **seconds}
 
 
