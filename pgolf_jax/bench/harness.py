@@ -66,7 +66,7 @@ class Way:
 
   labels: Mapping[str, str]
   prepare: Callable[[], Callable[[], Any]]
-  work: Work = Work()
+  work: Work = dataclasses.field(default_factory=Work)
   wait: Callable[[Any], Any] = jax.block_until_ready
   count_memory: Callable[[], Callable[[], Peak | None]] = lambda: lambda: None
   inspect: Callable[[Any], Any] = lambda result: None

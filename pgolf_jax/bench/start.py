@@ -19,7 +19,6 @@ from pgolf_jax.settings.load import load
 from pgolf_jax.training.loop import Trainer
 
 
-
 def start(config: tyro.conf.Positional[Path], repeats: int = 5) -> None:
   """Time a process from its start to its first training step, all programs compiled and warmed up before that step.
 

@@ -100,7 +100,9 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
     notes += [f"PyTorch was left out: {obstacle}"] if obstacle else []
   schedule = Schedule(t, settings.optimizer, settings.model.num_loops, settings.quantize.reserve_seconds)
   lengths = list(dict.fromkeys(seq_len for seq_len, _ in schedule.shapes()))
-  modes = {"off": [False], "on": [True], "both": [False, True]}[arguments.looping if settings.model.num_loops else "off"]
+  modes = {"off": [False], "on": [True], "both": [False, True]}[arguments.looping]
+  if settings.model.num_loops == 0:
+    modes = [False]
   params, measurements = first_params(settings), []
   for passes in arguments.passes:
     for seq_len in lengths:

@@ -16,10 +16,10 @@ from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work
 from pgolf_jax.kernels.peaks import peaks
+from pgolf_jax.model import flops
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
-from pgolf_jax.plan import work as flops
-from pgolf_jax.plan.plan import memory
+from pgolf_jax.plan.examine import memory
 from pgolf_jax.runtime.mesh import world_size
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.step import argument_shapes, init_state, make_step, place_rows
@@ -156,7 +156,8 @@ class Case:
     tokens_MxT1 = pytorch.tensor(self.tokens_MxT1, platform)
     starts = np.append(np.arange(0, tokens_MxT1.shape[1] - 1, self.seq_len), tokens_MxT1.shape[1] - 1)
     lengths = tuple(np.diff(starts).tolist())
-    loss = functools.partial(torch.compile(model.loss) if compiled else model.loss, lengths=lengths, looping=self.looping)
+    loss = torch.compile(model.loss) if compiled else model.loss
+    loss = functools.partial(loss, lengths=lengths, looping=self.looping)
     if self.passes == "step":
       ranks = world_size(settings, self.mesh) if settings.optimizer.clip_scope == "rank" else 1
       step = pytorch.TorchStep(settings, model, ranks, loss)

@@ -16,7 +16,6 @@ from pgolf_jax.cli import main
 from pgolf_jax.kernels import peaks as chips
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
-
 from pgolf_jax.plan.programs import programs
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
