@@ -15,7 +15,7 @@ from rich.table import Table
 from scipy.special import stdtr
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.peaks import Peaks
+from pgolf_jax.kernels.hardware import Peaks
 
 
 class Work(NamedTuple):

@@ -15,7 +15,7 @@ from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement
 from pgolf_jax.bench.step_ways import Case, Pass
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.peaks import Peaks, peaks
+from pgolf_jax.kernels.hardware import Peaks, peaks
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work
-from pgolf_jax.kernels.peaks import peaks
+from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from pgolf_jax.kernels.peaks import peaks
+from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.plan import collectives
 from pgolf_jax.plan.collectives import Traffic
 from pgolf_jax.plan.hardware import GIB, Topology

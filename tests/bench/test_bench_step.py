@@ -13,7 +13,7 @@ from pgolf_jax.bench import step as bench
 from pgolf_jax.bench.harness import Measurement
 from pgolf_jax.bench.step_ways import Case
 from pgolf_jax.cli import main
-from pgolf_jax.kernels import peaks as chips
+from pgolf_jax.kernels import hardware, prefer
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan.programs import programs
@@ -60,7 +60,7 @@ def test_every_shape_is_timed(half_a_second):
 
 
 def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
-  monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e9, 1e12))
+  monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e9, 1e12))
   arguments = bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward", "gradient", "step"))
   (forward, gradient, step), notes = bench.measure(arguments)
   of_64_tokens = flops.forward(SETTINGS.model, 64, 32, looping=True)
@@ -72,7 +72,7 @@ def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
 
 
 def test_where_memory_is_the_limit_the_roofline_is_that_of_bytes(half_a_second, monkeypatch):
-  monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e30, 1e6))
+  monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e30, 1e6))
   (row,), _ = bench.measure(bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward",)))
   assert row.roofline == pytest.approx(4 * parameters.count(SETTINGS.model) / 0.5e6)
 
@@ -109,7 +109,7 @@ def test_plain_xla_is_what_its_name_says():
     return step.trace().lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu")
 
   assert kernels() > 0
-  with bench.only_xla():
+  with prefer("xla"):
     assert kernels() == 0
   assert kernels() > 0
 

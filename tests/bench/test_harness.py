@@ -9,7 +9,7 @@ from scipy import stats
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Peak, Way, Work, measure
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.peaks import Peaks
+from pgolf_jax.kernels.hardware import Peaks
 
 
 def sleeping(name: str, seconds: float, calls: list[str], **fields) -> Way:
