@@ -79,7 +79,7 @@ class Row:
 def main(args: list[str]) -> int:
   import os
 
-  from pgolf_jax.cli.config_args import parse_as
+  from pgolf_jax.settings.arguments import parse_as
 
   found = parse_as(StepArgs, "bench step", DESCRIPTION, args, needs_config=False)
   # PyTorch has a memory pool of its own beside JAX's, which would else take three quarters of a GPU at once.
@@ -276,7 +276,8 @@ class _Work:
     import jax
     import jax.numpy as jnp
 
-    from pgolf_jax.model.gpt import packed_nll
+    from pgolf_jax.model.gpt import bind
+    from pgolf_jax.model.loss import packed_nll
     from pgolf_jax.training.step import argument_shapes, make_step
 
     if self.passes == "step":
@@ -285,7 +286,8 @@ class _Work:
     config, dtype = self.settings.model, jnp.dtype(self.settings.train.compute_dtype)
 
     def loss(params, row):
-      return packed_nll(config, params, row, looping=self.looping, seq_len=self.seq_len, dtype=dtype).mean()
+      model = bind(config, params)
+      return packed_nll(model, row, looping=self.looping, seq_len=self.seq_len, dtype=dtype).mean()
 
     f = jax.jit(loss if self.passes == "forward" else jax.value_and_grad(loss))
     return f.lower(*self._micro_batch()).compile()

@@ -37,12 +37,13 @@ def evaluate(
 
   from pgolf_jax import stages
   from pgolf_jax.errors import UserError
+  from pgolf_jax.quantize import artifact
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.scoring import plain, stage
   from pgolf_jax.settings import check
-  from pgolf_jax.settings.config import Settings
+  from pgolf_jax.settings.load import from_env
 
   distributed.start()
   mesh = data_mesh()
@@ -50,14 +51,14 @@ def evaluate(
     run = RunFolder(target)
     settings = run.settings
     if weights == "artifact":
-      params = stage.load_artifact(run.artifact)[1]
+      params = artifact.load(run.artifact)[1]
     else:
       params = stages.averaged_params(run, mesh)
   else:
-    settings, params = stage.load_artifact(target)
+    settings, params = artifact.load(target)
     if weights == "averaged":
       raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
-  settings = Settings.from_env(os.environ, base=settings)
+  settings = from_env(os.environ, base=settings)
   changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
   check.check(settings)

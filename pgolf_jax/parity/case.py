@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import Settings, check_env_names
+from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import check_env_names, from_env
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +55,7 @@ class Case:
     """The case's settings, in its types, on its number of ranks."""
     environ = self.about.get("settings", {})
     check_env_names(environ)
-    settings = Settings.from_env(environ)
+    settings = from_env(environ)
     replace = dataclasses.replace
     dtype = self.about.get("dtype", "float32")
     world = self.about.get("world_size", 1)
@@ -62,6 +63,8 @@ class Case:
     return replace(
       settings,
       train=replace(settings.train, compute_dtype=dtype, world_size=world, micro_batches=micro_batches),
+      eval=replace(settings.eval, micro_batches=micro_batches),
+      quantize=replace(settings.quantize, calibration_micro_batches=micro_batches),
       optimizer=replace(settings.optimizer, muon_dtype=self.about.get("muon_dtype", "float32")),
     )
 

@@ -12,7 +12,9 @@ import optax
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import GPT, eval_caps, packed_nll
+from pgolf_jax.model.context import packed
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.parity.case import Arrays, Case
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.mesh import data_mesh
@@ -52,7 +54,7 @@ def _forward(case: Case) -> Arrays:
   found: Arrays = {}
   for looping in (False, True):
     loss = lambda p, looping=looping: packed_nll(  # noqa: E731
-      config, p, tokens, looping=looping, seq_len=seq_len, dtype=dtype
+      bind(config, p), tokens, looping=looping, seq_len=seq_len, dtype=dtype
     ).mean()
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     prefix = f"loop{int(looping)}/"
@@ -64,15 +66,12 @@ def _forward(case: Case) -> Arrays:
 
 def _logits(config, params, tokens, looping: bool, seq_len: int, dtype) -> jax.Array:
   """Evaluation logits [T, V] of one packed row."""
-  from pgolf_jax.kernels.segment_attention.api import segment_starts
 
   @jax.jit
   def logits(params):
-    model = GPT(config, params)
-    start = segment_starts(tokens, bos_id=config.bos_id, seq_len=seq_len)
-    z = model.logits(model(tokens, start, looping=looping, max_segment=seq_len, dtype=dtype))[0].astype(jnp.float32)
-    cap_pos, cap_neg = eval_caps(config, params)
-    return jnp.where(z > 0, cap_pos * jnp.tanh(z / cap_pos), cap_neg * jnp.tanh(z / cap_neg))
+    model = bind(config, params)
+    context = packed(tokens, bos_id=config.bos_id, seq_len=seq_len, looping=looping, dtype=dtype)
+    return model.evaluation_logits(model(tokens, context).hidden)[0]
 
   return logits(params)
 
@@ -128,7 +127,7 @@ def _plain(case: Case, params, name: str) -> Arrays:
     mesh=_one_device(),
     ranks=s.train.world_size,
     batch_tokens=s.eval.batch_tokens,
-    rows=s.train.micro_batches,
+    rows=s.eval.micro_batches,
     seq_len=s.eval.seq_len,
     dtype=jnp.dtype(s.train.compute_dtype),
     description=f"scoring {name}",

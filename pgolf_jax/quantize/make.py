@@ -12,6 +12,7 @@ from pgolf_jax.quantize.calibrate import calibrate
 from pgolf_jax.quantize.fit import fit
 from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.settings.config import QuantizeConfig, Settings
+from pgolf_jax.settings.load import to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,6 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
 
 def portable(settings: Settings) -> dict:
   """Returns the settings that travel in an artifact: all but the paths of the machine that made it."""
-  config = settings.to_dict()
+  config = to_dict(settings)
   config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "tokenizer")}
   return config

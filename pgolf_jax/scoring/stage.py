@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from pgolf_jax.data.verify import Check
 from pgolf_jax.errors import UserError
-from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
+from pgolf_jax.quantize import artifact
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.log import log
 from pgolf_jax.scoring.documents import find_documents
@@ -18,22 +18,6 @@ from pgolf_jax.scoring.evaluation import Evaluation
 from pgolf_jax.scoring.plain import ValidationData, load_validation
 from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.settings.config import Settings
-
-
-def load_artifact(path: Path) -> tuple[Settings, Params]:
-  """The settings that an artifact carries, and its weights.
-
-  Raises:
-    UserError: the file is not an artifact, or its weights do not belong to its settings.
-  """
-  from pgolf_jax.quantize.artifact.format import dequantize
-
-  if not path.is_file():
-    raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
-  config, params = dequantize(path.read_bytes())
-  settings = Settings.from_dict(config, where=f"the config in {path}")
-  parameters.check(settings.model, params, where=str(path))
-  return settings, params
 
 
 def first_documents(data: ValidationData, count: int | None, bos_id: int) -> ValidationData:
@@ -78,7 +62,7 @@ def score(
 
 def ttt(run: RunFolder, data_folder: Path, mesh: Mesh) -> dict:
   """Scores a run's artifact with test-time training, in the run's order; scores are kept in its folder."""
-  _, params = load_artifact(run.artifact)
+  _, params = artifact.load(run.artifact)
   result = score(run.settings, params, load_validation(data_folder), mesh, folder=run.scores)[1]
   log.info(
     "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order",

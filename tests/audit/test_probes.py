@@ -10,7 +10,9 @@ import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import audit, probes
-from pgolf_jax.model.gpt import GPT
+from pgolf_jax.model.adapters import Adaptation
+from pgolf_jax.model.context import Context
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import chunks, order, scan, window
 from pgolf_jax.scoring.plain import ValidationData
@@ -21,7 +23,7 @@ FUTURE, TARGET, NORMAL, ONCE = range(4)
 
 
 def make_evaluate(settings=None):
-  settings = settings or changed(SETTINGS, prefix_docs=3, batch_size=2)
+  settings = settings or changed(SETTINGS, phase__prefix_docs=3, batch_size=2)
   watch = frozenset(range(len(DATA.tokens) - 1))
   evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
   params = random_params()
@@ -49,11 +51,11 @@ def test_a_future_leak_is_caught(monkeypatch):
     """Attention that forgets to be causal."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     p = jax.nn.softmax(jnp.einsum("bthc,bshc->bhts", q, k) * q.shape[-1] ** -0.5, axis=-1)
-    return jnp.einsum("bhts,bshc->bthc", p, v)
+    return jnp.einsum("bhts,bshc->bthc", p, v), None
 
   def forward(config, params, tokens, adapters, scale, dtype):
-    options = {"looping": True, "max_segment": tokens.shape[1], "adapters": adapters, "adapter_scale": scale}
-    return GPT(config, params)(tokens, jnp.zeros_like(tokens), attend=attend, dtype=dtype, **options)
+    context = Context(attend, looping=True, dtype=dtype)
+    return bind(config, params)(tokens, context, Adaptation(adapters, scale)).hidden
 
   monkeypatch.setattr(window, "forward", forward)
   checks = run(make_evaluate())
@@ -128,7 +130,7 @@ def test_counts_of_documents_that_come_later_are_not_acyclic(compiled):
   documents = 5
   strict = compiled(DATA.tokens).trace
   assert audit.acyclic(strict, documents).passed
-  settings = changed(SETTINGS, prefix_docs=3, batch_size=2, order="reference")
+  settings = changed(SETTINGS, phase__prefix_docs=3, batch_size=2, order="reference")
   found = audit.acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
   assert not found.passed and "not acyclic" in found.finding
 

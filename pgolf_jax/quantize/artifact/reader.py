@@ -19,6 +19,7 @@ from pgolf_jax.quantize.artifact.codecs import Content, entropy, zstd
 from pgolf_jax.quantize.artifact.streams import Stream, assemble, split
 from pgolf_jax.quantize.artifact.tensors import Quantized
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   if not path.is_file():
     raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
   artifact = read(path.read_bytes())
-  settings = Settings.from_dict(artifact.config, where=f"the config in {path}")
+  settings = from_dict(artifact.config, where=f"the config in {path}")
   params = artifact.params()
   parameters.check(settings.model, params, where=str(path))
   return settings, params

@@ -54,7 +54,7 @@ def describe(name: str, tensor: Quantized) -> Entry:
     case Grid():
       factors = tensor.low_rank
       fine = [tensor.fine_size, list(tensor.fine_starts)] if tensor.fine_starts else None
-      low_rank = None if factors is None else [factors.b_RxN.shape[0], factors.a_scale.size, factors.b_scale.size]
+      low_rank = None if factors is None else [factors.b_RxN.shape[0], factors.a_step.size, factors.b_step.size]
       return ["grid", name, list(tensor.q_MxN.shape), fine, low_rank]
 
 
@@ -77,19 +77,19 @@ def split(table: list[Entry]) -> list[Stream]:
       continue
     if form == "rows":
       add("gates", "small", name, "q_MxN", shape)
-      add("steps", "half", name, "scale_M", shape[:1])
+      add("steps", "half", name, "step_M", shape[:1])
       continue
     fine, low_rank = more
     add(f"grid/{kind(name)}", "grid", name, "q_MxN", shape)
-    add("steps", "half", name, "scale_M", shape[:1])
+    add("steps", "half", name, "step_M", shape[:1])
     if fine is not None:
-      add("steps", "half", name, "fine_scale_M", shape[:1])
+      add("steps", "half", name, "fine_step_M", shape[:1])
     if low_rank is not None:
       rank, a_steps, b_steps = low_rank
       add("low_rank/a", "small", name, "low_rank.a_MxR", (shape[0], rank))
       add("low_rank/b", "small", name, "low_rank.b_RxN", (rank, shape[1]))
-      add("low_rank/steps", "half", name, "low_rank.a_scale", (a_steps,))
-      add("low_rank/steps", "half", name, "low_rank.b_scale", (b_steps,))
+      add("low_rank/steps", "half", name, "low_rank.a_step", (a_steps,))
+      add("low_rank/steps", "half", name, "low_rank.b_step", (b_steps,))
   return [Stream(name, content, members) for (name, content), members in sorted(arrays.items())]
 
 
@@ -106,14 +106,14 @@ def assemble(entry: Entry, arrays: Mapping[tuple[str, str], np.ndarray]) -> Quan
   if form == "half":
     return Half(arrays[name, "values"])
   if form == "rows":
-    return Rows(arrays[name, "q_MxN"], arrays[name, "scale_M"])
+    return Rows(arrays[name, "q_MxN"], arrays[name, "step_M"])
   fine, low_rank = more
   size, starts = (0, []) if fine is None else fine
   correction = None
   if low_rank is not None:
     correction = LowRank(*(arrays[name, f"low_rank.{f.name}"] for f in dataclasses.fields(LowRank)))
-  fine_scale_M = None if fine is None else arrays[name, "fine_scale_M"]
-  return Grid(arrays[name, "q_MxN"], arrays[name, "scale_M"], tuple(starts), size, fine_scale_M, correction)
+  fine_step_M = None if fine is None else arrays[name, "fine_step_M"]
+  return Grid(arrays[name, "q_MxN"], arrays[name, "step_M"], tuple(starts), size, fine_step_M, correction)
 
 
 def parameter_count(entry: Entry) -> int:

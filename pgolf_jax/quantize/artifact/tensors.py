@@ -26,31 +26,31 @@ class Rows:
   """Integers with one fp16 step per row, the form of attention gates."""
 
   q_MxN: np.ndarray  # int8
-  scale_M: np.ndarray  # float16
+  step_M: np.ndarray  # float16
 
   def dequantize(self) -> np.ndarray:
-    return self.q_MxN.astype(np.float32) * self.scale_M.astype(np.float32)[:, None]
+    return self.q_MxN.astype(np.float32) * self.step_M.astype(np.float32)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
   """A correction A·B that is added to a matrix on its grids (LQER); both factors are integers with fp16 steps.
 
-  A has one step per row, or a single one. The flattened B is cut into `b_scale.size` pieces of equal length, a row or a
+  A has one step per row, or a single one. The flattened B is cut into `b_step.size` pieces of equal length, a row or a
   group each, with one step per piece.
   """
 
   a_MxR: np.ndarray  # int8
-  a_scale: np.ndarray  # float16 [M] or [1]
+  a_step: np.ndarray  # float16 [M] or [1]
   b_RxN: np.ndarray  # int8
-  b_scale: np.ndarray  # float16 [R] or [R·N / group]
+  b_step: np.ndarray  # float16 [R] or [R·N / group]
 
   def a(self) -> np.ndarray:
-    return self.a_MxR.astype(np.float32) * self.a_scale.astype(np.float32)[:, None]
+    return self.a_MxR.astype(np.float32) * self.a_step.astype(np.float32)[:, None]
 
   def b(self) -> np.ndarray:
-    groups = self.b_RxN.reshape(self.b_scale.size, -1).astype(np.float32)
-    return (groups * self.b_scale.astype(np.float32)[:, None]).reshape(self.b_RxN.shape)
+    groups = self.b_RxN.reshape(self.b_step.size, -1).astype(np.float32)
+    return (groups * self.b_step.astype(np.float32)[:, None]).reshape(self.b_RxN.shape)
 
   def dequantize(self) -> np.ndarray:
     a_MxR, b_RxN = self.a(), self.b()
@@ -70,18 +70,18 @@ class Grid:
   """A matrix on the grids of its rows (GPTQ): q · step, with a finer step for the columns of some groups (AWQ)."""
 
   q_MxN: np.ndarray  # int8
-  scale_M: np.ndarray  # float16
+  step_M: np.ndarray  # float16
   fine_starts: tuple[int, ...] = ()  # first column of each group with the finer step
   fine_size: int = 0  # columns in such a group
-  fine_scale_M: np.ndarray | None = None  # float16; None without such groups
+  fine_step_M: np.ndarray | None = None  # float16; None without such groups
   low_rank: LowRank | None = None
 
   def dequantize(self) -> np.ndarray:
     weight_MxN = self.q_MxN.astype(np.float32)
-    weight_MxN *= self.scale_M.astype(np.float32)[:, None]
+    weight_MxN *= self.step_M.astype(np.float32)[:, None]
     for start in self.fine_starts:
       columns = slice(start, start + self.fine_size)
-      weight_MxN[:, columns] = self.q_MxN[:, columns] * self.fine_scale_M.astype(np.float32)[:, None]
+      weight_MxN[:, columns] = self.q_MxN[:, columns] * self.fine_step_M.astype(np.float32)[:, None]
     if self.low_rank is not None:
       weight_MxN += self.low_rank.dequantize()
     return weight_MxN

@@ -15,7 +15,7 @@ def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec:
   """Returns the bytes of a file; the same for the same arguments.
 
   Args:
-    config: JSON object that travels with the weights, such as `Settings.to_dict()`.
+    config: JSON object that travels with the weights, such as `to_dict(settings)`.
     tensors: the model, by matrix name, as `quantize` returns it.
     codec: one of codecs.NAMES.
 
