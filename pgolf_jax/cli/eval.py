@@ -72,4 +72,4 @@ def evaluate(
     print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
 
 
-COMMAND = evaluate
+COMMANDS = {"": evaluate}

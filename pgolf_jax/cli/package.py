@@ -5,10 +5,10 @@ from pathlib import Path
 import tyro
 
 
-def COMMAND(
+def package(
   run: tyro.conf.Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False
 ) -> None:
-  """Build a submission folder from a run, count its bytes, and score it in a fresh process before saying yes.
+  """Build a submission folder from a run, count its bytes, and score it from itself alone in a fresh process.
 
   Example: pgolf package runs/demo --out submissions/demo
 
@@ -16,13 +16,14 @@ def COMMAND(
     run: run folder with an artifact.
     out: the submission folder; RUN/submission if not given.
     data: folder of validation shards; the run's own if not given.
-    ttt: check the score with test-time training too, not only the plain one.
+    ttt: check the score with test-time training as well as the plain one.
   """
   from pgolf_jax import stages
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.submission import accounting, package
+  from pgolf_jax.submission import accounting
+  from pgolf_jax.submission import package as packaging
 
   distributed.leave_devices()
   folder = RunFolder(run)
@@ -30,26 +31,24 @@ def COMMAND(
     raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
   data = data or stages.data_folder(folder.settings)
   tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
-  logs = [
-    p for p in (folder.path / "run.log", folder.path / "results.json", folder.path / "config.toml") if p.is_file()
-  ]
+  logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
   results = folder.results()
-  score = results.get("ttt") or results.get("artifact")
   out = out or folder.path / "submission"
-  found = package.build(
-    out,
-    folder.artifact.read_bytes(),
+  contents = packaging.Contents(
+    name=folder.path.resolve().name,
     tokenizer=tokenizer if tokenizer.is_file() else None,
     logs=logs,
-    score=score,
-    name=folder.path.resolve().name,
+    score=results.get("ttt") or results.get("artifact"),
   )
-  print(accounting.table(found))
+  print(accounting.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
   plain = results.get("artifact", {}).get("bpb")
-  print(f"plain score from the folder alone: {package.verify(out, data, expected_bpb=plain)['bpb']:.5f} bits per byte")
+  rescored = packaging.verify(out, data, expected_bpb=plain)
+  print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")
   if ttt:
     expected = results.get("ttt", {}).get("bpb")
-    print(
-      f"with test-time training: {package.verify(out, data, expected_bpb=expected, ttt=True)['bpb']:.5f} bits per byte"
-    )
+    rescored = packaging.verify(out, data, expected_bpb=expected, ttt=True)
+    print(f"with test-time training: {rescored['bpb']:.5f} bits per byte")
   print(f"{out}: complete")
+
+
+COMMANDS = {"": package}
