@@ -23,10 +23,9 @@ from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.scoring import trace
+from pgolf_jax.scoring import trace, ttt
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import to_dict
 
@@ -69,7 +68,7 @@ def probe(
   """
   sample = probe_stream(data, settings, tokens)
   few = len(find_documents(sample.tokens, settings.model.bos_id))
-  ttt = dataclasses.replace(
+  small = dataclasses.replace(
     settings.ttt,
     batch_size=min(settings.ttt.batch_size, max(2, few // 3)),
     phase=dataclasses.replace(
@@ -79,19 +78,14 @@ def probe(
     ),
     eval_batches=(),
   )
-  seq_len = min(settings.eval.seq_len, ttt.phase.chunk_tokens)
+  seq_len = min(settings.eval.seq_len, small.phase.chunk_tokens)
   changed = dataclasses.replace(
-    settings, ttt=ttt, eval=dataclasses.replace(settings.eval, seq_len=seq_len, doc_fraction=1.0)
+    settings, ttt=small, eval=dataclasses.replace(settings.eval, seq_len=seq_len, doc_fraction=1.0)
   )
-  evaluator = Evaluator(
-    changed,
-    mesh,
-    dtype=jnp.dtype(settings.train.compute_dtype),
-    watch=frozenset(range(len(sample.tokens) - 1)),
-  )
+  options, programs = ttt.Options(distributions=True), ttt.Programs(changed, mesh, distributions=True)
 
   def evaluate(stream_N1):
-    return evaluator(params, ValidationData(stream_N1, sample.token_bytes))
+    return ttt.evaluate(changed, params, ValidationData(stream_N1, sample.token_bytes), mesh, options, programs)
 
   model = settings.model
   return probes.run(

@@ -5,7 +5,22 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
+import numpy as np
 import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pgolf_jax.model import params as parameters
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.scoring import buckets
+from pgolf_jax.scoring.compiled import Programs
+from pgolf_jax.scoring.documents import batches, find_documents
+from pgolf_jax.scoring.plain import ValidationData, load_validation
+from pgolf_jax.scoring.ttt import evaluate
+from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +57,7 @@ def ttt(
     documents: how many to score; all if there are fewer.
     methods: which evaluations to time.
   """
-  from rich.console import Console
-  from rich.table import Table
-
-  from pgolf_jax import stages
-  from pgolf_jax.runtime import distributed
-  from pgolf_jax.settings.load import load
+  from pgolf_jax import stages  # the verbs' module, loaded where a data folder is not given
 
   distributed.start()
   loaded = load(config)
@@ -76,70 +86,53 @@ def ttt(
   console.print(table)
 
 
-def measure(settings, folder: Path, method: str, count: int) -> Row:
-  """One line of the table."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  from pgolf_jax.model import params as parameters
-  from pgolf_jax.runtime.mesh import data_mesh
-  from pgolf_jax.scoring import chunks
-  from pgolf_jax.scoring.documents import batches, find_documents
-  from pgolf_jax.scoring.flops import Costs
-  from pgolf_jax.scoring.plain import ValidationData, load_validation
-  from pgolf_jax.scoring.ttt import Evaluator
-
+def measure(settings: Settings, folder: Path, method: str, count: int) -> Row:
+  """Returns one line of the table."""
   mesh = data_mesh()
-  t = dataclasses.replace(settings.ttt, method=method, phase=dataclasses.replace(settings.ttt.phase, prefix_docs=0))
+  without_phase = dataclasses.replace(settings.ttt.phase, prefix_docs=0)
+  t = dataclasses.replace(settings.ttt, method=method, phase=without_phase)
   settings = dataclasses.replace(settings, ttt=t, eval=dataclasses.replace(settings.eval, doc_fraction=1.0))
   data = load_validation(folder)
-  found = find_documents(data.tokens, settings.model.bos_id)
-  costs = Costs.of(settings.model, t)
-  cut = batches(found, t.batch_size)
-  shapes = chunks.choose_shapes(t, cut, costs, devices=mesh.size)
-  useful = sum(chunks.own_flops(t, costs, d, chunks.chunk_size(t, b.longest)) for b in cut for d in b.documents)
+  documents = find_documents(data.tokens, settings.model.bos_id)
+  costs, cut = buckets.Costs.estimate(settings.model, t), batches(t, documents)
+  work = buckets.plan_work(t, cut, costs, devices=mesh.size)
+  in_one = [call for batch in cut for call in buckets.calls(t, batch, work.shapes[:1], costs, devices=mesh.size)]
 
-  def executed(shapes) -> float:
-    calls = [call for b in cut for call in chunks.calls(t, b, shapes, costs, devices=mesh.size)]
-    steps = [(call.shape, step) for call in calls for step in call.steps]
-    return mesh.size * sum(costs.step(*shape, learn=step.kind == chunks.LEARN) for shape, step in steps)
-
-  by_length = sorted(found, key=lambda d: d.length)
+  by_length = sorted(documents, key=lambda d: d.length)
   chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
   parts = [slice(d.start, d.start + d.targets) for d in dict.fromkeys(chosen)]
   sample = ValidationData(*(np.concatenate([x[part] for part in parts]) for x in data))
 
-  class Timed(Evaluator):
-    scans = 0.0
-
-    def programs(self, *arguments, **options):
-      programs = super().programs(*arguments, **options)
-      scan = programs.scan
-
-      def timed(*arguments):
-        began = time.perf_counter()
-        result = jax.block_until_ready(scan(*arguments))
-        self.scans += time.perf_counter() - began
-        return result
-
-      programs.scan = timed
-      return programs
-
-  evaluator = Timed(settings, mesh, dtype=jnp.dtype(settings.train.compute_dtype))
-  scored = evaluator(parameters.init(settings.model, jax.random.key(0)), sample)
-  seconds = scored.clocks.evaluation
+  programs = _TimedPrograms(settings, mesh)
+  result = evaluate(settings, parameters.init(settings.model, jax.random.key(0)), sample, mesh, programs=programs)
+  seconds = result.clocks.evaluation
   return Row(
     method=method,
-    shapes=len(shapes),
-    useful_share=useful / executed(shapes),
-    one_shape_share=useful / executed(shapes[:1]),
-    tokens=scored.score.targets,
+    shapes=len(work.shapes),
+    useful_share=work.useful_flops / work.executed_flops,
+    one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one))),
+    tokens=result.score.targets,
     seconds=seconds,
-    outside_share=1 - evaluator.scans / seconds,
-    flops_per_second=scored.executed_flops / evaluator.scans,
-    compile_seconds=scored.clocks.compilation,
+    outside_share=1 - programs.seconds / seconds,
+    flops_per_second=result.executed_flops / programs.seconds,
+    compile_seconds=result.clocks.compilation,
   )
+
+
+class _TimedPrograms(Programs):
+  """Programs that wait for every scan.
+
+  Attributes:
+    seconds: time in which a scan ran.
+  """
+
+  seconds = 0.0
+
+  def scan(self, *arguments):
+    began = time.perf_counter()
+    result = jax.block_until_ready(super().scan(*arguments))
+    self.seconds += time.perf_counter() - began
+    return result
 
 
 COMMAND = ttt

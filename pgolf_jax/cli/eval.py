@@ -41,7 +41,9 @@ def evaluate(
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.mesh import data_mesh
-  from pgolf_jax.scoring import plain, stage
+  from pgolf_jax.scoring import documents as streams
+  from pgolf_jax.scoring import plain
+  from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
   from pgolf_jax.settings.load import from_env
 
@@ -63,11 +65,11 @@ def evaluate(
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
   check.check(settings)
   folder = data or stages.data_folder(settings)
-  found = stage.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
+  stream = streams.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
   if ttt:
-    _, result = stage.score(settings, params, found, mesh, folder=out)
+    result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)
   else:
-    result = stages.plain_score(settings, params, mesh, "scoring", found)
+    result = stages.plain_score(settings, params, mesh, "scoring", stream)
   for name, value in result.items():
     print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
 

@@ -119,19 +119,9 @@ def _train(case: Case) -> Arrays:
 
 
 def _plain(case: Case, params, name: str) -> Arrays:
-  s = case.settings
-  score = plain.score(
-    s.model,
-    {k: jnp.asarray(v) for k, v in params.items()},
-    plain.load_validation(case.data),
-    mesh=_one_device(),
-    ranks=s.train.world_size,
-    batch_tokens=s.eval.batch_tokens,
-    rows=s.eval.micro_batches,
-    seq_len=s.eval.seq_len,
-    dtype=jnp.dtype(s.train.compute_dtype),
-    description=f"scoring {name}",
-  )
+  params = {k: jnp.asarray(v) for k, v in params.items()}
+  validation = plain.load_validation(case.data)
+  score = plain.score(case.settings, params, validation, _one_device(), description=f"scoring {name}")
   return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
 
 
@@ -161,10 +151,8 @@ def _quantize(case: Case) -> Arrays:
 def _ngram(case: Case) -> Arrays:
   from pgolf_jax.scoring.hints import build_hints
 
-  h = case.settings.hints
-  hints = build_hints(
-    case.inputs["tokens"][1:].astype(np.int32), order=h.order, threshold=h.threshold, boost=h.boost, mode="reference"
-  )
+  config = dataclasses.replace(case.settings.hints, table="reference")
+  hints = build_hints(case.inputs["tokens"][1:].astype(np.int32), config)
   return {"hint_ids": hints.ids, "gate_mask": np.asarray(hints.gate, np.uint8), "boost": hints.boost}
 
 

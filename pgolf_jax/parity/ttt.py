@@ -2,15 +2,13 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.adapters import Adapter, Adapters
+from pgolf_jax.scoring import ttt
+from pgolf_jax.scoring.adapter_sets import Draw
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.sets import Draw
-from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.settings.config import Settings
 
 _KINDS = {"q_loras": "q", "k_loras": "k", "v_loras": "v", "o_loras": "o", "mlp_loras": "mlp"}
@@ -23,7 +21,7 @@ def draw_from(inputs: dict[str, np.ndarray]) -> Draw:
     UserError: a set is asked for that the case does not have.
   """
 
-  def draw(number: int, rank: int) -> Adapters:
+  def draw(number: int, rank: int) -> dict[str, np.ndarray]:
     prefix = f"adapter_init/{number}/"
     found = {name.removeprefix(prefix): A for name, A in inputs.items() if name.startswith(prefix)}
     if not found:
@@ -32,10 +30,10 @@ def draw_from(inputs: dict[str, np.ndarray]) -> Draw:
     for name, kind in _KINDS.items():
       layers = [found[f"{name}.{p}.A"] for p in range(len(found)) if f"{name}.{p}.A" in found]
       if layers:
-        sets[kind] = Adapter(np.stack(layers), np.zeros(0))
-    sets["head"] = Adapter(found["lm_head_lora.A"], np.zeros(0))
-    if sets["head"].A.shape[1] != rank:
-      raise UserError(f"Adapter set {number} of the case has rank {sets['head'].A.shape[1]}, not {rank}.")
+        sets[kind] = np.stack(layers)
+    sets["head"] = found["lm_head_lora.A"]
+    if sets["head"].shape[1] != rank:
+      raise UserError(f"Adapter set {number} of the case has rank {sets['head'].shape[1]}, not {rank}.")
     return sets
 
   return draw
@@ -52,13 +50,13 @@ def run_case(settings: Settings, inputs: dict[str, np.ndarray], mesh: Mesh) -> d
     settings,
     ttt=replace(settings.ttt, order="reference", method="exact"),
     hints=replace(settings.hints, table="reference"),
-    train=replace(settings.train, world_size=1),
+    train=replace(settings.train, world_size=1, compute_dtype="float32"),
   )
   params = {k.removeprefix("params/"): v for k, v in inputs.items() if k.startswith("params/")}
   data = ValidationData(inputs["tokens"].astype(np.int32), inputs["token_bytes"].astype(np.int32))
   drawn = any(name.startswith("adapter_init/") for name in inputs)
-  evaluator = Evaluator(settings, mesh, dtype=jnp.float32, draw=draw_from(inputs) if drawn else None)
-  found = evaluator(params, data)
+  options = ttt.Options(draw=draw_from(inputs) if drawn else None)
+  found = ttt.evaluate(settings, params, data, mesh, options)
   return {
     "nll": found.nll_N.astype(np.float64),
     "val_loss": np.array([found.score.loss]),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import load
-from pgolf_jax.runtime.mesh import data_mesh, world_size
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import plain
 
 
@@ -26,26 +26,15 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> dict:
   settings, params = load(artifact)
   mesh = data_mesh()
   validation = plain.load_validation(data)
-  dtype = jnp.dtype(settings.train.compute_dtype)
   params = {name: jnp.asarray(value) for name, value in params.items()}
   if ttt:
-    from pgolf_jax.scoring.ttt import Evaluator  # its n-gram counter is compiled for --ttt only
+    from pgolf_jax.scoring.ttt import evaluate  # its n-gram counter is compiled for --ttt only
 
-    evaluation = Evaluator(settings, mesh, dtype=dtype)(params, validation)
+    evaluation = evaluate(settings, params, validation, mesh)
     result, seconds = evaluation.score, {"evaluation_seconds": evaluation.clocks.evaluation}
   else:
     seconds = {}
-    result = plain.score(
-      settings.model,
-      params,
-      validation,
-      mesh=mesh,
-      ranks=world_size(settings, mesh),
-      batch_tokens=settings.eval.batch_tokens,
-      rows=settings.eval.micro_batches,
-      seq_len=settings.eval.seq_len,
-      dtype=dtype,
-    )
+    result = plain.score(settings, params, validation, mesh)
   return {"loss": result.loss, "bpb": result.bpb, "targets": result.targets, "bytes": result.text_bytes, **seconds}
 
 

@@ -9,17 +9,18 @@ from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.trace import find_cycle
-from pgolf_jax.scoring.ttt import Evaluator
+from pgolf_jax.scoring.record import Record
+from pgolf_jax.scoring.trace import WeightsEvent, find_cycle
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
 
 
 def evaluate(settings, data, *, devices=1, params=None, **options):
   mesh = data_mesh(jax.devices()[:devices])
-  return Evaluator(settings, mesh, dtype=np.float32, **options)(params or random_params(), data)
+  return ttt.evaluate(settings, params or random_params(), data, mesh, ttt.Options(**options))
 
 
 def test_every_target_is_scored_once():
@@ -80,7 +81,7 @@ def test_a_phase_whose_chunks_hold_no_row_moves_no_weight():
   params = random_params()
   settings = changed(SETTINGS, phase__prefix_docs=2, phase__chunk_tokens=SETTINGS.eval.seq_len - 1)
   found = evaluate(settings, random_documents(LENGTHS), params=params)
-  assert any(event["event"] == "weights" for event in found.trace)
+  assert any(isinstance(event, WeightsEvent) for event in found.trace)
   for name, value in params.items():
     np.testing.assert_array_equal(found.params[name], value)
 
@@ -105,17 +106,15 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, monkeypatch,
   settings = changed(SETTINGS, phase__prefix_docs=5)
   whole = evaluate(settings, data)
 
-  from pgolf_jax.scoring.store import Store
-
   saves = []
 
-  def save(self, *arguments, original=Store.save):
+  def save(self, *arguments, original=Record.save):
     original(self, *arguments)
     saves.append(arguments)
     if len(saves) == after:
       raise Killed
 
-  monkeypatch.setattr(Store, "save", save)
+  monkeypatch.setattr(Record, "save", save)
   with pytest.raises(Killed):
     evaluate(settings, data, folder=tmp_path, save_seconds=0)
   monkeypatch.undo()

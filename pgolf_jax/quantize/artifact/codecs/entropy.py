@@ -13,7 +13,15 @@ import numpy as np
 
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content, zstd
-from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, distribution, joined, parts, put_counted, take_counted
+from pgolf_jax.quantize.artifact.codecs.ans import (
+  Reader,
+  Writer,
+  distribution,
+  joined,
+  parts,
+  put_counted,
+  take_counted,
+)
 from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids, take_grids
 
 _LOW_BITS = 6  # of a float16, stored as they are

@@ -12,30 +12,38 @@ from pgolf_jax.kernels.ngram import NgramState
 
 
 def test_rows_agree_with_each_other():
-  tokens = bench.made_up_stream(20_001)
-  rows = bench.measure(tokens, order=4, threads=(1, 2), repeats=1, published=None)
-  assert [(row.what, row.threads) for row in rows] == [
-    ("exact, C", 1),
-    ("exact, C", 2),
-    ("exact, plain Python", 1),
-    ("reference, C", 1),
-    ("reference, C", 2),
+  rows = bench.measure(bench.random_stream(20_001), order=4, threads=(1, 2), repeats=1, published=None)
+  assert [tuple(row.way.labels.values()) for row in rows] == [
+    ("exact", "C", "1"),
+    ("exact", "C", "2"),
+    ("exact", "plain Python", "1"),
+    ("reference", "C", "1"),
+    ("reference", "C", "2"),
   ]
-  assert [row.agrees for row in rows] == [None, True, True, None, True]
-  assert all(row.targets == 20_000 and row.gated for row in rows)
-  assert all(row.median >= row.best > 0 and row.core_seconds > 0 for row in rows)
+  assert [row.facts.agrees for row in rows] == [None, True, True, None, True]
+  assert all(row.way.work.amount == 20_000 and row.facts.gated for row in rows)
+  assert all(row.median > 0 and row.core_seconds[0] > 0 and row.roofline > 0 for row in rows)
+
+
+def test_hints_that_differ_are_told():
+  hints = bench.Hints(np.array([1, 0, 2]), np.array([True, False, True]), None)
+  firsts = {}
+  assert bench._compare(firsts, "exact", hints) == bench.Facts(2, None, None)
+  assert bench._compare(firsts, "exact", hints._replace(hint_N=np.array([1, 0]), gate_N=np.array([True, False]))).agrees
+  assert not bench._compare(firsts, "exact", hints._replace(hint_N=np.array([1, 0, 3]))).agrees
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 def test_peak_memory_holds_the_counts_and_the_results():
-  rows = bench.measure(bench.made_up_stream(1_000_001), order=16, threads=(1,), repeats=1, published=None)
-  ours = [row for row in rows if row.state_bytes]
-  assert len(ours) == 2
-  assert all(row.state_bytes < row.peak_bytes < 2 * row.state_bytes + 5 * row.targets for row in ours)
+  rows = bench.measure(bench.random_stream(1_000_001), order=16, threads=(1,), repeats=1, published=None)
+  in_c = [row for row in rows if row.facts.state_bytes]
+  assert len(in_c) == 2
+  for row in in_c:
+    assert row.facts.state_bytes < row.peak.num_bytes < 2 * row.facts.state_bytes + 5 * row.way.work.amount
 
 
-def test_made_up_stream_repeats_as_often_as_text():
-  tokens = bench.made_up_stream(200_000)
+def test_a_random_stream_repeats_as_often_as_text():
+  tokens = bench.random_stream(200_000)
   _, gate = NgramState(16, threshold=1e-9).update(tokens)
   assert 0.02 < gate.mean() < 0.05
   assert tokens.max() < 8192

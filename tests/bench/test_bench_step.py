@@ -11,8 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pgolf_jax.bench import step as bench
 from pgolf_jax.cli import main
 from pgolf_jax.kernels import peaks as chips
+from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
-from pgolf_jax.plan import work
 from pgolf_jax.plan.programs import programs
 from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
@@ -57,10 +57,10 @@ def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
   monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e9, 1e12))
   arguments = bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward", "gradient", "step"))
   (forward, gradient, step), notes = bench.measure(arguments)
-  of_64_tokens = work.forward(SETTINGS.model, 64, 32, looping=True)
+  of_64_tokens = flops.forward(SETTINGS.model, 64, 32, looping=True)
   assert [r.mfu for r in (forward, gradient, step)] == pytest.approx([n * of_64_tokens / 0.5e9 for n in (1, 3, 6)])
   assert forward.floor_share == pytest.approx(forward.mfu)
-  assert step.floor_share == pytest.approx(work.train_step(LONG, 1, 32, True) / 0.5e9)
+  assert step.floor_share == pytest.approx(flops.train_step(LONG, 1, 32, looping=True) / 0.5e9)
   assert step.floor_share > step.mfu, "Muon's products are no part of the model's"
   assert any("1 × 0.001e12" in note for note in notes)
 

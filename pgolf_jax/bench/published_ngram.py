@@ -1,4 +1,4 @@
-"""The published C of the n-gram hints, compiled from a file that the user names, to time it beside ours."""
+"""The published C of the n-gram hints, compiled from a file that the user names."""
 
 import ctypes
 import math
@@ -10,11 +10,11 @@ import numpy as np
 from pgolf_jax.errors import UserError
 
 LOAD = 0.55
-"""Share of the published context table that the targets fill, of which its power of two is made."""
+"""Share of the context table that the targets may fill; the table's size is the power of two from there up."""
 
 
 def compile_source(source: Path, folder: Path) -> ctypes.CDLL:
-  """The library, with the compiler flags of the published script. Raises UserError if that fails."""
+  """Compiles the file into `folder`, with the flags of the published script. Raises UserError if that fails."""
   library = folder / "published_ngram.so"
   command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)]
   try:
@@ -29,9 +29,9 @@ def compile_source(source: Path, folder: Path) -> ctypes.CDLL:
 
 
 def hints(library: ctypes.CDLL, targets_N: np.ndarray, order: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-  """(hint, gate) as the published script makes them: token channel alone, first target as the seed.
+  """Returns (hint_N, gate_N) as the published script makes them: from the token channel, seeded by the first target.
 
-  Its other two channels run too, on tables that never receive anything, as they do there when their boosts are 0.
+  Its other two channels run too, on tables that stay empty, as in the script when their boosts are 0.
   """
   pointer, count = ctypes.c_void_p, len(targets_N)
   library.online_ngram_state_create.restype = pointer
