@@ -44,7 +44,8 @@ def random_params(seed: int = 0) -> dict[str, np.ndarray]:
   """Initial weights plus noise, so that no matrix is zero."""
   initial = jax.jit(functools.partial(parameters.init, MODEL))(jax.random.key(seed))
   rng = np.random.default_rng(seed)
-  return {n: np.asarray(initial[n]) + 0.02 * rng.standard_normal(initial[n].shape, np.float32) for n in parameters.shapes(MODEL)}
+  noise = {name: 0.02 * rng.standard_normal(shape, np.float32) for name, shape in parameters.shapes(MODEL).items()}
+  return {name: np.asarray(initial[name]) + noise[name] for name in noise}
 
 
 def write_data(folder, seed: int = 0) -> None:

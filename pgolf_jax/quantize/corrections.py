@@ -38,7 +38,9 @@ def choose_groups(
   return {name: sorted(starts) for name, starts in chosen.items()}
 
 
-def add_low_rank(weights: Mapping[str, np.ndarray], grids: Mapping[str, Grid], config: QuantizeConfig) -> dict:
+def add_low_rank(
+  weights: Mapping[str, np.ndarray], grids: Mapping[str, Grid], config: QuantizeConfig
+) -> dict[str, Grid]:
   """Returns the grids, `lqer_top_k` of them with a low-rank correction.
 
   Corrected are the matrices within `lqer_scope` with the largest error, or with `lqer_gain_select` those whose error a
@@ -52,8 +54,8 @@ def add_low_rank(weights: Mapping[str, np.ndarray], grids: Mapping[str, Grid], c
     factors = {name: fit_low_rank(error, config) for name, error in errors.items()}
     merit = {name: merit[name] - _norm(errors[name] - factors[name].dequantize()) for name in errors}
   best = sorted((name for name in merit if merit[name] > 0), key=lambda name: -merit[name])[: config.lqer_top_k]
-  corrected = {name: factors.get(name) or fit_low_rank(errors[name], config) for name in best}
-  return dict(grids) | {name: dataclasses.replace(grids[name], low_rank=low_rank) for name, low_rank in corrected.items()}
+  factors = {name: factors.get(name) or fit_low_rank(errors[name], config) for name in best}
+  return dict(grids) | {name: dataclasses.replace(grids[name], low_rank=factors[name]) for name in best}
 
 
 def fit_low_rank(error_MxN: np.ndarray, config: QuantizeConfig) -> LowRank:

@@ -6,6 +6,7 @@ nothing is listed by hand.
 
 import ast
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import lzma
@@ -42,6 +43,7 @@ class Code:
     return len(self.starter) + len(self.archive)
 
 
+@functools.cache
 def code() -> Code:
   """Returns the evaluator's code as it ships; the same bytes for the same sources."""
   modules = needed_modules()

@@ -9,7 +9,7 @@ from pgolf_jax.settings.config import QuantizeConfig
 
 
 def sized(bytes_at_one: float, parameters: int):
-  """Returns an `attempt` whose artifacts are nearly as long as the rule of thumb says, and the multipliers it is given."""
+  """Returns an `attempt` whose artifacts are nearly as long as expected, and the list of multipliers it was given."""
   tried = []
 
   def attempt(config: QuantizeConfig) -> bytes:

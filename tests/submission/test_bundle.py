@@ -1,4 +1,4 @@
-"""The code that ships: the modules that evaluation imports and no others, and the packages that have to be installed."""
+"""The code that ships: the modules that evaluation imports and no others, and the packages that it needs."""
 
 import json
 import re
@@ -61,10 +61,10 @@ def test_neither_training_nor_quantising_ships(modules):
 
 
 def test_archive_is_small_and_reproducible(modules):
-  packed, files = bundle.archive(modules)
-  assert files > len(modules)  # C sources
-  assert bundle.archive(modules)[0] == packed
-  assert len(packed) < 100_000
+  code = bundle.code()
+  assert code.files > len(modules)  # C sources
+  assert bundle.archive(modules)[0] == code.archive
+  assert code.size < 60_000
 
 
 def test_requirements_are_those_of_pyproject(modules):
@@ -76,8 +76,9 @@ def test_requirements_are_those_of_pyproject(modules):
     bundle.requirements(["pgolf_jax.bench.torch_gpt"])
 
 
+@pytest.mark.slow
 def test_folder_scores_with_nothing_but_its_requirements_installed(tmp_path):
-  """In a virtual environment in which pip has installed requirements.txt."""
+  """In a virtual environment in which pip has installed requirements.txt and nothing else."""
   data, folder = tmp_path / "data", tmp_path / "submission"
   write_data(data)
   artifact = make(SETTINGS, random_params(), data).data
@@ -94,3 +95,4 @@ def test_folder_scores_with_nothing_but_its_requirements_installed(tmp_path):
   subprocess.run([*pip, "install", "--requirement", folder / "requirements.txt"], check=True)
   expected = score(folder / "artifact.pgolf", data, ttt=False)["bpb"]
   package.verify(folder, data, expected_bpb=expected, python=python)
+  package.verify(folder, data, expected_bpb=None, ttt=True, python=python)

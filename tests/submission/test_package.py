@@ -17,7 +17,7 @@ from pgolf_jax.quantize.fit import scaled
 from pgolf_jax.quantize.make import make
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import accounting, bundle, package
-from pgolf_jax.submission.evaluate import score
+from pgolf_jax.submission.evaluate import main, score
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,12 @@ def test_other_scores_and_damaged_folders_are_refused(data, tmp_path):
   starter.write_text("raise SystemExit('The artifact is damaged.')")
   with pytest.raises(UserError, match="does not score from its own folder; it said: The artifact is damaged"):
     package.verify(tmp_path, data, expected_bpb=None)
+
+
+def test_a_damaged_artifact_ends_the_evaluation_with_its_reason(artifact, data, tmp_path):
+  (tmp_path / "artifact.pgolf").write_bytes(artifact.read_bytes()[:-1])
+  with pytest.raises(SystemExit, match="checksum does not match"):
+    main(tmp_path, ["--data", str(data)])
 
 
 def test_score_is_that_of_the_dequantised_weights(artifact, data, scored):

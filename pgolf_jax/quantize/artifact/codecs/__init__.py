@@ -1,6 +1,6 @@
 """How the arrays of an artifact become bytes and bytes become arrays again, with the same bits on every machine.
 
-A codec is chosen for a whole file. Encoding and decoding of one format stand side by side; `search` alone, which chooses
+A codec is chosen for a whole file. Encoding and decoding of one format stand side by side. Only `search`, which chooses
 the model that an array is encoded under, is of no use to a reader and does not ship with a submission.
 """
 

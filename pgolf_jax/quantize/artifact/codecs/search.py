@@ -126,7 +126,8 @@ def _gain(basis_RxN: np.ndarray, gram_NxN: np.ndarray, rows: int) -> tuple[int, 
   sigma_R = np.sqrt(left_R / (rows * columns))
   saved_R = 0.5 * rows * columns * np.log2(total / left_R)
   coefficient_R = np.sqrt(energy_R / rows) / (_STEP_SIGMAS * sigma_R)
-  per_row_R = 2.05 + 0.5 * np.log2(coefficient_R**2 + 1 / 12) + 0.25  # the last for what its rounding adds to the values
+  # The last term is what rounding the coefficients adds to the values.
+  per_row_R = 2.05 + 0.5 * np.log2(coefficient_R**2 + 1 / 12) + 0.25
   cost_R = np.cumsum(rows * per_row_R + columns * _BASIS_BITS + _HEADER_BITS)
   best = int(np.argmax(saved_R - cost_R))
   return (best + 1, float(sigma_R[best])) if saved_R[best] > 1.01 * cost_R[best] else (0, 0.0)
