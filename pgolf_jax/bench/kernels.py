@@ -91,7 +91,7 @@ def measure(
       except ValueError as e:
         notes.append(str(e))
     for gradient in (False, True) if case.differentiated else (False,):
-      work = Work(1, "", case.flops[gradient], case.num_bytes[gradient], limits)
+      work = Work(flops=case.flops[gradient], num_bytes=case.num_bytes[gradient], peaks=limits)
       labels = {"operation": case.name, "pass": "forward + gradient" if gradient else "forward"}
       ways = [Way({**labels, "by": b}, partial(case.jax_call, b, gradient), work) for b in possible]
       if pytorch is not None:

@@ -25,7 +25,7 @@ PYTHON_TARGETS = 100_000
 
 
 class Hints(NamedTuple):
-  """What one implementation makes of a stream: [N] hints, 0 where the gate is closed, [N] gates, bytes of its counts."""
+  """An implementation's hints, 0 where the gate is closed, its gates, and the bytes of its counts."""
 
   hint_N: np.ndarray
   gate_N: np.ndarray
