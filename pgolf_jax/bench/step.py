@@ -55,6 +55,7 @@ def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) ->
   can have.
 
   Example: pgolf bench step configs/record_1xgpu.toml --repeats 20 --profile traces
+
   On a CPU: pgolf bench step --train.compute-dtype float32 --train.batch-tokens 4096 --train.micro-batches 1
             --train.seq-schedule 1024@1.0 --looping on --passes forward gradient step --repeats 5
   """
