@@ -11,7 +11,7 @@ import tyro
 
 from pgolf_jax import stages
 from pgolf_jax.bench import harness
-from pgolf_jax.bench.harness import Measurement, Way, Work
+from pgolf_jax.bench.harness import Way, Work, figure, percentage
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
@@ -24,21 +24,29 @@ from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import load
 
-Method = Literal["exact", "cached"]
+
+class Facts(NamedTuple):
+  """What is known of an evaluation besides its time."""
+
+  shapes: int  # compiled, for all documents
+  useful_share: float  # useful FLOPs over executed, all documents
+  one_shape_share: float  # the same if every chunk ran in the largest shape
+  outside_share: float  # of the first timed seconds, those in which no scan ran
+  flops_per_second: float  # executed, while a scan ran
+  compile_seconds: float
 
 
 def ttt(
   config: Annotated[Path, tyro.conf.Positional],
   data: Path | None = None,
   documents: int = 48,
-  methods: tuple[Method, ...] = ("exact", "cached"),
+  methods: tuple[Literal["exact", "cached"], ...] = ("exact", "cached"),
   repeats: int = 5,
 ) -> None:
   """Time score-first test-time training with random weights on the validation documents of a data folder.
 
   The padding of buckets is counted over all documents; the rate is measured on some of them, drawn evenly from the
   shortest to the longest. No global phase runs. Every scan is waited for, so that the time outside is not hidden.
-  FLOP/s are those executed, padding included, while a scan runs.
 
   Example: pgolf bench ttt configs/demo.toml --data data/web --documents 48
 
@@ -47,93 +55,54 @@ def ttt(
     data: folder of shards; the config's if not given.
     documents: number of documents to score, or all if there are fewer.
     methods: which evaluations to time.
-    repeats: times that each evaluation is run, in turn with the others.
+    repeats: timed evaluations of each method, in turn with the others.
   """
   distributed.start()
   settings = load(config)
   folder = data or stages.data_folder(settings)
-  columns = {
-    "shapes": lambda m: f"{m.facts.shapes}",
-    "useful": lambda m: f"{m.facts.useful_share:.3f}",
-    "useful in one shape": lambda m: f"{m.facts.one_shape_share:.3f}",
-    "tokens": lambda m: f"{m.way.work.amount:,}",
-    **harness.SECONDS,
-    **harness.rate("tokens"),
-    "outside": lambda m: harness.percentage(m.facts.outside_share),
-    "GFLOP/s": lambda m: harness.figure(m.facts.flops_per_second, 1e9),
-    "compile s": lambda m: f"{m.facts.compile_seconds:.0f}",
-    **harness.COMPARISON,
-  }
-  measurements = measure(settings, folder, methods, documents, repeats)
-  harness.show(f"test-time training, {config.stem} on {folder}", measurements, columns)
+  validation = load_validation(folder)
+  measurements, notes = harness.measure([way(settings, validation, m, documents) for m in methods], repeats, warmups=0)
+  harness.show(f"test-time training, {config.stem} on {folder}", measurements, _COLUMNS, notes)
 
 
-class Facts(NamedTuple):
-  """What is known of a method beside its times.
-
-  Attributes:
-    shapes: number of shapes that are compiled, for all documents.
-    useful_share: useful FLOPs over executed ones, for all documents.
-    one_shape_share: the same if every chunk ran in the largest shape.
-    outside_share: part of the first evaluation's time in which no scan ran.
-    flops_per_second: executed in the first evaluation's scans.
-    compile_seconds: before the first evaluation.
-  """
-
-  shapes: int
-  useful_share: float
-  one_shape_share: float
-  outside_share: float
-  flops_per_second: float
-  compile_seconds: float
-
-
-def measure(
-  settings: Settings, folder: Path, methods: tuple[Method, ...], count: int, repeats: int
-) -> list[Measurement]:
-  """Returns the table's rows; `count` documents are scored."""
-  data = load_validation(folder)
-  sample = sample_documents(data, settings.model.bos_id, count)
-  return harness.measure([_way(settings, method, data, sample) for method in methods], repeats, warmups=0)[0]
-
-
-def sample_documents(data: ValidationData, bos_id: int, count: int) -> ValidationData:
-  """Returns a stream of some documents, drawn evenly from the shortest to the longest."""
-  by_length = sorted(find_documents(data.tokens, bos_id), key=lambda d: d.length)
-  chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
-  parts = [slice(d.start, d.start + d.targets) for d in dict.fromkeys(chosen)]
-  return ValidationData(*(np.concatenate([x[part] for part in parts]) for x in data))
-
-
-def _way(settings: Settings, method: Method, data: ValidationData, sample: ValidationData) -> Way:
+def way(settings: Settings, data: ValidationData, method: str, count: int) -> Way:
+  """Returns the evaluation of `count` documents by one method; its time is that of the evaluation's own clock."""
   mesh = data_mesh()
   without_phase = dataclasses.replace(settings.ttt.phase, prefix_docs=0)
   t = dataclasses.replace(settings.ttt, method=method, phase=without_phase)
   settings = dataclasses.replace(settings, ttt=t, eval=dataclasses.replace(settings.eval, doc_fraction=1.0))
+  sample = _sample(data, count, settings.model.bos_id)
   programs = _TimedPrograms(settings, mesh)
-  params = parameters.init(settings.model, jax.random.key(0))
 
-  def facts(evaluation: Evaluation) -> Facts:
+  def prepare():
+    params = parameters.init(settings.model, jax.random.key(0))
+    return lambda: evaluate(settings, params, sample, mesh, programs=programs)
+
+  def inspect(result: Evaluation) -> Facts:
+    documents = batches(t, find_documents(data.tokens, settings.model.bos_id))
     costs = buckets.Costs.estimate(settings.model, t)
-    cut = batches(t, find_documents(data.tokens, settings.model.bos_id))
-    work = buckets.plan_work(t, cut, costs, devices=mesh.size)
-    in_one = [call for batch in cut for call in buckets.calls(t, batch, work.shapes[:1], costs, devices=mesh.size)]
+    work = buckets.plan_work(t, documents, costs, devices=mesh.size)
+    largest = work.shapes[:1]
+    in_one_shape = [c for batch in documents for c in buckets.calls(t, batch, largest, costs, devices=mesh.size)]
     return Facts(
       shapes=len(work.shapes),
       useful_share=work.useful_flops / work.executed_flops,
-      one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one))),
-      outside_share=1 - programs.seconds / evaluation.clocks.evaluation,
-      flops_per_second=evaluation.executed_flops / programs.seconds,
-      compile_seconds=evaluation.clocks.compilation,
+      one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one_shape))),
+      outside_share=1 - programs.seconds / result.clocks.evaluation,
+      flops_per_second=result.executed_flops / programs.seconds,
+      compile_seconds=result.clocks.compilation,
     )
 
-  return Way(
-    {"method": method},
-    prepare=lambda: lambda: evaluate(settings, params, sample, mesh, programs=programs),
-    work=Work(len(sample.tokens) - 1, "tokens"),
-    inspect=facts,
-    clock=lambda evaluation: evaluation.clocks.evaluation,
-  )
+  work = Work(amount=len(sample.tokens) - 1, unit="tokens")
+  return Way({"method": method}, prepare, work, inspect=inspect, clock=lambda result: result.clocks.evaluation)
+
+
+def _sample(data: ValidationData, count: int, bos_id: int) -> ValidationData:
+  """Returns a stream of documents drawn evenly from the shortest to the longest."""
+  by_length = sorted(find_documents(data.tokens, bos_id), key=lambda d: d.length)
+  chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
+  parts = [slice(d.start, d.start + d.targets) for d in dict.fromkeys(chosen)]
+  return ValidationData(*(np.concatenate([x[part] for part in parts]) for x in data))
 
 
 class _TimedPrograms(Programs):
@@ -151,5 +120,18 @@ class _TimedPrograms(Programs):
     self.seconds += time.perf_counter() - began
     return result
 
+
+_COLUMNS: harness.Columns = {
+  "shapes": lambda m: str(m.facts.shapes),
+  "useful": lambda m: f"{m.facts.useful_share:.3f}",
+  "one shape": lambda m: f"{m.facts.one_shape_share:.3f}",
+  "tokens": lambda m: figure(m.way.work.amount),
+  **harness.SECONDS,
+  **harness.rate("tokens"),
+  "outside": lambda m: percentage(m.facts.outside_share),
+  "GFLOP/s": lambda m: figure(m.facts.flops_per_second, 1e9),
+  "compile s": lambda m: figure(m.facts.compile_seconds),
+  **harness.COMPARISON,
+}
 
 COMMAND = ttt
