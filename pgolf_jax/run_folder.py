@@ -18,6 +18,7 @@ import tomli_w
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import write_json, write_text
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_toml, to_dict
 
 
 class RunFolder:
@@ -35,7 +36,7 @@ class RunFolder:
     self.path = Path(path)
     config = self.path / "config.toml"
     if config.exists():
-      made_with = Settings.from_toml(config)
+      made_with = from_toml(config)
       if settings is not None and made_with != settings:
         raise UserError(
           f"{self.path} was made with other settings ({_first_difference(made_with, settings)}); "
@@ -46,7 +47,7 @@ class RunFolder:
       raise UserError(f"{self.path} is not a run folder: it has no config.toml; `pgolf run CONFIG` makes one.")
     else:
       self.path.mkdir(parents=True, exist_ok=True)
-      write_text(config, tomli_w.dumps(settings.to_dict()))
+      write_text(config, tomli_w.dumps(to_dict(settings)))
     self.settings = settings
 
   @property
@@ -93,7 +94,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _first_difference(a: Settings, b: Settings) -> str:
-  old, new = a.to_dict(), b.to_dict()
+  old, new = to_dict(a), to_dict(b)
   for section in old:
     if old[section] != new[section]:
       if not isinstance(old[section], dict):

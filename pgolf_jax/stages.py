@@ -14,11 +14,13 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import compile_cache, distributed
 from pgolf_jax.runtime.files import write_bytes
+from pgolf_jax.runtime.lock import locked
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain
 from pgolf_jax.settings import check
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import departures
 
 
 def data_folder(settings: Settings) -> Path:
@@ -46,7 +48,7 @@ def plain_score(
     mesh=mesh,
     ranks=world_size(settings, mesh),
     batch_tokens=settings.eval.batch_tokens,
-    rows=settings.train.micro_batches,
+    rows=settings.eval.micro_batches,
     seq_len=settings.eval.seq_len,
     dtype=jnp.dtype(settings.train.compute_dtype),
     description=description,
@@ -130,23 +132,33 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
   distributed.start()
   mesh = data_mesh(usable_devices(settings.train.micro_batches))
   check.check(settings, device_count=mesh.size)
-  with distributed.leader_first("run folder"):
-    found = RunFolder(folder, settings)
-  log_to(found.log)
+  if distributed.is_leader():
+    folder.mkdir(parents=True, exist_ok=True)
+  with locked(folder):
+    with distributed.leader_first("run folder"):
+      run = RunFolder(folder, settings)
+    log_to(run.log)
+    return _run_stages(run, names, mesh)
+
+
+def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
+  settings = run.settings
   there = jax.device_count()
   idle = "" if mesh.size == there else f" ({there} are there: train.micro_batches={settings.train.micro_batches})"
-  log.info("run folder %s, %d × %s%s", found.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  log.info("run folder %s, %d × %s%s", run.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  if differing := departures(settings):
+    log.info("settings other than the record's, whose value follows: %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
-    if name in found.results():
+    if name in run.results():
       log.info("%s: already complete", name)
       continue
     began = time.perf_counter()
-    result = STAGES[name](found, mesh)
+    result = STAGES[name](run, mesh)
     if distributed.is_leader():
-      found.finish(name, result | {"stage_seconds": time.perf_counter() - began})
+      run.finish(name, result | {"stage_seconds": time.perf_counter() - began})
     distributed.barrier(f"{name} complete")
-  log.info("\n%s", table(found))
-  broken = found.results().get("audit", {}).get("broken", [])
+  log.info("\n%s", table(run))
+  broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
 
 

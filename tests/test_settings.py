@@ -4,36 +4,87 @@ import pytest
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import check
-from pgolf_jax.settings.config import Settings, check_env_names, env_names
+from pgolf_jax.settings.config import LengthStage, Settings
+from pgolf_jax.settings.load import (
+  changed,
+  check_env_names,
+  departures,
+  env_names,
+  flattened,
+  from_dict,
+  from_env,
+  from_toml,
+  to_dict,
+)
 
 
 def test_every_setting_survives_its_environment_name():
+  texts = flat(to_dict(Settings()))
   for name, dotted in env_names().items():
-    section, _, field = dotted.rpartition(".")
-    default = getattr(getattr(Settings(), section) if section else Settings(), field)
-    text = {True: "1", False: "0", None: "1"}.get(default, str(default)) if not isinstance(default, str) else default
-    found = Settings.from_env({name: text})
-    value = getattr(getattr(found, section) if section else found, field)
+    default = flattened(Settings())[dotted]
+    text = {True: "1", False: "0"}.get(default, str(texts.get(dotted, "1")))
+    value = flattened(from_env({name: text}))[dotted]
     assert value == (True if default is None else default), name
 
 
+def flat(table: dict, before: str = "") -> dict:
+  """Nested values by dotted name."""
+  rows = {}
+  for name, value in table.items():
+    rows |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+  return rows
+
+
+def test_files_may_name_settings_of_nested_sections_as_they_were_named_before():
+  before = {"lora_rank": 4, "global_lr": 0.5, "short_score_first_steps": "100:8", "num_phases": 3, "weight_decay": 0.1}
+  now = {
+    "lora": {"rank": 4, "weight_decay": 0.1},
+    "phase": {"lr": 0.5, "count": 3},
+    "short": {"score_first_steps": "100:8"},
+  }
+  assert from_dict({"ttt": before}) == from_dict({"ttt": now}) != Settings()
+
+
+def test_schedules_are_tuples_in_memory_and_text_in_files():
+  settings = from_env(
+    {"TRAIN_SEQ_SCHEDULE": "64@1,32@0.25", "TTT_EVAL_BATCHES": "5, 1", "MIDRUN_CAP_SCHEDULE": "0.5@0.9"}
+  )
+  assert settings.train.seq_schedule == (LengthStage(32, 0.25), LengthStage(64, 1.0))
+  assert settings.ttt.eval_batches == (1, 5)
+  assert to_dict(settings)["train"]["seq_schedule"] == "32@0.25,64@1"
+  assert from_dict(to_dict(settings)) == settings
+
+
+def test_settings_change_by_dotted_name():
+  settings = changed(Settings(), {"ttt.lora.rank": 4, "train.seq_schedule": "8@1", "ttt.lora.q": None})
+  assert (settings.ttt.lora.rank, settings.train.seq_schedule) == (4, (LengthStage(8, 1.0),))
+  with pytest.raises(UserError, match=r"did you mean ttt\.lora\.rank"):
+    changed(Settings(), {"ttt.lora.rnk": 4})
+
+
+def test_departures_from_the_record_are_named():
+  settings = changed(Settings(), {"train.micro_batches": 64, "seed": 3, "data.path": "here"})
+  assert departures(settings) == ["train.micro_batches=64 (8)"]
+  assert departures(Settings()) == []
+
+
 def test_defaults_are_the_record():
-  record = Settings.from_toml("configs/record_8xh100.toml")
+  record = from_toml("configs/record_8xh100.toml")
   assert dataclasses.replace(record, ttt=Settings().ttt, data=Settings().data, seed=Settings().seed) == Settings()
 
 
-@pytest.mark.parametrize("config", ["demo", "record_8xh100", "record_1xgpu"])
+@pytest.mark.parametrize("config", ["demo", "record_8xh100", "record_1xgpu", "v5e_8"])
 def test_configs_are_valid_and_survive_being_written(config):
-  settings = Settings.from_toml(f"configs/{config}.toml")
+  settings = from_toml(f"configs/{config}.toml")
   check.check(settings)
-  assert Settings.from_dict(settings.to_dict()) == settings
+  assert from_dict(to_dict(settings)) == settings
 
 
 def test_a_text_of_numbers_keeps_its_type():
-  found = Settings.from_env({"ITERATIONS": "7", "MIN_LR": "1", "SKIP_GATES_ENABLED": "0", "TTT_Q_LORA": ""})
-  assert (found.train.iterations, found.optimizer, found.model.skip_gates) == (7, Settings().optimizer, False)
-  assert found.train.min_lr == 1.0 and isinstance(found.train.min_lr, float)
-  assert found.ttt.q_lora is None and not found.ttt.adapts_q
+  settings = from_env({"ITERATIONS": "7", "MIN_LR": "1", "SKIP_GATES_ENABLED": "0", "TTT_Q_LORA": ""})
+  assert (settings.train.iterations, settings.optimizer, settings.model.skip_gates) == (7, Settings().optimizer, False)
+  assert settings.train.min_lr == 1.0 and isinstance(settings.train.min_lr, float)
+  assert settings.ttt.lora.q is None and not settings.ttt.lora.adapts_q
 
 
 @pytest.mark.parametrize(
@@ -48,11 +99,11 @@ def test_a_text_of_numbers_keeps_its_type():
 )
 def test_what_is_not_supported_is_refused_with_the_reason(environ, part):
   with pytest.raises(UserError, match=part):
-    Settings.from_env(environ)
+    from_env(environ)
 
 
 def test_off_values_of_what_is_not_built_are_accepted():
-  Settings.from_env({"WITHIN_BOOST": "0.0", "AGREE_ADD_BOOST": "0", "WORD_ORDER": "4", "COMPRESSOR": "pergroup"})
+  from_env({"WITHIN_BOOST": "0.0", "AGREE_ADD_BOOST": "0", "WORD_ORDER": "4", "COMPRESSOR": "pergroup"})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +119,7 @@ def test_off_values_of_what_is_not_built_are_accepted():
 )
 def test_a_wrong_config_names_the_nearest_valid_choice(table, part):
   with pytest.raises(UserError, match=part):
-    Settings.from_dict(table)
+    from_dict(table)
 
 
 def test_misspelt_environment_names():
@@ -78,28 +129,29 @@ def test_misspelt_environment_names():
 
 
 @pytest.mark.parametrize(
-  "section, changes, part",
+  "changes, part",
   [
-    ("train", {"seq_schedule": "1000@1.0"}, "must divide the micro-batch of 98304"),
-    ("train", {"batch_tokens": 786433}, "multiple of train.micro_batches"),
-    ("train", {"seq_schedule": "1024"}, "value@progress"),
-    ("model", {"num_heads": 7}, "must divide model.model_dim=512; 8 does"),
-    ("model", {"num_kv_heads": 3}, "must divide model.num_heads"),
-    ("model", {"loop_end": 11}, "layers from 0 to 10"),
-    ("model", {"rope_dims": 66}, "head width 64"),
-    ("model", {"leaky_relu_sq_slope": 0.0}, r"\(0, 1\]"),
-    ("eval", {"batch_tokens": 8192}, "fewer than eval.seq_len"),
-    ("hints", {"order": 0}, "hints.order"),
-    ("hints", {"order": 33}, "hints.order"),
-    ("ttt", {"grad_steps": -1}, "0 scores without learning"),
-    ("ttt", {"short_score_first_steps": "", "short_chunk_size": 4096}, "hold a chunk of 4096"),
+    ({"train.seq_schedule": "1000@1.0"}, "must divide the micro-batch of 98304"),
+    ({"train.batch_tokens": 786433}, "multiple of train.micro_batches"),
+    ({"train.seq_schedule": "1024"}, "value@progress"),
+    ({"ttt.short.score_first_steps": "256"}, "256:16"),
+    ({"ttt.eval_batches": "1,x"}, "whole number"),
+    ({"model.num_heads": 7}, "must divide model.model_dim=512; 8 does"),
+    ({"model.num_kv_heads": 3}, "must divide model.num_heads"),
+    ({"model.loop_end": 11}, "layers from 0 to 10"),
+    ({"model.rope_dims": 66}, "head width 64"),
+    ({"model.leaky_relu_sq_slope": 0.0}, r"\(0, 1\]"),
+    ({"eval.batch_tokens": 8192}, "fewer than eval.seq_len"),
+    ({"eval.micro_batches": 0}, "must be positive"),
+    ({"hints.order": 0}, "hints.order"),
+    ({"hints.order": 33}, "hints.order"),
+    ({"ttt.lora.grad_steps": -1}, "0 scores without learning"),
+    ({"ttt.short.score_first_steps": "", "ttt.short.chunk_size": 4096}, "hold a chunk of 4096"),
   ],
 )
-def test_impossible_combinations_are_refused(section, changes, part):
-  settings = Settings()
-  settings = dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **changes)})
+def test_impossible_combinations_are_refused(changes, part):
   with pytest.raises(UserError, match=part):
-    check.check(settings)
+    check.check(changed(Settings(), changes))
 
 
 def test_devices_must_fit_the_ranks():

@@ -1,13 +1,22 @@
 """A model small enough to evaluate in seconds, and a stream of random documents."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.settings.config import EvalConfig, HintConfig, ModelConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings import load
+from pgolf_jax.settings.config import (
+  EvalConfig,
+  HintConfig,
+  LoRAConfig,
+  ModelConfig,
+  PhaseConfig,
+  Settings,
+  ShortConfig,
+  TrainConfig,
+  TTTConfig,
+)
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -25,25 +34,22 @@ SETTINGS = Settings(
     rope_dims=4,
   ),
   train=TrainConfig(world_size=1, batch_tokens=512, micro_batches=1, compute_dtype="float32"),
-  eval=EvalConfig(batch_tokens=512, seq_len=48),
+  eval=EvalConfig(batch_tokens=512, micro_batches=1, seq_len=48),
   ttt=TTTConfig(
     batch_size=3,
     seq_len=48,
     chunk_size=8,
-    short_score_first=False,
-    lora_rank=4,
-    lora_lr=0.01,
-    prefix_docs=0,
-    global_chunk_tokens=96,
-    global_lr=0.02,
+    lora=LoRAConfig(rank=4, lr=0.01),
+    short=ShortConfig(score_first=False),
+    phase=PhaseConfig(prefix_docs=0, chunk_tokens=96, lr=0.02),
   ),
   hints=HintConfig(order=4, threshold=0.5),
 )
 
 
 def changed(settings: Settings, **ttt) -> Settings:
-  """`settings` with other TTT settings."""
-  return dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **ttt))
+  """`settings` with other TTT settings: `phase__prefix_docs=3` changes ttt.phase.prefix_docs."""
+  return load.changed(settings, {f"ttt.{name.replace('__', '.')}": value for name, value in ttt.items()})
 
 
 def random_params(seed: int = 0) -> dict[str, np.ndarray]:

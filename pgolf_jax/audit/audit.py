@@ -27,6 +27,7 @@ from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import to_dict
 
 _STEP_1_AGREEMENT = 0.02  # nats; bfloat16 on another backend stays well within, another text does not
 
@@ -70,11 +71,14 @@ def probe(
   ttt = dataclasses.replace(
     settings.ttt,
     batch_size=min(settings.ttt.batch_size, max(2, few // 3)),
-    prefix_docs=few // 2 if settings.ttt.prefix_docs else 0,
-    global_chunk_tokens=min(settings.ttt.global_chunk_tokens, max(len(sample.tokens) // 8, 16)),
-    eval_batches="",
+    phase=dataclasses.replace(
+      settings.ttt.phase,
+      prefix_docs=few // 2 if settings.ttt.phase.prefix_docs else 0,
+      chunk_tokens=min(settings.ttt.phase.chunk_tokens, max(len(sample.tokens) // 8, 16)),
+    ),
+    eval_batches=(),
   )
-  seq_len = min(settings.eval.seq_len, ttt.global_chunk_tokens)
+  seq_len = min(settings.eval.seq_len, ttt.phase.chunk_tokens)
   changed = dataclasses.replace(
     settings, ttt=ttt, eval=dataclasses.replace(settings.eval, seq_len=seq_len, doc_fraction=1.0)
   )
@@ -185,7 +189,6 @@ def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
 def first_step(run: RunFolder, data_folder: Path) -> Check:
   """The first logged loss is that of the seed's initial weights on the first tokens of the training shards."""
   from pgolf_jax.data.loader import Loader
-  from pgolf_jax.training.schedule import parse_seq_schedule
 
   name, settings = "step 1 is of this data", run.settings
   lines = [line for line in read_metrics(run.metrics) if line["step"] == 1]
@@ -197,7 +200,7 @@ def first_step(run: RunFolder, data_folder: Path) -> Check:
   loader = Loader(data_folder, world_size=world, row_tokens=row_tokens, bos_id=settings.model.bos_id)
   rows = loader.step(t.micro_batches // world).astype(np.int32)
   params = jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed))
-  seq_len = lines[0].get("seq_len", parse_seq_schedule(t.seq_schedule, t.seq_len)[0][1])
+  seq_len = lines[0].get("seq_len", t.length_stages[0].seq_len)
   looping = bool(lines[0].get("looping", False))
 
   @jax.jit
@@ -227,7 +230,7 @@ def one_config(runs: Sequence[RunFolder]) -> Check:
 
 def config_hash(settings: Settings) -> str:
   """SHA-256 of everything but the seed."""
-  plain = {k: v for k, v in settings.to_dict().items() if k != "seed"}
+  plain = {k: v for k, v in to_dict(settings).items() if k != "seed"}
   return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

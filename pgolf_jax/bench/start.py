@@ -9,13 +9,15 @@ from pathlib import Path
 
 import tyro
 
+from pgolf_jax.settings.load import load
+
 _PROGRAM = """
 import dataclasses, sys, tempfile
 from pathlib import Path
 from pgolf_jax.runtime import distributed
+from pgolf_jax.settings.load import load
 from pgolf_jax import stages
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.settings.config import load
 from pgolf_jax.training.loop import Trainer
 from pgolf_jax.runtime.mesh import data_mesh
 settings = load(sys.argv[1])
@@ -37,7 +39,6 @@ def start(config: tyro.conf.Positional[Path], repeats: int = 3) -> None:
   """
   from pgolf_jax import stages
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.settings.config import load
 
   distributed.leave_devices()
   stages.data_folder(load(config))  # preparing the default text is not what is timed

@@ -79,7 +79,7 @@ class Row:
 def main(args: list[str]) -> int:
   import os
 
-  from pgolf_jax.cli.config_args import parse_as
+  from pgolf_jax.settings.arguments import parse_as
 
   found = parse_as(StepArgs, "bench step", DESCRIPTION, args, needs_config=False)
   # PyTorch has a memory pool of its own beside JAX's, which would else take three quarters of a GPU at once.

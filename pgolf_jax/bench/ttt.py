@@ -47,7 +47,7 @@ def ttt(
 
   from pgolf_jax import stages
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.settings.config import load
+  from pgolf_jax.settings.load import load
 
   distributed.start()
   loaded = load(config)
@@ -91,7 +91,7 @@ def measure(settings, folder: Path, method: str, count: int) -> Row:
   from pgolf_jax.scoring.ttt import Evaluator
 
   mesh = data_mesh()
-  t = dataclasses.replace(settings.ttt, method=method, prefix_docs=0)
+  t = dataclasses.replace(settings.ttt, method=method, phase=dataclasses.replace(settings.ttt.phase, prefix_docs=0))
   settings = dataclasses.replace(settings, ttt=t, eval=dataclasses.replace(settings.eval, doc_fraction=1.0))
   data = load_validation(folder)
   found = find_documents(data.tokens, settings.model.bos_id)

@@ -42,7 +42,7 @@ def evaluate(
   from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.scoring import plain, stage
   from pgolf_jax.settings import check
-  from pgolf_jax.settings.config import Settings
+  from pgolf_jax.settings.load import from_env
 
   distributed.start()
   mesh = data_mesh()
@@ -57,7 +57,7 @@ def evaluate(
     settings, params = stage.load_artifact(target)
     if weights == "averaged":
       raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
-  settings = Settings.from_env(os.environ, base=settings)
+  settings = from_env(os.environ, base=settings)
   changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
   check.check(settings)

@@ -34,7 +34,7 @@ def COMMAND(
   from pgolf_jax.model.generate import generate
   from pgolf_jax.quantize.artifact.format import dequantize
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.settings.config import Settings
+  from pgolf_jax.settings.load import from_dict
 
   distributed.start()
   path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
@@ -43,7 +43,7 @@ def COMMAND(
   except OSError as error:
     raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an artifact.") from error
   config, params = dequantize(data)
-  settings = Settings.from_dict(config, where=f"{path}'s config")
+  settings = from_dict(config, where=f"{path}'s config")
   pieces = generate(
     settings.model,
     {name: jnp.asarray(value) for name, value in params.items()},

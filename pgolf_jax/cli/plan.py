@@ -33,9 +33,9 @@ class PlanArgs:
 def main(args: list[str]) -> int:
   import os
 
-  from pgolf_jax.cli.config_args import parse_as
   from pgolf_jax.runtime import xla_options
   from pgolf_jax.settings import check
+  from pgolf_jax.settings.arguments import parse_as
 
   found = parse_as(PlanArgs, "plan", DESCRIPTION, args)
   # What is planned for need not be here, and what is here must be left alone.

@@ -36,12 +36,14 @@ def main(args: list[str]) -> int:
     tyro.cli(QuantizeArgs, args=args, prog="pgolf quantize", description=DESCRIPTION)
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.lock import locked
 
   distributed.start()
   run = RunFolder(args[0])
   defaults = QuantizeArgs(run=Path(args[0]), quantize=run.settings.quantize)
   found = tyro.cli(QuantizeArgs, default=defaults, args=args, prog="pgolf quantize", description=DESCRIPTION)
-  return _quantize(run, found)
+  with locked(run.path):
+    return _quantize(run, found)
 
 
 def _quantize(run, found: QuantizeArgs) -> int:

@@ -6,7 +6,7 @@ Example: pgolf run configs/demo.toml --out runs/demo --train.iterations 500"""
 
 
 def main(args: list[str]) -> int:
-  from pgolf_jax.cli.config_args import parse
+  from pgolf_jax.settings.arguments import parse
 
   settings, folder = parse("run", DESCRIPTION, args)
   from pgolf_jax import stages

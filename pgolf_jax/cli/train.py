@@ -6,7 +6,7 @@ Example: pgolf train configs/demo.toml --out runs/demo --seed 42"""
 
 
 def main(args: list[str]) -> int:
-  from pgolf_jax.cli.config_args import parse
+  from pgolf_jax.settings.arguments import parse
 
   settings, folder = parse("train", DESCRIPTION, args)
   from pgolf_jax import stages

@@ -34,11 +34,11 @@ def widths(model: ModelConfig, ttt: TTTConfig) -> dict[str, int]:
   """Kind → output width, for each kind of adapter that the settings turn on."""
   D = model.model_dim
   kinds = {
-    "q": (ttt.adapts_q, D),
-    "k": (ttt.k_lora, model.kv_dim),
-    "v": (ttt.adapts_v, model.kv_dim),
-    "o": (ttt.o_lora, D),
-    "mlp": (ttt.mlp_lora, D),
+    "q": (ttt.lora.adapts_q, D),
+    "k": (ttt.lora.k, model.kv_dim),
+    "v": (ttt.lora.adapts_v, model.kv_dim),
+    "o": (ttt.lora.o, D),
+    "mlp": (ttt.lora.mlp, D),
     "head": (True, model.vocab_size),
   }
   return {kind: width for kind, (on, width) in kinds.items() if on}

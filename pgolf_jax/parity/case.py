@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import Settings, check_env_names
+from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import check_env_names, from_env
 
 Arrays = dict[str, np.ndarray]
 Outputs = Arrays | list[dict]
@@ -89,7 +90,7 @@ class Case:
     """Settings for the case's number of ranks, computing in its types."""
     environ = self.about.get("settings", {})
     check_env_names(environ)
-    settings = Settings.from_env(environ)
+    settings = from_env(environ)
     world = self.about.get("world_size", 1)
     micro_batches = world * self.about.get("grad_accum_steps", settings.train.micro_batches // world)
     return dataclasses.replace(
@@ -97,6 +98,8 @@ class Case:
       train=dataclasses.replace(
         settings.train, compute_dtype=self.types.compute, world_size=world, micro_batches=micro_batches
       ),
+      eval=dataclasses.replace(settings.eval, micro_batches=micro_batches),
+      quantize=dataclasses.replace(settings.quantize, calibration_micro_batches=micro_batches),
       optimizer=dataclasses.replace(settings.optimizer, muon_dtype=self.types.muon),
     )
 

@@ -9,7 +9,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import stage
 from pgolf_jax.quantize.artifact import format
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_env
 
 
 def quantize_case(
@@ -26,7 +26,7 @@ def quantize_case(
     hessian: Hessian of the inputs, by matrix name.
     act_rms: root mean square of each input, by matrix name.
   """
-  settings = Settings.from_env(environ)
+  settings = from_env(environ)
   tensors = quantize(params, hessian, act_rms, settings.quantize)
   data = format.write({}, tensors, settings.quantize.codec)
   return {f"dequantized/{name}": tensor.dequantize() for name, tensor in format.read(data).tensors.items()}

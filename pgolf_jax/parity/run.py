@@ -163,7 +163,7 @@ def _plain_score(case: Case, mesh: Mesh, params, name: str) -> Arrays:
     mesh=mesh,
     ranks=s.train.world_size,
     batch_tokens=s.eval.batch_tokens,
-    rows=s.train.micro_batches,
+    rows=s.eval.micro_batches,
     seq_len=s.eval.seq_len,
     dtype=jnp.dtype(s.train.compute_dtype),
     description=f"scoring {name}",

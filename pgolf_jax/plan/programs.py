@@ -58,7 +58,7 @@ def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
   found = [_train_step(settings, mesh, *shape) for shape in (shapes if every_shape else shapes[-1:])]
   if settings.ttt.enabled:
     found.append(_ttt_scan(settings, mesh))
-    if settings.ttt.prefix_docs > 0:
+    if settings.ttt.phase.prefix_docs > 0:
       found.append(_global_phase(settings, mesh))
   return found
 

@@ -34,7 +34,7 @@ class Calibration:
 
 def row_count(settings: Settings, world: int) -> int:
   """Rows that the settings ask for: `calibration_batches` micro-batches for each rank that takes part."""
-  per_batch = settings.train.batch_tokens // settings.train.micro_batches // settings.train.seq_len
+  per_batch = settings.train.batch_tokens // settings.quantize.calibration_micro_batches // settings.train.seq_len
   ranks = world if settings.quantize.calibration_scope == "all" else 1
   return settings.quantize.calibration_batches * max(per_batch, 1) * ranks
 

@@ -16,6 +16,7 @@ from pgolf_jax.quantize.artifact import format
 from pgolf_jax.quantize.calibrate import Calibration, calibrate, draw_rows, row_count
 from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.settings.config import QuantizeConfig, Settings
+from pgolf_jax.settings.load import to_dict
 
 _CLIPS = ("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
 _CLOSE = 0.0005  # share of the budget that may stay unused
@@ -34,7 +35,7 @@ class Made:
 
 def portable(settings: Settings) -> dict:
   """The settings that travel in an artifact: all but the paths of the machine that made it."""
-  config = settings.to_dict()
+  config = to_dict(settings)
   config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "tokenizer")}
   return config
 

@@ -42,15 +42,15 @@ def rule(ttt: TTTConfig, *, short: bool = False) -> Rule:
   def pick(own, general):
     return own if short and own is not None else general
 
-  rank = pick(ttt.short_lora_rank, ttt.lora_rank)
+  rank = pick(ttt.short.rank, ttt.lora.rank)
   return Rule(
-    kind=ttt.optimizer,
+    kind=ttt.lora.optimizer,
     rank=rank,
-    scale=ttt.lora_alpha / rank,
-    lr=pick(ttt.short_lora_lr, ttt.lora_lr) * ttt.local_lr_mult,
-    weight_decay=pick(ttt.short_weight_decay, ttt.weight_decay),
-    beta1=ttt.beta1,
-    beta2=pick(ttt.short_beta2, ttt.beta2),
+    scale=ttt.lora.alpha / rank,
+    lr=pick(ttt.short.lr, ttt.lora.lr) * ttt.lora.lr_mult,
+    weight_decay=pick(ttt.short.weight_decay, ttt.lora.weight_decay),
+    beta1=ttt.lora.beta1,
+    beta2=pick(ttt.short.beta2, ttt.lora.beta2),
   )
 
 

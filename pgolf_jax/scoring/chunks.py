@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgolf_jax.errors import UserError
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.flops import Costs
 from pgolf_jax.settings.config import TTTConfig
@@ -55,36 +54,18 @@ class Call(NamedTuple):
   steps: tuple[Step, ...]
 
 
-def parse_steps(text: str) -> list[tuple[int, int]]:
-  """Reads `256:16,2000:32` as [(256, 16), (2000, 32)]: documents up to this length take chunks of this size.
-
-  Raises:
-    UserError: an entry is not two positive numbers.
-  """
-  found = []
-  for item in filter(None, (part.strip() for part in text.split(","))):
-    try:
-      length, size = (int(x) for x in item.replace("=", ":").split(":"))
-      if length <= 0 or size <= 0:
-        raise ValueError
-    except ValueError:
-      raise UserError(f"ttt.short_score_first_steps: {item!r} must look like 256:16, both positive.") from None
-    found.append((length, size))
-  return sorted(found)
-
-
 def chunk_size(ttt: TTTConfig, longest: int) -> int:
   """Targets between two updates, for a batch whose longest document has this many tokens."""
-  if not ttt.short_score_first:
+  if not ttt.short.score_first:
     return ttt.chunk_size
-  if steps := parse_steps(ttt.short_score_first_steps):
+  if steps := ttt.short.score_first_steps:
     return next((size for length, size in steps if longest <= length), ttt.chunk_size)
-  return ttt.short_chunk_size if longest <= ttt.short_doc_len and ttt.short_chunk_size > 0 else ttt.chunk_size
+  return ttt.short.chunk_size if longest <= ttt.short.doc_len and ttt.short.chunk_size > 0 else ttt.chunk_size
 
 
 def learns(ttt: TTTConfig, document: Document) -> bool:
   """Whether the settings let this document move its adapters and take part in the global phases."""
-  shortest, longest = ttt.train_min_doc_len, ttt.train_max_doc_len
+  shortest, longest = ttt.lora.train_min_doc_len, ttt.lora.train_max_doc_len
   return (shortest <= 0 or document.length >= shortest) and (longest <= 0 or document.length <= longest)
 
 
@@ -97,7 +78,7 @@ def steps(ttt: TTTConfig, batch: Batch) -> list[Step]:
   for k in range(-(-int(targets.max()) // size)):
     window = min((k + 1) * size, int(targets.max()), ttt.seq_len)
     # A document's last chunk is scored, but nothing of it is left to learn for.
-    kind = LEARN if ttt.grad_steps > 0 and (learning > (k + 1) * size).any() else SCORE
+    kind = LEARN if ttt.lora.grad_steps > 0 and (learning > (k + 1) * size).any() else SCORE
     found.append(Step(k, int((targets > k * size).sum()), window, kind))
   return found
 

@@ -10,6 +10,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score, ValidationData
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def identity(settings: Settings, params: Params, data: ValidationData, dtype) ->
   weights = hashlib.sha256()
   for name in sorted(params):
     weights.update(name.encode() + np.asarray(params[name], np.float32).tobytes())
-  plain = {k: v for k, v in settings.to_dict().items() if k in ("model", "ttt", "hints", "eval", "seed")}
+  plain = {k: v for k, v in to_dict(settings).items() if k in ("model", "ttt", "hints", "eval", "seed")}
   return {
     "settings": plain,
     "weights": weights.hexdigest(),

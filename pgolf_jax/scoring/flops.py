@@ -30,7 +30,7 @@ class Costs:
     D, K = model.model_dim, model.kv_dim
     positions = sum(map(len, layer_order(model, True)))
     kinds = widths(model, ttt)
-    rank = ttt.lora_rank
+    rank = ttt.lora.rank
     layer = 2 * D * D + 2 * K * D + 2 * model.mlp_dim * D
     low = sum(rank * (D + out) for kind, out in kinds.items() if kind != "head")
     return cls(
@@ -38,7 +38,7 @@ class Costs:
       pair=2.0 * positions * 2 * D,
       target=2.0 * (model.vocab_size * D + rank * (D + model.vocab_size)),
       cached=ttt.method == "cached",
-      updates=ttt.grad_steps,
+      updates=ttt.lora.grad_steps,
     )
 
   def row(self, window: int, width: int, *, learn: bool) -> float:

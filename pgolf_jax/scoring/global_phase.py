@@ -37,16 +37,16 @@ def join(tokens_N1: Integer[np.ndarray, "N1"], documents: Sequence[Document]) ->
 
 def learning_rate(ttt: TTTConfig, chunk: int, chunks: int) -> float:
   """Linear warm-up, if any, then lr·½(1 + cos(π·i/(chunks − 1)))."""
-  warmup = max(0, min(ttt.global_warmup_chunks, chunks - 1))
+  warmup = max(0, min(ttt.phase.warmup_chunks, chunks - 1))
   if chunk < warmup:
-    start = ttt.global_warmup_start_lr
-    return start + (ttt.global_lr - start) * chunk / max(warmup - 1, 1)
-  return ttt.global_lr * 0.5 * (1 + math.cos(math.pi * (chunk - warmup) / max(chunks - 1 - warmup, 1)))
+    start = ttt.phase.warmup_start_lr
+    return start + (ttt.phase.lr - start) * chunk / max(warmup - 1, 1)
+  return ttt.phase.lr * 0.5 * (1 + math.cos(math.pi * (chunk - warmup) / max(chunks - 1 - warmup, 1)))
 
 
 def row_tokens(ttt: TTTConfig, seq_len: int, world: int) -> int:
   """Targets of the longest row that a rank gets in one update."""
-  return min(-(-(ttt.global_chunk_tokens // seq_len) // world), ttt.global_batch_seqs) * seq_len
+  return min(-(-(ttt.phase.chunk_tokens // seq_len) // world), ttt.phase.batch_seqs) * seq_len
 
 
 def phase_steps(ttt: TTTConfig, stream_N: np.ndarray, *, seq_len: int, world: int) -> Iterator[PhaseStep]:
@@ -57,21 +57,21 @@ def phase_steps(ttt: TTTConfig, stream_N: np.ndarray, *, seq_len: int, world: in
     seq_len: rows are whole multiples of it; what is left of a chunk is not used.
     world: ranks among which a chunk's rows are shared out.
   """
-  total, size = len(stream_N) - 1, ttt.global_chunk_tokens
+  total, size = len(stream_N) - 1, ttt.phase.chunk_tokens
   chunks = -(-total // size)
   longest = row_tokens(ttt, seq_len, world)
   per_chunk = size // seq_len
   for chunk in range(chunks - 1):
     lr = learning_rate(ttt, chunk, chunks)
     ranks = [(per_chunk * r // world, per_chunk * (r + 1) // world) for r in range(world)]
-    updates = -(-max(b - a for a, b in ranks) // ttt.global_batch_seqs) if per_chunk else 0
-    for _ in range(ttt.global_epochs):
+    updates = -(-max(b - a for a, b in ranks) // ttt.phase.batch_seqs) if per_chunk else 0
+    for _ in range(ttt.phase.epochs):
       for u in range(updates):
         tokens = np.zeros((world, longest + 1), np.int32)
         count = np.zeros(world, np.int32)
         for r, (a, b) in enumerate(ranks):
-          first = a + u * ttt.global_batch_seqs
-          count[r] = max(min(b - first, ttt.global_batch_seqs), 0) * seq_len
+          first = a + u * ttt.phase.batch_seqs
+          count[r] = max(min(b - first, ttt.phase.batch_seqs), 0) * seq_len
           begin = chunk * size + first * seq_len
           tokens[r, : count[r] + 1] = stream_N[begin : begin + count[r] + 1]
         yield PhaseStep(tokens, count, lr)
@@ -82,7 +82,7 @@ def _row_loss(model: ModelConfig, ttt: TTTConfig, params: Params, tokens_RxT1, t
   inputs, targets = tokens_RxT1[:, :-1], tokens_RxT1[:, 1:]
   R, T = inputs.shape
   counted = jnp.arange(T) < targets_R[:, None]
-  if ttt.global_respect_documents:
+  if ttt.phase.respect_documents:
     start = segment_starts(inputs, bos_id=model.bos_id, seq_len=seq_len)
   else:
     inputs, start = inputs.reshape(-1, seq_len), jnp.zeros((R * T // seq_len, seq_len), jnp.int32)
@@ -117,10 +117,10 @@ def make_update(mesh: Mesh, model: ModelConfig, ttt: TTTConfig, *, seq_len: int,
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def update(params, momentum, tokens, targets, lr):
     loss, grads = on_devices(params, tokens, targets)
-    if ttt.global_grad_clip > 0:
+    if ttt.phase.grad_clip > 0:
       norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-      grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, ttt.global_grad_clip / (norm + 1e-6)), grads)
-    momentum = jax.tree.map(lambda m, g: ttt.global_momentum * m + g, momentum, grads)
+      grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, ttt.phase.grad_clip / (norm + 1e-6)), grads)
+    momentum = jax.tree.map(lambda m, g: ttt.phase.momentum * m + g, momentum, grads)
     return jax.tree.map(lambda p, m: p - lr * m, params, momentum), momentum, loss
 
   return update, rows

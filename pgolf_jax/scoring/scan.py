@@ -94,12 +94,12 @@ def scan_chunks(
     # The scores come out of the pass whose gradient makes the first update: no target is scored after it.
     grads, (scored, kept) = jax.grad(losses, has_aux=True)(carry.adapters, memory, k, hint)
     carry = adapt.update(spec.rule, carry, grads)
-    if spec.ttt.grad_steps > 1:
+    if spec.ttt.lora.grad_steps > 1:
 
       def again(_, carry):
         return adapt.update(spec.rule, carry, jax.grad(losses, has_aux=True)(carry.adapters, memory, k, hint)[0])
 
-      carry = lax.fori_loop(1, spec.ttt.grad_steps, again, carry)
+      carry = lax.fori_loop(1, spec.ttt.lora.grad_steps, again, carry)
     return carry, keep(memory, kept, k), scored
 
   def step(state, x):

@@ -35,7 +35,7 @@ class Lease(NamedTuple):
 
 def is_short(ttt: TTTConfig, batch: Batch) -> bool:
   """Whether a batch takes the adapters of short documents."""
-  return ttt.short_lora and batch.longest <= ttt.short_doc_len
+  return ttt.short.lora and batch.longest <= ttt.short.doc_len
 
 
 def document_rows(documents: int, slots: int, devices: int) -> np.ndarray:
@@ -65,7 +65,7 @@ class AdapterSets:
   def renew(self) -> None:
     """Forgets the kept sets; one of the full size is made."""
     self._kept.clear()
-    if self._ttt.warm_start_a and self._ttt.batch_size <= self._programs.rows:
+    if self._ttt.lora.warm_start_a and self._ttt.batch_size <= self._programs.rows:
       self._keep(False)
     else:
       self._made += 1  # the set is counted, but no batch is as large
@@ -84,7 +84,7 @@ class AdapterSets:
     if self._draw is None:
       id_B = np.zeros(self._programs.rows, np.int64)
       id_B[rows] = list(ids)
-      key = jax.random.fold_in(self._key, number if self._ttt.warm_start_a else 0)
+      key = jax.random.fold_in(self._key, number if self._ttt.lora.warm_start_a else 0)
       return programs.draw(key, self._programs.row_integers(id_B))
     shapes = jax.eval_shape(programs.draw, self._key, jax.ShapeDtypeStruct((self._programs.rows,), jnp.int32))
     given = self._draw(number, programs.spec.rule.rank)
@@ -98,17 +98,17 @@ class AdapterSets:
   def take(self, batch: Batch) -> Lease:
     """Adapters for a batch: A as the settings say, B zero, or both from the mean of earlier batches."""
     ttt, short = self._ttt, is_short(self._ttt, batch)
-    kept = ttt.warm_start_a and len(batch.documents) == ttt.batch_size
+    kept = ttt.lora.warm_start_a and len(batch.documents) == ttt.batch_size
     if kept:
       if short not in self._kept:
         self._keep(short)
       adapters, label, carried = self._kept.pop(short), self._label[short], self._carried[short]
     else:
-      ids = range(len(batch.documents)) if ttt.warm_start_a else [d.index for d in batch.documents]
+      ids = range(len(batch.documents)) if ttt.lora.warm_start_a else [d.index for d in batch.documents]
       adapters, label, carried = self._make(short, ids), str(self._made - 1), 0
     adapters = self._programs.adapters[short].without_B(adapters)
-    limit = ttt.short_doc_len if ttt.warm_start_mean_doc_len is None else ttt.warm_start_mean_doc_len
-    if ttt.warm_start_mean and batch.longest <= limit and self._fits_template(adapters):
+    limit = ttt.short.doc_len if ttt.lora.warm_start_mean_doc_len is None else ttt.lora.warm_start_mean_doc_len
+    if ttt.lora.warm_start_mean and batch.longest <= limit and self._fits_template(adapters):
       rows = self._programs.rows
       filled = map_rows(lambda axis, mean: np.repeat(np.expand_dims(mean, axis), rows, axis), self._template)
       adapters, label, carried = self._programs.adapters[short].place(filled), "mean", 1
@@ -116,16 +116,16 @@ class AdapterSets:
 
   def needs_end(self, lease: Lease) -> bool:
     """Whether adapters after the batch matter to later ones."""
-    return lease.kept or self._ttt.warm_start_mean
+    return lease.kept or self._ttt.lora.warm_start_mean
 
   def give_back(self, batch: Batch, lease: Lease, adapters: Adapters) -> None:
     """Keeps what later batches start from of the adapters after a batch."""
-    if self._ttt.warm_start_mean:
+    if self._ttt.lora.warm_start_mean:
       rows = document_rows(len(batch.documents), self._programs.slots, self._programs.mesh.size)
       host = self._programs.adapters[lease.short].fetch(adapters)
       mean = map_rows(lambda axis, x: np.take(x, rows, axis).mean(axis), host)
       if self._fits_template(adapters):
-        m = np.float32(self._ttt.warm_start_mean_momentum)
+        m = np.float32(self._ttt.lora.warm_start_mean_momentum)
         mean = jax.tree.map(lambda old, new: m * old + (1 - m) * new, self._template, mean)
       self._template = mean
     if lease.kept:

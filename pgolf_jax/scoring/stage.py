@@ -18,6 +18,7 @@ from pgolf_jax.scoring.evaluation import Evaluation
 from pgolf_jax.scoring.plain import ValidationData, load_validation
 from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_dict
 
 
 def load_artifact(path: Path) -> tuple[Settings, Params]:
@@ -31,7 +32,7 @@ def load_artifact(path: Path) -> tuple[Settings, Params]:
   if not path.is_file():
     raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
   config, params = dequantize(path.read_bytes())
-  settings = Settings.from_dict(config, where=f"the config in {path}")
+  settings = from_dict(config, where=f"the config in {path}")
   parameters.check(settings.model, params, where=str(path))
   return settings, params
 

@@ -104,9 +104,9 @@ class _Run:
     self._targets = len(data.tokens) - 1
     self._all = find_documents(data.tokens, s.model.bos_id)
     documents = select(self._all, s.eval.doc_fraction, s.seed)
-    self._reported = {int(x) for x in ttt.eval_batches.split(",") if x.strip()}
+    self._reported = set(ttt.eval_batches)
     self._batches = batches(documents, ttt.batch_size, ascending=bool(ttt.eval_batches))
-    self._boundaries = phase_boundaries(ttt.prefix_docs, ttt.num_phases, len(documents))
+    self._boundaries = phase_boundaries(ttt.phase.prefix_docs, ttt.phase.count, len(documents))
     self._world = world_size(s, self.mesh)
     self._costs = Costs.of(s.model, ttt)
     began = time.monotonic()
@@ -217,7 +217,7 @@ class _Run:
         lease.short, call.shape, self._computing, self._stream, carry, self._memory, rows, arguments
       )
       self._pending.append((batch, call, scored))
-      updates = ttt.grad_steps * sum(step.kind == LEARN for step in call.steps)
+      updates = ttt.lora.grad_steps * sum(step.kind == LEARN for step in call.steps)
       done_B[np.arange(programs.rows) % programs.slots < call.shape.slots] += updates
       total += updates
     if self._sets.needs_end(lease):

@@ -1,9 +1,7 @@
 """Combinations of settings that cannot work, refused before anything starts."""
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.scoring.chunks import parse_steps
 from pgolf_jax.settings.config import Settings
-from pgolf_jax.training.schedule import parse_scale_schedule, parse_seq_schedule
 
 
 def check(settings: Settings, *, device_count: int | None = None) -> None:
@@ -69,14 +67,13 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
     f"{max(t.batch_tokens // t.micro_batches, 1) * t.micro_batches} is.",
   )
   row = t.batch_tokens // t.micro_batches
-  for _, seq_len in parse_seq_schedule(t.seq_schedule, t.seq_len):
+  for seq_len, _ in t.length_stages:
     _require(
       row % seq_len == 0,
       f"The sequence length {seq_len} must divide the micro-batch of {row} tokens "
       f"(train.batch_tokens={t.batch_tokens} / train.micro_batches={t.micro_batches}); "
       f"{_divisor_near(row, seq_len)} does.",
     )
-  parse_scale_schedule(t.midrun_cap_schedule)
   _require(0 <= t.ema_decay < 1, f"train.ema_decay={t.ema_decay} must lie in [0, 1).")
   _require(
     t.schedule_mode == "step"
@@ -107,11 +104,12 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
 
 def _check_eval(settings: Settings) -> None:
   e = settings.eval
-  row = e.batch_tokens // settings.train.micro_batches
+  _require(e.micro_batches > 0, f"eval.micro_batches={e.micro_batches} must be positive; 8 is the recipe's.")
+  span = e.batch_tokens // e.micro_batches
   _require(
-    row >= e.seq_len,
-    f"eval.batch_tokens={e.batch_tokens} gives each of {settings.train.micro_batches} rows {row} tokens, fewer than "
-    f"eval.seq_len={e.seq_len}; at least {e.seq_len * settings.train.micro_batches} is needed.",
+    span >= e.seq_len,
+    f"eval.batch_tokens={e.batch_tokens} cut into eval.micro_batches={e.micro_batches} spans leaves {span} tokens to "
+    f"each, fewer than eval.seq_len={e.seq_len}; set eval.batch_tokens to at least {e.seq_len * e.micro_batches}.",
   )
   _require(0 < e.doc_fraction <= 1, f"eval.doc_fraction={e.doc_fraction} must lie in (0, 1].")
   # The published list of coefficients ends with the one for pairs of order 32.
@@ -120,25 +118,31 @@ def _check_eval(settings: Settings) -> None:
 
 def _check_ttt(settings: Settings) -> None:
   t = settings.ttt
-  for name in ("batch_size", "chunk_size", "lora_rank", "short_lora_rank", "num_phases"):
-    _require(getattr(t, name) is None or getattr(t, name) > 0, f"ttt.{name}={getattr(t, name)} must be positive.")
-  _require(t.grad_steps >= 0, f"ttt.grad_steps={t.grad_steps} must not be negative; 0 scores without learning.")
-  sizes = [size for _, size in parse_steps(t.short_score_first_steps)] or [t.short_chunk_size]
-  longest = max([t.chunk_size, *(sizes if t.short_score_first else [])])
-  _require(
-    t.seq_len >= longest,
-    f"ttt.seq_len={t.seq_len} must hold a chunk of {longest} targets; 3072 is usual.",
-  )
-  for name in ("beta1", "beta2", "short_beta2", "warm_start_mean_momentum"):
-    value = getattr(t, name)
+  positive = {
+    "batch_size": t.batch_size,
+    "chunk_size": t.chunk_size,
+    "lora.rank": t.lora.rank,
+    "short.rank": t.short.rank,
+    "phase.count": t.phase.count,
+  }
+  for name, value in positive.items():
+    _require(value is None or value > 0, f"ttt.{name}={value} must be positive.")
+  steps = t.lora.grad_steps
+  _require(steps >= 0, f"ttt.lora.grad_steps={steps} must not be negative; 0 scores without learning.")
+  short = [step.size for step in t.short.score_first_steps] or [t.short.chunk_size]
+  longest = max([t.chunk_size, *(short if t.short.score_first else [])])
+  _require(t.seq_len >= longest, f"ttt.seq_len={t.seq_len} must hold a chunk of {longest} targets; 3072 is usual.")
+  shares = {
+    "lora.beta1": t.lora.beta1,
+    "lora.beta2": t.lora.beta2,
+    "short.beta2": t.short.beta2,
+    "lora.warm_start_mean_momentum": t.lora.warm_start_mean_momentum,
+  }
+  for name, value in shares.items():
     _require(value is None or 0 <= value < 1, f"ttt.{name}={value} must lie in [0, 1).")
-  _require(
-    all(x.strip().isdigit() for x in t.eval_batches.split(",") if x.strip()),
-    f"ttt.eval_batches={t.eval_batches!r} must be numbers of batches, as in 1,5,20.",
-  )
-  if t.prefix_docs > 0 and t.global_epochs > 0:
+  if t.phase.prefix_docs > 0 and t.phase.epochs > 0:
     _require(
-      t.global_chunk_tokens >= settings.eval.seq_len and t.global_batch_seqs > 0,
-      f"ttt.global_chunk_tokens={t.global_chunk_tokens} holds no row of eval.seq_len={settings.eval.seq_len} tokens; "
-      "make it a multiple, or set ttt.prefix_docs=0 to leave the global phase out.",
+      t.phase.chunk_tokens >= settings.eval.seq_len and t.phase.batch_seqs > 0,
+      f"ttt.phase.chunk_tokens={t.phase.chunk_tokens} holds no row of eval.seq_len={settings.eval.seq_len} tokens; "
+      "make it a multiple, or set ttt.phase.prefix_docs=0 to leave the global phase out.",
     )

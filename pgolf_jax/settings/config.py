@@ -1,25 +1,41 @@
 """Every setting, in nested frozen dataclasses; each knows the environment name under which the recipe's users know it.
 
-A config comes from a TOML file, then environment variables, then the command line, each over the one before.
-Defaults are the values of the record run. `configs/` holds whole configs.
+The defaults are the values of the record run. `load.py` reads settings from files and environments, `check.py` refuses
+combinations that cannot work.
 """
 
 import dataclasses
-import difflib
-import os
-import tomllib
-import typing
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
-
-from pgolf_jax.errors import UserError
-from pgolf_jax.settings.values import FIXED, checked, nearest, parse_env, refuse_unsupported
+from typing import Literal, NamedTuple
 
 
-def _env(default, name: str):
-  """A field that the environment variable `name` sets too."""
-  return dataclasses.field(default=default, metadata={"env": name})
+def _env(default, name: str, flat: str | None = None):
+  """A field that the environment variable `name` sets too.
+
+  Args:
+    flat: the name that the field had directly under its top section, before sections were nested; files may use it.
+  """
+  return dataclasses.field(default=default, metadata={"env": name} | ({"flat": flat} if flat else {}))
+
+
+class LengthStage(NamedTuple):
+  """A stage of the sequence-length schedule, written `1024@0.1`."""
+
+  seq_len: int  # tokens
+  until: float  # last progress of the stage, in (0, 1]
+
+
+class ScaleStage(NamedTuple):
+  """A stage of a schedule of factors, written `0.5@0.9`."""
+
+  scale: float
+  at: float  # first progress of the stage
+
+
+class ChunkStep(NamedTuple):
+  """The chunk size for documents up to a length, written `256:16`."""
+
+  longest: int  # tokens of the longest document of a batch, both bos counted
+  size: int  # targets of a chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +122,19 @@ class TrainConfig:
   iterations: int = _env(20000, "ITERATIONS")
   max_wallclock_seconds: float = _env(600.0, "MAX_WALLCLOCK_SECONDS")  # 0: no cap, steps alone
   batch_tokens: int = _env(786432, "TRAIN_BATCH_TOKENS")  # tokens of a step, over all ranks
-  micro_batches: int = 8  # packed rows of a step, over all ranks
+  micro_batches: int = 8  # packed rows that a step's tokens are cut into, over all ranks; more take less memory
   world_size: int = _env(0, "WORLD_SIZE")  # ranks that share out the stream; 0: one per device
   seq_len: int = _env(3072, "TRAIN_SEQ_LEN")  # longest segment where there is no schedule
-  seq_schedule: str = _env("1024@0.100,2048@0.700,3072@1.000", "TRAIN_SEQ_SCHEDULE")
+  seq_schedule: tuple[LengthStage, ...] = _env(
+    (LengthStage(1024, 0.1), LengthStage(2048, 0.7), LengthStage(3072, 1.0)), "TRAIN_SEQ_SCHEDULE"
+  )
   schedule_mode: Literal["wallclock", "step"] = _env("wallclock", "TRAIN_SEQ_SCHEDULE_MODE")
   seq_change_warmup_steps: int = _env(32, "SEQ_CHANGE_WARMUP_STEPS")
   enable_looping_at: float = _env(0.35, "ENABLE_LOOPING_AT")
   warmdown_frac: float = _env(0.85, "WARMDOWN_FRAC")
   warmdown_iters: int = _env(0, "WARMDOWN_ITERS")
   min_lr: float = _env(0.1, "MIN_LR")
-  midrun_cap_schedule: str = _env("", "MIDRUN_CAP_SCHEDULE")  # scale@progress, … further factors on every lr
+  midrun_cap_schedule: tuple[ScaleStage, ...] = _env((), "MIDRUN_CAP_SCHEDULE")  # further factors on every lr
   ema_decay: float = _env(0.9965, "EMA_DECAY")
   warmup_steps: int = _env(20, "WARMUP_STEPS")  # run in each looping mode before the clock starts, then undone
   compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -126,75 +144,118 @@ class TrainConfig:
   checkpoint_every_seconds: float = 120.0
   checkpoint_every_steps: int = 0  # 0: by time alone
 
+  @property
+  def length_stages(self) -> tuple[LengthStage, ...]:
+    """The sequence-length schedule as it is run: at least one stage, the last one until progress 1."""
+    stages = self.seq_schedule or (LengthStage(self.seq_len, 1.0),)
+    return stages if stages[-1].until >= 1.0 else (*stages, LengthStage(stages[-1].seq_len, 1.0))
+
+  @property
+  def scale_stages(self) -> tuple[ScaleStage, ...]:
+    """The schedule of further factors as it is run: at least one stage, the first one from progress 0."""
+    stages = self.midrun_cap_schedule or (ScaleStage(1.0, 0.0),)
+    return stages if stages[0].at <= 0 else (ScaleStage(stages[0].scale, 0.0), *stages)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   batch_tokens: int = _env(524288, "VAL_BATCH_TOKENS")  # tokens in flight, over all ranks
+  # Spans that batch_tokens is cut into: the reference's ranks times its accumulation, which is always 8.
+  micro_batches: int = 8
   seq_len: int = _env(3072, "EVAL_SEQ_LEN")
   doc_fraction: float = _env(1.0, "VAL_DOC_FRACTION")  # share of the validation documents that TTT scores
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """The adapters of a document, and how they learn."""
+
+  rank: int = _env(80, "TTT_LORA_RANK", "lora_rank")  # R
+  alpha: float = _env(144.0, "TTT_LORA_ALPHA", "lora_alpha")  # what adapters add is multiplied by alpha / rank
+  lr: float = _env(1e-4, "TTT_LORA_LR", "lora_lr")
+  lr_mult: float = _env(0.75, "TTT_LOCAL_LR_MULT", "local_lr_mult")  # a further factor on every adapter's lr
+  weight_decay: float = _env(0.5, "TTT_WEIGHT_DECAY", "weight_decay")
+  beta1: float = _env(0.0, "TTT_BETA1", "beta1")
+  beta2: float = _env(0.99, "TTT_BETA2", "beta2")
+  grad_steps: int = _env(1, "TTT_GRAD_STEPS", "grad_steps")  # updates after each chunk
+  optimizer: Literal["adam", "sgd"] = _env("adam", "TTT_OPTIMIZER", "optimizer")
+  mask: Literal["", "all", "baseline_all", "no_q", "no_v", "no_qv"] = _env("no_qv", "TTT_MASK", "mask")
+  q: bool | None = _env(None, "TTT_Q_LORA", "q_lora")  # unset: as the mask says
+  k: bool = _env(True, "TTT_K_LORA", "k_lora")
+  v: bool | None = _env(None, "TTT_V_LORA", "v_lora")  # unset: as the mask says
+  o: bool = _env(True, "TTT_O_LORA", "o_lora")
+  mlp: bool = _env(True, "TTT_MLP_LORA", "mlp_lora")
+  warm_start_a: bool = _env(True, "TTT_WARM_START_A", "warm_start_a")  # a batch starts with A of the batch before
+  # Start short documents from the mean of earlier batches' adapters.
+  warm_start_mean: bool = _env(False, "TTT_WARM_START_MEAN_ENABLED", "warm_start_mean")
+  # Longest document that starts from the mean, tokens; unset: short.doc_len.
+  warm_start_mean_doc_len: int | None = _env(None, "TTT_WARM_START_MEAN_DOC_LEN", "warm_start_mean_doc_len")
+  warm_start_mean_momentum: float = _env(0.95, "TTT_WARM_START_MEAN_MOMENTUM", "warm_start_mean_momentum")
+  train_min_doc_len: int = _env(0, "TTT_TRAIN_MIN_DOC_LEN", "train_min_doc_len")  # shorter documents are only scored
+  train_max_doc_len: int = _env(0, "TTT_TRAIN_MAX_DOC_LEN", "train_max_doc_len")  # longer ones too; 0: no limit
+
+  @property
+  def adapts_q(self) -> bool:
+    """Whether queries have an adapter."""
+    return self.mask not in ("no_q", "no_qv") if self.q is None else self.q
+
+  @property
+  def adapts_v(self) -> bool:
+    """Whether values have an adapter."""
+    return self.mask not in ("no_v", "no_qv") if self.v is None else self.v
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConfig:
+  """What short documents have apart from the others."""
+
+  doc_len: int = _env(2000, "TTT_SHORT_DOC_LEN", "short_doc_len")  # tokens of the longest short document
+  score_first: bool = _env(True, "TTT_SHORT_SCORE_FIRST_ENABLED", "short_score_first")  # smaller chunks
+  score_first_steps: tuple[ChunkStep, ...] = _env(
+    (ChunkStep(256, 16), ChunkStep(2000, 32)), "TTT_SHORT_SCORE_FIRST_STEPS", "short_score_first_steps"
+  )
+  chunk_size: int = _env(32, "TTT_SHORT_CHUNK_SIZE", "short_chunk_size")  # where there are no score_first_steps
+  lora: bool = _env(False, "TTT_SHORT_LORA_ENABLED", "short_lora")  # adapters apart, with what follows
+  rank: int | None = _env(None, "TTT_SHORT_LORA_RANK", "short_lora_rank")  # unset, here and below: as for the others
+  lr: float | None = _env(None, "TTT_SHORT_LORA_LR", "short_lora_lr")
+  weight_decay: float | None = _env(None, "TTT_SHORT_WEIGHT_DECAY", "short_weight_decay")
+  beta2: float | None = _env(None, "TTT_SHORT_BETA2", "short_beta2")
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+  """Global phases: all weights learn from documents that are scored."""
+
+  prefix_docs: int = _env(2500, "PHASED_TTT_PREFIX_DOCS", "prefix_docs")  # scored before the last phase; 0: no phase
+  count: int = _env(1, "PHASED_TTT_NUM_PHASES", "num_phases")
+  lr: float = _env(0.001, "GLOBAL_TTT_LR", "global_lr")
+  momentum: float = _env(0.9, "GLOBAL_TTT_MOMENTUM", "global_momentum")
+  epochs: int = _env(1, "GLOBAL_TTT_EPOCHS", "global_epochs")
+  chunk_tokens: int = _env(32768, "GLOBAL_TTT_CHUNK_TOKENS", "global_chunk_tokens")
+  batch_seqs: int = _env(32, "GLOBAL_TTT_BATCH_SEQS", "global_batch_seqs")  # rows of an update, at most
+  grad_clip: float = _env(1.0, "GLOBAL_TTT_GRAD_CLIP", "global_grad_clip")
+  warmup_chunks: int = _env(0, "GLOBAL_TTT_WARMUP_CHUNKS", "global_warmup_chunks")
+  warmup_start_lr: float = _env(0.0, "GLOBAL_TTT_WARMUP_START_LR", "global_warmup_start_lr")
+  respect_documents: bool = _env(True, "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES", "global_respect_documents")
+
+
+@dataclasses.dataclass(frozen=True)
 class TTTConfig:
+  """Score-first test-time training."""
+
   enabled: bool = _env(True, "TTT_ENABLED")
   # Document order: `strict` declares one order and builds hints in it; `reference` repeats the published procedure.
   order: Literal["strict", "reference"] = "strict"
   # `exact` recomputes each chunk's window; `cached` keeps keys and values of earlier chunks.
   method: Literal["exact", "cached"] = "exact"
-  batch_size: int = _env(24, "TTT_BATCH_SIZE")
-  seq_len: int = _env(3072, "TTT_EVAL_SEQ_LEN")
-  chunk_size: int = _env(64, "TTT_CHUNK_SIZE")
-  short_score_first: bool = _env(True, "TTT_SHORT_SCORE_FIRST_ENABLED")
-  short_score_first_steps: str = _env("256:16,2000:32", "TTT_SHORT_SCORE_FIRST_STEPS")
-  short_doc_len: int = _env(2000, "TTT_SHORT_DOC_LEN")
-  short_chunk_size: int = _env(32, "TTT_SHORT_CHUNK_SIZE")
-  short_lora: bool = _env(False, "TTT_SHORT_LORA_ENABLED")
-  # Adapters of short documents; what is unset is as for the others.
-  short_lora_rank: int | None = _env(None, "TTT_SHORT_LORA_RANK")
-  short_lora_lr: float | None = _env(None, "TTT_SHORT_LORA_LR")
-  short_weight_decay: float | None = _env(None, "TTT_SHORT_WEIGHT_DECAY")
-  short_beta2: float | None = _env(None, "TTT_SHORT_BETA2")
-  lora_rank: int = _env(80, "TTT_LORA_RANK")  # R
-  lora_alpha: float = _env(144.0, "TTT_LORA_ALPHA")
-  lora_lr: float = _env(1e-4, "TTT_LORA_LR")
-  local_lr_mult: float = _env(0.75, "TTT_LOCAL_LR_MULT")
-  weight_decay: float = _env(0.5, "TTT_WEIGHT_DECAY")
-  beta1: float = _env(0.0, "TTT_BETA1")
-  beta2: float = _env(0.99, "TTT_BETA2")
-  grad_steps: int = _env(1, "TTT_GRAD_STEPS")
-  optimizer: Literal["adam", "sgd"] = _env("adam", "TTT_OPTIMIZER")
-  mask: Literal["", "all", "baseline_all", "no_q", "no_v", "no_qv"] = _env("no_qv", "TTT_MASK")
-  q_lora: bool | None = _env(None, "TTT_Q_LORA")  # unset: as the mask says
-  k_lora: bool = _env(True, "TTT_K_LORA")
-  v_lora: bool | None = _env(None, "TTT_V_LORA")
-  o_lora: bool = _env(True, "TTT_O_LORA")
-  mlp_lora: bool = _env(True, "TTT_MLP_LORA")
-  warm_start_a: bool = _env(True, "TTT_WARM_START_A")
-  warm_start_mean: bool = _env(False, "TTT_WARM_START_MEAN_ENABLED")
-  warm_start_mean_doc_len: int | None = _env(None, "TTT_WARM_START_MEAN_DOC_LEN")  # unset: short_doc_len
-  warm_start_mean_momentum: float = _env(0.95, "TTT_WARM_START_MEAN_MOMENTUM")
-  train_min_doc_len: int = _env(0, "TTT_TRAIN_MIN_DOC_LEN")
-  train_max_doc_len: int = _env(0, "TTT_TRAIN_MAX_DOC_LEN")
-  eval_batches: str = _env("", "TTT_EVAL_BATCHES")
-  prefix_docs: int = _env(2500, "PHASED_TTT_PREFIX_DOCS")
-  num_phases: int = _env(1, "PHASED_TTT_NUM_PHASES")
-  global_lr: float = _env(0.001, "GLOBAL_TTT_LR")
-  global_momentum: float = _env(0.9, "GLOBAL_TTT_MOMENTUM")
-  global_epochs: int = _env(1, "GLOBAL_TTT_EPOCHS")
-  global_chunk_tokens: int = _env(32768, "GLOBAL_TTT_CHUNK_TOKENS")
-  global_batch_seqs: int = _env(32, "GLOBAL_TTT_BATCH_SEQS")
-  global_grad_clip: float = _env(1.0, "GLOBAL_TTT_GRAD_CLIP")
-  global_warmup_chunks: int = _env(0, "GLOBAL_TTT_WARMUP_CHUNKS")
-  global_warmup_start_lr: float = _env(0.0, "GLOBAL_TTT_WARMUP_START_LR")
-  global_respect_documents: bool = _env(True, "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES")
-
-  @property
-  def adapts_q(self) -> bool:
-    return self.mask not in ("no_q", "no_qv") if self.q_lora is None else self.q_lora
-
-  @property
-  def adapts_v(self) -> bool:
-    return self.mask not in ("no_v", "no_qv") if self.v_lora is None else self.v_lora
+  batch_size: int = _env(24, "TTT_BATCH_SIZE")  # documents whose adapters move in step
+  seq_len: int = _env(3072, "TTT_EVAL_SEQ_LEN")  # tokens of the longest window
+  chunk_size: int = _env(64, "TTT_CHUNK_SIZE")  # targets between two updates
+  # Batches after which the running score is logged, from 1, shortest documents first; empty: longest first.
+  eval_batches: tuple[int, ...] = _env((), "TTT_EVAL_BATCHES")
+  lora: LoRAConfig = LoRAConfig()
+  short: ShortConfig = ShortConfig()
+  phase: PhaseConfig = PhaseConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +278,8 @@ class QuantizeConfig:
   embed_clip_sigmas: float = _env(14.0, "EMBED_CLIP_SIGMAS")
   gate_int8: bool = _env(True, "GATED_ATTN_QUANT_GATE")
   calibration_batches: int = _env(16, "GPTQ_CALIBRATION_BATCHES")
+  # A batch has train.batch_tokens divided by this: the reference's ranks times its accumulation, which is always 8.
+  calibration_micro_batches: int = 8
   calibration_scope: Literal["rank0", "all"] = "rank0"
   calibration_respect_documents: bool = False
   reserve_seconds: float = _env(4.0, "GPTQ_RESERVE_SECONDS")  # of the training clock, kept for the Hessians
@@ -251,104 +314,3 @@ class Settings:
   hints: HintConfig = HintConfig()
   quantize: QuantizeConfig = QuantizeConfig()
   seed: int = _env(1337, "SEED")
-
-  @classmethod
-  def from_env(cls, environ: Mapping[str, str], base: "Settings | None" = None) -> "Settings":
-    """`base` with every known name in `environ` applied.
-
-    Names that no setting has are left alone (an environment holds many); `check_env_names` refuses them where a
-    mapping is meant to hold settings only. Raises UserError on a value of the wrong type or one not supported.
-    """
-    settings = base if base is not None else cls()
-    changes: dict[str, dict[str, object]] = {}
-    for section, field in _fields():
-      name = field.metadata.get("env")
-      if name and name in environ:
-        value = parse_env(name, environ[name], _type_of(section, field))
-        changes.setdefault(section, {})[field.name] = value
-    refuse_unsupported(environ)
-    return _replaced(settings, changes)
-
-  @classmethod
-  def from_toml(cls, path: str | Path) -> "Settings":
-    """The config file at `path` over the defaults. Raises UserError naming the file and the key."""
-    path = Path(path)
-    try:
-      table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-      near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-      hint = f"; did you mean {path.parent / near[0]}?" if near else "."
-      raise UserError(f"There is no config file {path}{hint}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-      raise UserError(f"{path} is not valid TOML: {e}.") from None
-    return cls.from_dict(table, where=str(path))
-
-  @classmethod
-  def from_dict(cls, table: Mapping[str, object], where: str = "config") -> "Settings":
-    """Inverse of `to_dict`. Raises UserError on unknown names and wrong types, with the nearest valid name."""
-    sections = {f.name: f for f in dataclasses.fields(cls)}
-    changes: dict[str, dict[str, object]] = {}
-    for section, value in table.items():
-      if section not in sections:
-        raise UserError(f"{where}: unknown section or setting {section!r}{nearest(section, sections)}")
-      if not dataclasses.is_dataclass(sections[section].type):
-        changes.setdefault("", {})[section] = checked(f"{where}: {section}", value, _type_of("", sections[section]))
-        continue
-      if not isinstance(value, Mapping):
-        raise UserError(f"{where}: {section} is a section, so it needs [{section}] and names under it.")
-      fields = {f.name: f for f in dataclasses.fields(sections[section].type)}
-      for key, item in value.items():
-        if key not in fields:
-          raise UserError(f"{where}: unknown setting {section}.{key}{nearest(key, fields)}")
-        item = checked(f"{where}: {section}.{key}", item, _type_of(section, fields[key]))
-        changes.setdefault(section, {})[key] = item
-    return _replaced(cls(), changes)
-
-  def to_dict(self) -> dict[str, object]:
-    """Nested plain values; unset optional settings are left out, as TOML has no null."""
-    return {
-      k: {kk: vv for kk, vv in v.items() if vv is not None} if isinstance(v, dict) else v
-      for k, v in dataclasses.asdict(self).items()
-    }
-
-
-def load(path: str | Path, environ: Mapping[str, str] | None = None) -> Settings:
-  """The config file with the environment over it."""
-  return Settings.from_env(os.environ if environ is None else environ, base=Settings.from_toml(path))
-
-
-def env_names() -> dict[str, str]:
-  """Environment name → dotted setting name, for every setting that has one."""
-  return {
-    f.metadata["env"]: f"{section}.{f.name}" if section else f.name for section, f in _fields() if "env" in f.metadata
-  }
-
-
-def check_env_names(names: typing.Iterable[str]) -> None:
-  """Raises UserError if a name is no setting's environment name, with the nearest one that is."""
-  known = [*env_names(), *FIXED]
-  for name in names:
-    if name not in known:
-      raise UserError(f"Unknown setting {name}{nearest(name, known)}")
-
-
-def _fields():
-  for top in dataclasses.fields(Settings):
-    if dataclasses.is_dataclass(top.type):
-      for field in dataclasses.fields(top.type):
-        yield top.name, field
-    else:
-      yield "", top
-
-
-def _type_of(section: str, field: dataclasses.Field):
-  owner = Settings if not section else next(f.type for f in dataclasses.fields(Settings) if f.name == section)
-  return typing.get_type_hints(owner)[field.name]
-
-
-def _replaced(settings: Settings, changes: dict[str, dict[str, object]]) -> Settings:
-  top = dict(changes.get("", {}))
-  for section, values in changes.items():
-    if section:
-      top[section] = dataclasses.replace(getattr(settings, section), **values)
-  return dataclasses.replace(settings, **top)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import format
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import accounting, starter
 from pgolf_jax.submission.accounting import Account
 
@@ -57,7 +57,7 @@ def require_fit(found: Account, data: bytes) -> None:
   # Each doubling of the grids' steps saves one bit a value.
   values = sum(tensor.q_MxN.size for tensor in loaded.tensors.values() if hasattr(tensor, "q_MxN"))
   multiplier = 2 ** (8 * found.over / max(values, 1))
-  config = Settings.from_dict(loaded.config, where="the artifact's config").quantize
+  config = from_dict(loaded.config, where="the artifact's config").quantize
   names = ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
   clips = ", ".join(f"quantize.{name}={getattr(config, name) * multiplier:.2f}" for name in names)
   ways.append(f"clips {multiplier:.3f} times as wide would fit ({clips})")
@@ -86,7 +86,7 @@ def build(
   if folder.exists() and any(folder.iterdir()):
     raise UserError(f"{folder} is not empty; choose another folder with --out, or remove it.")
   loaded, shipped = format.read(data), code()
-  settings = Settings.from_dict(loaded.config, where="the artifact's config")
+  settings = from_dict(loaded.config, where="the artifact's config")
   found = accounting.account(
     data,
     starter=shipped.starter,

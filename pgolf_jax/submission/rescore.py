@@ -22,10 +22,10 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
   from pgolf_jax.quantize.artifact.format import dequantize
   from pgolf_jax.runtime.mesh import data_mesh, world_size
   from pgolf_jax.scoring import plain
-  from pgolf_jax.settings.config import Settings
+  from pgolf_jax.settings.load import from_dict
 
   config, params = dequantize(data)
-  settings = Settings.from_dict(config, where="the artifact's config")
+  settings = from_dict(config, where="the artifact's config")
   parameters.check(settings.model, params, where="the artifact")
   mesh = data_mesh()
   validation = plain.load_validation(folder)
@@ -45,7 +45,7 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
       mesh=mesh,
       ranks=world_size(settings, mesh),
       batch_tokens=settings.eval.batch_tokens,
-      rows=settings.train.micro_batches,
+      rows=settings.eval.micro_batches,
       seq_len=settings.eval.seq_len,
       dtype=dtype,
     )

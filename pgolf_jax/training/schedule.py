@@ -5,48 +5,7 @@ All functions are plain Python on numbers, so that a schedule can be tested and 
 
 import dataclasses
 
-from pgolf_jax.errors import UserError
 from pgolf_jax.settings.config import OptimizerConfig, TrainConfig
-
-
-def _parse_stages(text: str, what: str, kind) -> list[tuple[float, float]]:
-  stages = []
-  for stage in filter(None, (s.strip() for s in text.split(","))):
-    try:
-      value, at = stage.split("@", 1)
-      stages.append((float(at), kind(value)))
-    except ValueError:
-      raise UserError(f"{what} has the stage {stage!r}; each must read value@progress, as in 1024@0.35.") from None
-  return sorted(stages, key=lambda s: s[0])
-
-
-def parse_seq_schedule(text: str, default_seq_len: int) -> list[tuple[float, int]]:
-  """[(last progress of the stage, sequence length), …], rising, the last one reaching 1.
-
-  Args:
-    text: `1024@0.1,2048@0.7,3072@1.0`; empty means `default_seq_len` throughout.
-    default_seq_len: tokens.
-
-  Raises:
-    UserError: a stage that does not read `length@progress`, or a number out of range.
-  """
-  stages = _parse_stages(text, "train.seq_schedule", int) or [(1.0, default_seq_len)]
-  for until, seq_len in stages:
-    if seq_len <= 0 or not 0 < until <= 1:
-      raise UserError(
-        f"train.seq_schedule has the stage {seq_len}@{until}; lengths must be positive and progress in (0, 1]."
-      )
-  if stages[-1][0] < 1.0:
-    stages.append((1.0, stages[-1][1]))
-  return stages
-
-
-def parse_scale_schedule(text: str) -> list[tuple[float, float]]:
-  """[(first progress, factor), …] of `train.midrun_cap_schedule`; empty text gives the constant 1."""
-  stages = _parse_stages(text, "train.midrun_cap_schedule", float) or [(0.0, 1.0)]
-  if stages[0][0] > 0:
-    stages.insert(0, (0.0, stages[0][1]))
-  return stages
 
 
 def lr_factor(config: TrainConfig, progress: float, step: int) -> float:
@@ -101,10 +60,6 @@ class Schedule:
   changed_at: int | None = None  # step of the last change
   looping: bool = False
 
-  def __post_init__(self):
-    self._stages = parse_seq_schedule(self.train.seq_schedule, self.train.seq_len)
-    self._caps = parse_scale_schedule(self.train.midrun_cap_schedule)
-
   @property
   def time_cap(self) -> float:
     """Seconds that training may take; infinite without a cap."""
@@ -115,7 +70,7 @@ class Schedule:
     """Every (sequence length, looping) that can occur, in order."""
     found: list[tuple[int, bool]] = []
     begin = 0.0
-    for until, seq_len in self._stages:
+    for seq_len, until in self.train.length_stages:
       modes = [False] if self.num_loops == 0 or begin < self.train.enable_looping_at else []
       if self.num_loops > 0 and until >= self.train.enable_looping_at:
         modes.append(True)
@@ -133,13 +88,13 @@ class Schedule:
   def plan(self, step: int, elapsed: float) -> StepPlan:
     """The plan of 0-based step `step`, which starts after `elapsed` seconds of training."""
     p = self.progress(step, elapsed)
-    seq_len = next((s for until, s in self._stages if p <= until), self._stages[-1][1])
+    seq_len = next(s.seq_len for s in self.train.length_stages if p <= s.until)
     changed = self.seq_len is not None and seq_len != self.seq_len
     if changed:
       self.changed_at = step
     self.seq_len = seq_len
     scale = lr_factor(self.train, p, step)
-    scale *= [factor for at, factor in self._caps if p + 1e-12 >= at][-1]
+    scale *= [stage.scale for stage in self.train.scale_stages if p + 1e-12 >= stage.at][-1]
     if self.changed_at is not None and self.train.seq_change_warmup_steps > 0:
       scale *= min((step - self.changed_at + 1) / self.train.seq_change_warmup_steps, 1.0)
     self.looping = self.looping or (self.num_loops > 0 and p >= self.train.enable_looping_at)

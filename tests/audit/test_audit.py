@@ -20,7 +20,7 @@ DATA = random_documents([40, 31, 52])
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
   folder = tmp_path_factory.mktemp("scores")
-  settings = changed(SETTINGS, prefix_docs=0)
+  settings = changed(SETTINGS, phase__prefix_docs=0)
   Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, folder=folder)(random_params(), DATA)
   return folder
 

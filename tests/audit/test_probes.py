@@ -21,7 +21,7 @@ FUTURE, TARGET, NORMAL, ONCE = range(4)
 
 
 def make_evaluate(settings=None):
-  settings = settings or changed(SETTINGS, prefix_docs=3, batch_size=2)
+  settings = settings or changed(SETTINGS, phase__prefix_docs=3, batch_size=2)
   watch = frozenset(range(len(DATA.tokens) - 1))
   evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
   params = random_params()
@@ -128,7 +128,7 @@ def test_counts_of_documents_that_come_later_are_not_acyclic(compiled):
   documents = 5
   strict = compiled(DATA.tokens).trace
   assert audit.acyclic(strict, documents).passed
-  settings = changed(SETTINGS, prefix_docs=3, batch_size=2, order="reference")
+  settings = changed(SETTINGS, phase__prefix_docs=3, batch_size=2, order="reference")
   found = audit.acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
   assert not found.passed and "not acyclic" in found.finding
 

@@ -14,7 +14,7 @@ from pgolf_jax.kernels import peaks as chips
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan import work
 from pgolf_jax.plan.programs import programs
-from pgolf_jax.settings.config import ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -23,12 +23,13 @@ SETTINGS = Settings(
   ),
   optimizer=OptimizerConfig(muon_dtype="float32"),
   train=TrainConfig(
-    batch_tokens=2 * 64, micro_batches=2, world_size=2, seq_schedule="16@0.5,32@1.0", compute_dtype="float32"
+    batch_tokens=2 * 64, micro_batches=2, world_size=2, compute_dtype="float32",
+    seq_schedule=(LengthStage(16, 0.5), LengthStage(32, 1.0)),
   ),
   ttt=TTTConfig(enabled=False),
 )  # fmt: skip
 
-LONG = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, seq_schedule="32@1.0"))
+LONG = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, seq_schedule=(LengthStage(32, 1.0),)))
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_plain_xla_is_what_its_name_says():
   mesh = AbstractMesh((1,), ("data",), abstract_device=device)
   model = ModelConfig(vocab_size=512, num_layers=2, model_dim=128, num_heads=2, num_kv_heads=1, num_loops=0,
                       parallel_start_layer=0)  # fmt: skip
-  train = TrainConfig(batch_tokens=512, micro_batches=1, seq_schedule="256@1.0")
+  train = TrainConfig(batch_tokens=512, micro_batches=1, seq_schedule=(LengthStage(256, 1.0),))
   settings = Settings(model=model, train=train, ttt=TTTConfig(enabled=False))
 
   def kernels() -> int:

@@ -48,7 +48,7 @@ def test_impossible_settings_are_refused_before_anything_starts(tmp_path, capsys
 
 
 def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
-  from pgolf_jax.cli.config_args import parse
+  from pgolf_jax.settings.arguments import parse
 
   monkeypatch.setenv("ITERATIONS", "7")
   monkeypatch.setenv("SEED", "8")

@@ -12,6 +12,7 @@ from pgolf_jax.cli import VERBS, main
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import distributed, xla_options
 from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import to_dict
 
 
 class Started(UserError):
@@ -37,7 +38,7 @@ def stop_at_the_start(monkeypatch):
 @pytest.fixture
 def run(tmp_path):
   """A run folder with its config, trained as far as its results say."""
-  (tmp_path / "config.toml").write_text(tomli_w.dumps(Settings().to_dict()))
+  (tmp_path / "config.toml").write_text(tomli_w.dumps(to_dict(Settings())))
   (tmp_path / "results.json").write_text('{"train": {"steps": 1}}')
   return tmp_path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pgolf_jax.runtime import xla_options
 from pgolf_jax.settings import check
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -52,7 +52,7 @@ def test_the_slurm_recipe_starts_as_many_processes_as_the_config_has_rows(tmp_pa
   tasks = int(re.search(r"--ntasks-per-node=(\d+)", script.read_text())[1])
   gpus = int(re.search(r"--gres=gpu:h100:(\d+)", script.read_text())[1])
   assert tasks == gpus
-  check.check(Settings.from_toml(CONFIGS / "record_8xh100.toml"), device_count=tasks)
+  check.check(from_toml(CONFIGS / "record_8xh100.toml"), device_count=tasks)
 
 
 def test_the_gke_recipe_has_the_chips_of_its_topology_and_a_config_for_them():
@@ -63,4 +63,4 @@ def test_the_gke_recipe_has_the_chips_of_its_topology_and_a_config_for_them():
   rows, columns = re.search(r"gke-tpu-topology: (\d+)x(\d+)", text).groups()
   assert {hosts * n for n in chips} == {int(rows) * int(columns)}
   config = re.search(r"configs/(\S+\.toml), --out", text)[1]
-  check.check(Settings.from_toml(CONFIGS / config), device_count=int(rows) * int(columns))
+  check.check(from_toml(CONFIGS / config), device_count=int(rows) * int(columns))

@@ -14,7 +14,7 @@ from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring.ttt import Evaluator
 
 DATA = random_documents([30, 9, 75, 41, 22, 60, 14, 33, 51, 27, 18, 66, 38, 29, 45, 12])
-SETTINGS = changed(SETTINGS, batch_size=8, prefix_docs=8, lora_lr=1e-4)
+SETTINGS = changed(SETTINGS, batch_size=8, phase__prefix_docs=8, lora__lr=1e-4)
 
 
 def evaluate(folder: Path):

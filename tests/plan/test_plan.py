@@ -15,15 +15,16 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.plan import collectives, hardware, machine_code, work
 from pgolf_jax.plan.plan import examine, report
 from pgolf_jax.plan.programs import Program, programs
-from pgolf_jax.settings.config import ModelConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.config import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
     vocab_size=512, num_layers=3, model_dim=128, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1,
     loop_start=1, loop_end=1, parallel_start_layer=2, rope_dims=16,
   ),
-  train=TrainConfig(batch_tokens=8 * 512, micro_batches=8, seq_len=256, seq_schedule="128@0.5,256@1.0"),
-  ttt=TTTConfig(batch_size=8, seq_len=256, lora_rank=8, chunk_size=32),
+  train=TrainConfig(batch_tokens=8 * 512, micro_batches=8, seq_len=256,
+                    seq_schedule=(LengthStage(128, 0.5), LengthStage(256, 1.0))),
+  ttt=TTTConfig(batch_size=8, seq_len=256, lora=LoRAConfig(rank=8), chunk_size=32),
 )  # fmt: skip
 CONFIG = """
 [model]

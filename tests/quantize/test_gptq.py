@@ -13,7 +13,7 @@ from pgolf_jax.quantize.artifact.names import unbank
 from pgolf_jax.quantize.artifact.tensors import LowRank
 from pgolf_jax.quantize.gptq import gptq, inverse_factor, row_scale
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_env
 
 
 def matrix_and_hessian(seed: int, rows: int, columns: int):
@@ -126,7 +126,7 @@ def case(golden):
 @pytest.fixture(scope="module")
 def quantised(case):
   environ, params, hessian, act_rms, _ = case
-  return quantize(params, hessian, act_rms, Settings.from_env(environ).quantize)
+  return quantize(params, hessian, act_rms, from_env(environ).quantize)
 
 
 def test_golden_integers_and_steps(case, quantised):
@@ -175,7 +175,7 @@ def test_golden_low_rank_factors_up_to_sign(case, quantised):
 
 def test_quantising_twice_gives_the_same(case, quantised):
   environ, params, hessian, act_rms, _ = case
-  again = quantize(params, hessian, act_rms, Settings.from_env(environ).quantize)
+  again = quantize(params, hessian, act_rms, from_env(environ).quantize)
   for name, tensor in quantised.items():
     assert np.array_equal(tensor.dequantize(), again[name].dequantize()), name
 

@@ -12,7 +12,8 @@ from tiny_model import SETTINGS, random_params, with_quantize, write_data
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize import stage
 from pgolf_jax.quantize.artifact import format
-from pgolf_jax.settings.config import QuantizeConfig, Settings
+from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import accounting, package
 from pgolf_jax.submission.rescore import score
 
@@ -31,7 +32,7 @@ def made(data):
 
 def test_artifact_holds_the_settings_but_no_paths(made):
   config = format.read(made.data).config
-  assert Settings.from_dict(config).model == SETTINGS.model
+  assert from_dict(config).model == SETTINGS.model
   assert "path" not in config["data"]
 
 
@@ -56,9 +57,8 @@ def test_account_adds_up(made):
 
 def test_needed_code_reaches_kernels_and_sources_but_not_training_loops():
   modules = accounting.needed_modules()
-  assert {"pgolf_jax.quantize.artifact.format", "pgolf_jax.model.gpt", "pgolf_jax.kernels.segment_attention.xla"} <= set(
-    modules
-  )
+  needed = {"pgolf_jax.quantize.artifact.format", "pgolf_jax.model.gpt", "pgolf_jax.kernels.segment_attention.xla"}
+  assert needed <= set(modules)
   assert not {"pgolf_jax.cli", "pgolf_jax.training.loop", "pgolf_jax.quantize.gptq", "pgolf_jax.data.prepare"} & set(
     modules
   )

@@ -7,7 +7,7 @@ import numpy as np
 
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.model import params as parameters
-from pgolf_jax.settings.config import EvalConfig, ModelConfig, QuantizeConfig, Settings, TrainConfig
+from pgolf_jax.settings.config import EvalConfig, LengthStage, ModelConfig, QuantizeConfig, Settings, TrainConfig
 
 MODEL = ModelConfig(
   vocab_size=320,
@@ -26,7 +26,12 @@ MODEL = ModelConfig(
 SETTINGS = Settings(
   model=MODEL,
   train=TrainConfig(
-    batch_tokens=512, micro_batches=8, world_size=1, seq_len=32, seq_schedule="32@1.0", compute_dtype="float32"
+    batch_tokens=512,
+    micro_batches=8,
+    world_size=1,
+    seq_len=32,
+    seq_schedule=(LengthStage(32, 1.0),),
+    compute_dtype="float32",
   ),
   eval=EvalConfig(batch_tokens=512, seq_len=32),
   quantize=QuantizeConfig(calibration_batches=5),

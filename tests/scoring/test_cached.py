@@ -19,7 +19,7 @@ def evaluate(settings, data, **options):
 def test_without_learning_kept_keys_are_those_computed_again():
   # Within one window, that is: beyond it a kept key has seen tokens that have left the window since.
   data = random_documents([30, 9, 47, 41, 22])
-  exact, cached = (evaluate(changed(s, lora_lr=0.0), data) for s in (SETTINGS, CACHED))
+  exact, cached = (evaluate(changed(s, lora__lr=0.0), data) for s in (SETTINGS, CACHED))
   np.testing.assert_allclose(cached.model_nll_N, exact.model_nll_N, atol=1e-5)
 
 
@@ -35,7 +35,7 @@ def test_the_first_chunks_are_those_of_the_exact_evaluation_and_later_ones_diffe
 def test_documents_longer_than_the_ring_and_every_probe():
   data = random_documents([40, 131, 52, 77])
   watch = frozenset(range(len(data.tokens) - 1))
-  settings = changed(CACHED, prefix_docs=2, batch_size=2, chunk_size=7)
+  settings = changed(CACHED, phase__prefix_docs=2, batch_size=2, chunk_size=7)
   evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
   params = random_params()
   model = settings.model

@@ -40,7 +40,7 @@ def document_means(found, data):
 def test_scores_do_not_depend_on_the_batch_size():
   data = random_documents(LENGTHS)
   # The record's learning rate: Adam's first steps turn a gradient's sign alone, also where rounding decides it.
-  settings = changed(SETTINGS, warm_start_a=False, lora_lr=1e-4)
+  settings = changed(SETTINGS, lora__warm_start_a=False, lora__lr=1e-4)
   one, three, all_at_once = (evaluate(changed(settings, batch_size=size), data) for size in (1, 3, 24))
   # Hints follow the order of scoring, which batches decide; what the model makes of each target does not.
   for other in (one, all_at_once):
@@ -51,7 +51,7 @@ def test_scores_do_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("devices", [2, 8])
 def test_scores_do_not_depend_on_the_number_of_devices(devices):
   data = random_documents(LENGTHS)
-  settings = changed(SETTINGS, prefix_docs=5, lora_lr=1e-4)
+  settings = changed(SETTINGS, phase__prefix_docs=5, lora__lr=1e-4)
   one = evaluate(settings, data)
   many = evaluate(settings, data, devices=devices)
   np.testing.assert_allclose(document_means(many, data), document_means(one, data), rtol=0, atol=1e-6)
@@ -63,22 +63,22 @@ def test_learning_and_hints_help_on_a_repeating_text():
   loops = [np.append(SETTINGS.model.bos_id, np.tile(rng.integers(2, 48, 5), 24)) for _ in range(4)]
   tokens = np.concatenate(loops).astype(np.int32)
   data = ValidationData(tokens, np.ones_like(tokens))
-  still, moving = (evaluate(changed(SETTINGS, lora_lr=lr), data) for lr in (0.0, 0.01))
+  still, moving = (evaluate(changed(SETTINGS, lora__lr=lr), data) for lr in (0.0, 0.01))
   assert moving.untilted.bpb < 0.9 * still.untilted.bpb
   assert moving.score.bpb < 0.9 * moving.untilted.bpb
 
 
 def test_no_steps_are_no_learning():
   data = random_documents(LENGTHS)
-  still = evaluate(changed(SETTINGS, train_min_doc_len=10**6), data)
-  found = evaluate(changed(SETTINGS, grad_steps=0), data)
+  still = evaluate(changed(SETTINGS, lora__train_min_doc_len=10**6), data)
+  found = evaluate(changed(SETTINGS, lora__grad_steps=0), data)
   np.testing.assert_array_equal(found.nll_N, still.nll_N)
   assert found.useful_flops == still.useful_flops
 
 
 def test_a_phase_whose_chunks_hold_no_row_moves_no_weight():
   params = random_params()
-  settings = changed(SETTINGS, prefix_docs=2, global_chunk_tokens=SETTINGS.eval.seq_len - 1)
+  settings = changed(SETTINGS, phase__prefix_docs=2, phase__chunk_tokens=SETTINGS.eval.seq_len - 1)
   found = evaluate(settings, random_documents(LENGTHS), params=params)
   assert any(event["event"] == "weights" for event in found.trace)
   for name, value in params.items():
@@ -87,7 +87,7 @@ def test_a_phase_whose_chunks_hold_no_row_moves_no_weight():
 
 def test_strict_order_is_acyclic_and_reference_order_is_not():
   data = random_documents(LENGTHS)
-  settings = changed(SETTINGS, prefix_docs=5)
+  settings = changed(SETTINGS, phase__prefix_docs=5)
   strict = evaluate(settings, data)
   reference = evaluate(changed(settings, order="reference"), data)
   assert find_cycle(strict.trace) is None
@@ -102,7 +102,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, monkeypatch, after):
   data = random_documents(LENGTHS)
-  settings = changed(SETTINGS, prefix_docs=5)
+  settings = changed(SETTINGS, phase__prefix_docs=5)
   whole = evaluate(settings, data)
 
   from pgolf_jax.scoring.store import Store

@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 
 from pgolf_jax.parity.ttt import run_case
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import from_env
 
 
 @pytest.fixture(scope="module")
 def case(golden):
   folder = golden("ttt")
-  settings = Settings.from_env(json.loads((folder / "case.json").read_text())["settings"])
+  settings = from_env(json.loads((folder / "case.json").read_text())["settings"])
   return settings, load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
 
 

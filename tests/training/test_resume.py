@@ -19,6 +19,7 @@ from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.settings.config import (
   DataConfig,
   EvalConfig,
+  LengthStage,
   ModelConfig,
   OptimizerConfig,
   QuantizeConfig,
@@ -35,7 +36,7 @@ SETTINGS = Settings(
   optimizer=OptimizerConfig(muon_dtype="float32"),
   train=TrainConfig(
     iterations=60, max_wallclock_seconds=0.0, batch_tokens=512, micro_batches=2, world_size=1,
-    seq_schedule="16@0.4,32@1",
+    seq_schedule=(LengthStage(16, 0.4), LengthStage(32, 1.0)),
     compute_dtype="float32", warmup_steps=1, checkpoint_every_steps=7, ema_decay=0.9, seq_change_warmup_steps=4,
   ),
   eval=EvalConfig(batch_tokens=256, seq_len=32),
@@ -151,7 +152,10 @@ def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
   import jax.numpy as jnp
 
   settings = dataclasses.replace(
-    SETTINGS, train=dataclasses.replace(SETTINGS.train, iterations=2, seq_schedule="16@1", checkpoint_every_steps=0)
+    SETTINGS,
+    train=dataclasses.replace(
+      SETTINGS.train, iterations=2, seq_schedule=(LengthStage(16, 1.0),), checkpoint_every_steps=0
+    ),
   )
   trainer = Trainer(RunFolder(tmp_path / "run", settings), data_mesh(jax.devices()[:1]), data)
   step = trainer.loader.step

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from pgolf_jax.settings.config import Settings
-from pgolf_jax.training.schedule import Schedule, lr_factor, muon_momentum, parse_seq_schedule
+from pgolf_jax.settings.config import LengthStage, Settings, TrainConfig
+from pgolf_jax.training.schedule import Schedule, lr_factor, muon_momentum
 
 RECORD = Settings()
 
@@ -66,5 +66,5 @@ def test_a_restored_schedule_goes_on_alike():
 
 
 def test_a_schedule_without_an_end_keeps_its_last_length():
-  assert parse_seq_schedule("64@0.5", 8) == [(0.5, 64), (1.0, 64)]
-  assert parse_seq_schedule("", 8) == [(1.0, 8)]
+  assert TrainConfig(seq_schedule=(LengthStage(64, 0.5),)).length_stages == ((64, 0.5), (64, 1.0))
+  assert TrainConfig(seq_schedule=(), seq_len=8).length_stages == ((8, 1.0),)

@@ -54,7 +54,7 @@ def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec_
   """The file's bytes; the same for the same arguments.
 
   Args:
-    config: JSON object that travels with the weights, such as `Settings.to_dict()`.
+    config: JSON object that travels with the weights, such as `to_dict(settings)`.
     tensors: the model, by matrix name, as `quantize` gives it.
     codec_name: one of codecs.NAMES.
 

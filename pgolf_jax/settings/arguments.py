@@ -3,14 +3,32 @@
 import dataclasses
 import difflib
 import os
+import typing
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import config as settings_module
-from pgolf_jax.settings.config import Settings, env_names
+from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import STAGE_KINDS, env_names, from_env, load, parse_stages, stages_as_text
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _schedule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+  """Reads a schedule from the one word that files and environments write it as, such as 1024@0.1,3072@1."""
+  if typing.get_origin(info.type) is not tuple or typing.get_args(info.type)[0] not in STAGE_KINDS:
+    return None
+  kind = typing.get_args(info.type)[0]
+  return tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar=STAGE_KINDS[kind],
+    instance_from_str=lambda words: parse_stages("The schedule", words[0], kind),
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [stages_as_text(value)],
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +62,14 @@ def parse_as(kind, verb: str, description: str, args: list[str], *, needs_config
     if needs_config and not {"-h", "--help"} & set(args):
       raise UserError(f"pgolf {verb} needs a config first, as in: pgolf {verb} configs/demo.toml")
     check_environment(os.environ)
-    default = Settings.from_env(os.environ)
+    default = from_env(os.environ)
     config = Path("CONFIG") if needs_config else None
   else:
     config = Path(args[0])
     check_environment(os.environ)
-    default = settings_module.load(config)
+    default = load(config)
   defaults = kind(config=config, settings=default)
-  return tyro.cli(kind, default=defaults, args=args, prog=f"pgolf {verb}", description=description)
+  return tyro.cli(kind, default=defaults, args=args, prog=f"pgolf {verb}", description=description, registry=_registry)
 
 
 def check_environment(environ) -> None:

@@ -1,15 +1,10 @@
-"""Values of settings as they are written in environments and config files: parsed, checked, refused with a reason."""
+"""Names of the reference that this system knows but has no setting for, and the values of them that it accepts."""
 
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Mapping
 
 from pgolf_jax.errors import UserError
 
-# Names of the reference that this system knows but has no setting for: the only values it accepts, and why.
-# `None` accepts any value: the name is inert where the rest of the recipe is as here.
+# Name → the values accepted, and why no others are. `None` accepts any: the name has no effect in this recipe.
 FIXED: dict[str, tuple[tuple[str, ...] | None, str]] = {
   "WITHIN_BOOST": (
     ("0",),
@@ -51,12 +46,6 @@ def refuse_unsupported(environ: Mapping[str, str]) -> None:
       raise UserError(f"{name}={environ[name]} is not supported: {reason}; set it to {allowed[0]} or unset it.")
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-  """The end of an error's sentence: the valid name that is most like the given one."""
-  near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-  return f"; did you mean {near[0]}?" if near else "; see README.md for the settings there are."
-
-
 def _same_value(text: str, allowed: tuple[str, ...]) -> bool:
   def canonical(s: str):
     try:
@@ -65,42 +54,3 @@ def _same_value(text: str, allowed: tuple[str, ...]) -> bool:
       return s.strip().lower()
 
   return canonical(text) in [canonical(a) for a in allowed]
-
-
-def parse_env(name: str, text: str, kind) -> object:
-  """An environment variable's text as a value of the type `kind`; raises UserError naming the variable."""
-  text = text.strip()
-  if isinstance(kind, types.UnionType):
-    if text == "":
-      return None
-    kind = next(k for k in typing.get_args(kind) if k is not type(None))
-  if typing.get_origin(kind) is Literal:
-    return checked(name, text.lower(), kind)
-  try:
-    if kind is bool:
-      return {"1": True, "0": False, "true": True, "false": False}[text.lower()]
-    if kind is int and text.lstrip("+-").isdigit():
-      return int(text)
-    return kind(text)
-  except (ValueError, KeyError):
-    wanted = "0 or 1" if kind is bool else {int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"{name}={text!r} is not {wanted}.") from None
-
-
-def checked(where: str, value: object, kind) -> object:
-  """The value, as a float where one is due; raises UserError if it is not of the type `kind`."""
-  if isinstance(kind, types.UnionType):
-    kind = next(k for k in typing.get_args(kind) if k is not type(None))
-  if typing.get_origin(kind) is Literal:
-    choices = typing.get_args(kind)
-    if value not in choices:
-      near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else "."
-      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
-    return value
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"{where} must be {names[kind]}, not {value!r}.")
-  return value
