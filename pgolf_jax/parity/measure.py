@@ -73,8 +73,8 @@ def worst_matrix_step(pair: Pair) -> float:
 def rounded_differently(pair: Pair) -> float:
   """share of entries that differ, or additional tr(E H Eᵀ)
 
-  The smaller of both: GPTQ carries the error of an early tie into later columns, so that many entries may differ without
-  harm; what then counts is the error E weighted by the Hessian H of the calibration inputs.
+  The smaller of both: GPTQ carries the error of an early tie into later columns, so that many entries may differ
+  without harm; what then counts is the error E weighted by the Hessian H of the calibration inputs.
   """
   differing = share_that_differs(pair)
   if differing <= _ROUNDING_TIES or not np.all(np.isfinite(pair.ours[pair.name])):

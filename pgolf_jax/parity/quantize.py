@@ -9,6 +9,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import stage
 from pgolf_jax.quantize.artifact import format
 from pgolf_jax.quantize.quantize import quantize
+from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import from_env
 
 

@@ -7,11 +7,11 @@ were seen to keep, several times over. They hold for the hints, gates, texts and
 float32 outputs move, in the measure of the table, when every input is multiplied by 1 ± 1e-7, about the last bit of a
 float32; at least the distance by which they move when they themselves are multiplied by 1 + 1e-7. Arithmetic with unit
 roundoff u (float32: 2⁻²⁴, bfloat16: 2⁻⁸) multiplies what it rounds by at most 1 ± u. To first order outputs move in
-proportion to the inputs, so that rounding every weight once moves them by F·u/1e-7. A matrix product rounds its weights,
-its inputs and its output, and its gradient the same three once more: at most 6 times as much. The limit is 6·F·u/1e-7,
-or that of the table if it is larger. (Errors add up as if independent: bfloat16 on a CPU was seen to keep 0.6·F·u/1e-7 in
-most tensors and 2·F·u/1e-7 in all.) Where the limit exceeds 1 in a measure relative to a norm, that arithmetic does not
-determine the tensor. What is exact stays exact.
+proportion to the inputs, so that rounding every weight once moves them by F·u/1e-7. A matrix product rounds its
+weights, its inputs and its output, and its gradient the same three once more: at most 6 times as much. The limit is
+6·F·u/1e-7, or that of the table if it is larger. (These errors are nearly independent: in bfloat16 on a CPU most
+tensors were seen to keep 0.6·F·u/1e-7, and all 2·F·u/1e-7.) Where the limit exceeds 1 in a measure relative to a norm,
+that arithmetic does not determine the tensor. What is exact stays exact.
 """
 
 from collections.abc import Callable
