@@ -19,7 +19,8 @@ from pgolf_jax.audit import probes
 from pgolf_jax.data.verify import Check, verify
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import packed_nll
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.scoring import trace
@@ -206,7 +207,8 @@ def first_step(run: RunFolder, data_folder: Path) -> Check:
   @jax.jit
   def row_loss(params, row):
     dtype = jnp.dtype(t.compute_dtype)
-    return packed_nll(settings.model, params, row[None], looping=looping, seq_len=seq_len, dtype=dtype).mean()
+    model = bind(settings.model, params)
+    return packed_nll(model, row[None], looping=looping, seq_len=seq_len, dtype=dtype).mean()
 
   logged, expected = lines[0]["loss"], float(np.mean([row_loss(params, row) for row in rows]))
   return Check(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,16 +13,8 @@ from typing import Annotated, Literal
 import tyro
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.settings.arguments import Defaults, settings_of
 from pgolf_jax.settings.config import Settings
-
-DESCRIPTION = """Time the training step of a config, for each sequence length of its schedule, looping off and on.
-
-Beside what a run would take stand plain XLA, where a run takes kernels, and PyTorch, where it is installed and there is
-one device. Tokens are random; each document is as long as a segment may be, the most work that a step can have.
-
-Example: pgolf bench step configs/record_1xgpu.toml --repeats 20 --profile traces
-On a CPU: pgolf bench step --train.compute-dtype float32 --train.batch-tokens 4096 --train.micro-batches 1
-          --train.seq-schedule 1024@1.0 --looping on --passes forward gradient step --repeats 5"""
 
 _TRACED_STEPS = 3
 _GIB = 2**30
@@ -76,12 +69,16 @@ class Row:
   peak_is_own: bool
 
 
-def main(args: list[str]) -> int:
-  import os
+def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) -> None:
+  """Time the training step of a config, for each sequence length of its schedule, looping off and on.
 
-  from pgolf_jax.settings.arguments import parse_as
+  Beside what a run would take stand plain XLA, where a run takes kernels, and PyTorch, where it is installed and there
+  is one device. Tokens are random; each document is as long as a segment may be, the most work that a step can have.
 
-  found = parse_as(StepArgs, "bench step", DESCRIPTION, args, needs_config=False)
+  Example: pgolf bench step configs/record_1xgpu.toml --repeats 20 --profile traces
+  On a CPU: pgolf bench step --train.compute-dtype float32 --train.batch-tokens 4096 --train.micro-batches 1
+            --train.seq-schedule 1024@1.0 --looping on --passes forward gradient step --repeats 5
+  """
   # PyTorch has a memory pool of its own beside JAX's, which would else take three quarters of a GPU at once.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   from rich.console import Console
@@ -90,7 +87,7 @@ def main(args: list[str]) -> int:
   from pgolf_jax.runtime import distributed
 
   distributed.start()
-  rows, notes = measure(found)
+  rows, notes = measure(arguments)
   table = Table()
   for column in ("pass", "segments", "looping", "by", "ms", "tokens/s", "MFU", "roofline", "planned GiB", "peak GiB"):
     table.add_column(column, justify="left" if column in ("pass", "looping", "by") else "right")
@@ -112,7 +109,6 @@ def main(args: list[str]) -> int:
   console.print(table)
   for note in notes:
     console.print(note, markup=False, highlight=False, soft_wrap=True)
-  return 0
 
 
 @dataclasses.dataclass
@@ -276,7 +272,8 @@ class _Work:
     import jax
     import jax.numpy as jnp
 
-    from pgolf_jax.model.gpt import packed_nll
+    from pgolf_jax.model.gpt import bind
+    from pgolf_jax.model.loss import packed_nll
     from pgolf_jax.training.step import argument_shapes, make_step
 
     if self.passes == "step":
@@ -285,7 +282,8 @@ class _Work:
     config, dtype = self.settings.model, jnp.dtype(self.settings.train.compute_dtype)
 
     def loss(params, row):
-      return packed_nll(config, params, row, looping=self.looping, seq_len=self.seq_len, dtype=dtype).mean()
+      model = bind(config, params)
+      return packed_nll(model, row, looping=self.looping, seq_len=self.seq_len, dtype=dtype).mean()
 
     f = jax.jit(loss if self.passes == "forward" else jax.value_and_grad(loss))
     return f.lower(*self._micro_batch()).compile()
@@ -443,3 +441,10 @@ def _trace(work: _Work, folder: Path) -> str:
         jax.block_until_ready(metrics)
   looping = "on" if work.looping else "off"
   return f"{folder}: a trace of {_TRACED_STEPS} steps at {work.seq_len}, looping {looping} (xprof --logdir {folder})"
+
+
+def _read_config(path: Path | None) -> dict[str, StepArgs]:
+  return {"arguments": StepArgs(config=path, settings=settings_of(path))}
+
+
+COMMAND = Defaults(step, _read_config, example="configs/demo.toml", optional=True)

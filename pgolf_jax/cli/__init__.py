@@ -1,10 +1,21 @@
-"""The program `pgolf`: one module a verb, imported only when its verb is called."""
+"""The program `pgolf`: one module a verb, imported only when its verb is called.
 
+A verb's module has `COMMANDS`: name → function, or "" → function for a verb that is one command. A function's
+parameters are the command's options and its docstring is the command's help. Where options have defaults that come
+from a file, the function is wrapped in `settings.arguments.Defaults`.
+"""
+
+import difflib
 import importlib
 import sys
 
+import tyro
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.settings.arguments import Defaults, schedules
+
 VERBS = {
-  "run": "train → score → quantise → artifact → TTT → audit → report, in one run folder",
+  "run": "train, score, quantise, score with test-time training, audit: every stage, in one run folder",
   "data": "prepare, download, inspect, verify the text",
   "train": "train a model in a run folder",
   "quantize": "quantise the averaged weights of a run into an artifact",
@@ -18,37 +29,20 @@ VERBS = {
 }
 
 
-def _usage() -> str:
-  lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
-  return "\n".join(
-    [
-      "usage: pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)",
-      "",
-      *lines,
-      "",
-      "Example: pgolf run configs/demo.toml",
-    ]
-  )
-
-
 def main(argv: list[str] | None = None) -> int:
   """Runs one verb. Exit status 0 on success, 1 on a failed check or error, 2 on unusable arguments, 130 on Ctrl-C."""
   args = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in args
   args = [a for a in args if a != "--debug"]
   if not args or args[0] in ("-h", "--help"):
-    print(_usage())
+    print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
+    print("\nExample: pgolf run configs/demo.toml")
     return 0 if args else 2
   verb, *rest = args
   if verb not in VERBS:
-    return _fail(_nearest("verb", verb, VERBS), 2)
-  from pgolf_jax.errors import UserError
-
+    return _fail(_unknown("verb", verb, VERBS), 2)
   try:
-    module = importlib.import_module(f"pgolf_jax.cli.{verb}")
-    if hasattr(module, "main"):
-      return module.main(rest) or 0
-    return _call(module, verb, rest)
+    return _call(verb, importlib.import_module(f"pgolf_jax.cli.{verb}").COMMANDS, rest)
   except UserError as e:
     if debug:
       raise
@@ -61,28 +55,27 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r} (pgolf --debug … shows where)", 1)
 
 
-def _call(module, verb: str, args: list[str]) -> int:
-  import tyro
-
-  if not hasattr(module, "COMMANDS"):
-    return tyro.cli(module.COMMAND, args=args, prog=f"pgolf {verb}") or 0
-  commands = module.COMMANDS
-  if not args or args[0] in ("-h", "--help"):
-    about = {name: getattr(f, "DESCRIPTION", None) or f.__doc__ or "" for name, f in commands.items()}
-    lines = [f"  {name:<10} {text.strip().splitlines()[0]}" for name, text in about.items()]
-    print("\n".join([f"usage: pgolf {verb} WHAT …    (pgolf {verb} WHAT --help tells more)", "", *lines]))
-    return 0 if args else 2
-  if args[0] not in commands:
-    return _fail(_nearest(f"pgolf {verb}", args[0], commands), 2)
-  command = commands[args[0]]
-  if hasattr(command, "main"):
-    return command.main(args[1:]) or 0
-  return tyro.cli(command, args=args[1:], prog=f"pgolf {verb} {args[0]}") or 0
+def _call(verb: str, commands: dict, args: list[str]) -> int:
+  """Runs one command of a verb with its options read from `args`."""
+  name = ""
+  if "" not in commands:
+    if not args or args[0] in ("-h", "--help"):
+      summaries = {name: command.__doc__.strip().splitlines()[0] for name, command in commands.items()}
+      print(_usage(f"pgolf {verb} WHAT …    (pgolf {verb} WHAT --help tells more)", summaries))
+      return 0 if args else 2
+    name, *args = args
+    if name not in commands:
+      return _fail(_unknown(f"pgolf {verb}", name, commands), 2)
+  command, program = commands[name], f"pgolf {verb} {name}".strip()
+  function = command.bound(program, args) if isinstance(command, Defaults) else command
+  return tyro.cli(function, args=args, prog=program, registry=schedules) or 0
 
 
-def _nearest(what: str, given: str, valid) -> str:
-  import difflib
+def _usage(first: str, names: dict[str, str]) -> str:
+  return "\n".join([f"usage: {first}", "", *(f"  {name:<10} {what}" for name, what in names.items())])
 
+
+def _unknown(what: str, given: str, valid) -> str:
   near = difflib.get_close_matches(given, list(valid), n=1)
   hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}."
   return f"unknown {what} {given!r}; {hint}"

@@ -46,4 +46,4 @@ def audit(
   return int(broken > 0)
 
 
-COMMAND = audit
+COMMANDS = {"": audit}

@@ -10,4 +10,4 @@ _MODULES = {
   for found in pkgutil.iter_modules(bench.__path__)
   if not found.name.startswith("_")
 }
-COMMANDS = {name: getattr(module, "COMMAND", module) for name, module in _MODULES.items()}
+COMMANDS = {name: module.COMMAND for name, module in _MODULES.items()}

@@ -71,4 +71,4 @@ def evaluate(
     print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
 
 
-COMMAND = evaluate
+COMMANDS = {"": evaluate}

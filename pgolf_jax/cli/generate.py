@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 
-def COMMAND(
+def generate(
   artifact: tyro.conf.Positional[Path],
   prompt: str = "",
   tokens: int = 200,
@@ -31,7 +31,7 @@ def COMMAND(
 
   from pgolf_jax.data.tokenizer import Tokenizer
   from pgolf_jax.errors import UserError
-  from pgolf_jax.model.generate import generate
+  from pgolf_jax.model import generate as generation
   from pgolf_jax.quantize.artifact.format import dequantize
   from pgolf_jax.runtime import distributed
   from pgolf_jax.settings.load import from_dict
@@ -44,7 +44,7 @@ def COMMAND(
     raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an artifact.") from error
   config, params = dequantize(data)
   settings = from_dict(config, where=f"{path}'s config")
-  pieces = generate(
+  pieces = generation.generate(
     settings.model,
     {name: jnp.asarray(value) for name, value in params.items()},
     Tokenizer.load(tokenizer or _tokenizer_beside(path)),
@@ -76,3 +76,6 @@ def _tokenizer_beside(path: Path) -> Path:
     settings = RunFolder(path.parent).settings
     return Path(settings.data.tokenizer or stages.data_folder(settings) / "tokenizer.model")
   raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")
+
+
+COMMANDS = {"": generate}

@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 
-def COMMAND(
+def package(
   run: tyro.conf.Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False
 ) -> None:
   """Build a submission folder from a run, count its bytes, and score it in a fresh process before saying yes.
@@ -22,7 +22,8 @@ def COMMAND(
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.submission import accounting, package
+  from pgolf_jax.submission import accounting
+  from pgolf_jax.submission import package as packaging
 
   distributed.leave_devices()
   folder = RunFolder(run)
@@ -36,7 +37,7 @@ def COMMAND(
   results = folder.results()
   score = results.get("ttt") or results.get("artifact")
   out = out or folder.path / "submission"
-  found = package.build(
+  found = packaging.build(
     out,
     folder.artifact.read_bytes(),
     tokenizer=tokenizer if tokenizer.is_file() else None,
@@ -46,10 +47,13 @@ def COMMAND(
   )
   print(accounting.table(found))
   plain = results.get("artifact", {}).get("bpb")
-  print(f"plain score from the folder alone: {package.verify(out, data, expected_bpb=plain)['bpb']:.5f} bits per byte")
+  rescored = packaging.verify(out, data, expected_bpb=plain)
+  print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")
   if ttt:
     expected = results.get("ttt", {}).get("bpb")
-    print(
-      f"with test-time training: {package.verify(out, data, expected_bpb=expected, ttt=True)['bpb']:.5f} bits per byte"
-    )
+    rescored = packaging.verify(out, data, expected_bpb=expected, ttt=True)
+    print(f"with test-time training: {rescored['bpb']:.5f} bits per byte")
   print(f"{out}: complete")
+
+
+COMMANDS = {"": package}

@@ -1,14 +1,25 @@
 """`pgolf run`: every stage, in order, on one run folder."""
 
-DESCRIPTION = """Train, score, quantise and score again, in one run folder. Stages that are complete are skipped.
+from pathlib import Path
 
-Example: pgolf run configs/demo.toml --out runs/demo --train.iterations 500"""
+import tyro
+
+from pgolf_jax.settings.arguments import Overrides, with_config
+from pgolf_jax.settings.config import Settings
 
 
-def main(args: list[str]) -> int:
-  from pgolf_jax.settings.arguments import parse
+def run(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+  """Train, score, quantise and score again, in one run folder. Stages that are complete are skipped.
 
-  settings, folder = parse("run", DESCRIPTION, args)
+  Example: pgolf run configs/demo.toml --out runs/demo --train.iterations 500
+
+  Args:
+    config: TOML file of settings.
+    out: run folder; runs/NAME-OF-CONFIG if not given.
+  """
   from pgolf_jax import stages
 
-  return stages.run(settings, folder, list(stages.STAGES))
+  return stages.run(settings, out or Path("runs") / config.stem, list(stages.STAGES))
+
+
+COMMANDS = {"": with_config(run)}

@@ -1,14 +1,25 @@
 """`pgolf train`: the first stages of `pgolf run`."""
 
-DESCRIPTION = """Train a model in a run folder and score it, without quantising. A run that was cut off continues.
+from pathlib import Path
 
-Example: pgolf train configs/demo.toml --out runs/demo --seed 42"""
+import tyro
+
+from pgolf_jax.settings.arguments import Overrides, with_config
+from pgolf_jax.settings.config import Settings
 
 
-def main(args: list[str]) -> int:
-  from pgolf_jax.settings.arguments import parse
+def train(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+  """Train a model in a run folder and score it, without quantising. A run that was cut off continues.
 
-  settings, folder = parse("train", DESCRIPTION, args)
+  Example: pgolf train configs/demo.toml --out runs/demo --seed 42
+
+  Args:
+    config: TOML file of settings.
+    out: run folder; runs/NAME-OF-CONFIG if not given.
+  """
   from pgolf_jax import stages
 
-  return stages.run(settings, folder, ["train", "plain"])
+  return stages.run(settings, out or Path("runs") / config.stem, ["train", "plain"])
+
+
+COMMANDS = {"": with_config(train)}

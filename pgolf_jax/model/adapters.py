@@ -1,6 +1,7 @@
-"""Low-rank adapters: small matrices, one set per document, that test-time training moves instead of the weights.
+"""Low-rank adapters: small matrices, one set for each row, that test-time training moves instead of the weights.
 
-An adapter adds scale · B·(A·x) to what a matrix makes of x. They are an argument of the one forward pass.
+An adapter adds scale · B·(A·x) to what a matrix makes of x. Adapters are an argument of the one forward pass. Letters:
+see model/__init__.py.
 """
 
 from typing import NamedTuple
@@ -14,24 +15,31 @@ from pgolf_jax.settings.config import ModelConfig, TTTConfig
 
 
 class Adapter(NamedTuple):
-  """One pair for each document, or for each position of the looped layer list and document."""
+  """One pair of matrices for each row, or for each position of the looped layer list and row."""
 
   A: jax.Array  # [(P,) B, R, in]
   B: jax.Array  # [(P,) B, out, R]
 
 
 Adapters = dict[str, Adapter]
-"""Keys: any of q, k, v, o, mlp (stacked over P positions), and head (without P)."""
+"""Kind → adapter: any of q, k, v, o, mlp (stacked over P positions), and head (without P)."""
+
+
+class Adaptation(NamedTuple):
+  """The adapters of a forward pass, and the factor on what they add."""
+
+  adapters: Adapters
+  scale: float
 
 
 def delta(adapter: Adapter, x_BxTxD: Float[Array, "B T D"], scale: float) -> Float[Array, "B T out"]:
-  """scale · B·(A·x), in the type of x."""
+  """Returns scale · B·(A·x), in the type of x."""
   low = jnp.einsum("btd,brd->btr", x_BxTxD, adapter.A.astype(x_BxTxD.dtype))
   return jnp.einsum("btr,bor->bto", low, adapter.B.astype(x_BxTxD.dtype)) * scale
 
 
 def widths(model: ModelConfig, ttt: TTTConfig) -> dict[str, int]:
-  """Kind → output width, for each kind of adapter that the settings turn on."""
+  """Returns kind → output width, for each kind of adapter that the settings turn on."""
   D = model.model_dim
   kinds = {
     "q": (ttt.lora.adapts_q, D),
@@ -45,12 +53,12 @@ def widths(model: ModelConfig, ttt: TTTConfig) -> dict[str, int]:
 
 
 def init(model: ModelConfig, ttt: TTTConfig, *, batch: int, rank: int, key: jax.Array) -> Adapters:
-  """A uniform in ±1/√D, B zero; float32."""
+  """Returns new adapters in float32: A uniform in ±1/√D, B zero."""
   D = model.model_dim
   positions = sum(map(len, layer_order(model, True)))
-  found = {}
+  adapters = {}
   for index, (kind, width) in enumerate(widths(model, ttt).items()):
     lead = (batch,) if kind == "head" else (positions, batch)
     A = jax.random.uniform(jax.random.fold_in(key, index), (*lead, rank, D), minval=-1.0, maxval=1.0) * D**-0.5
-    found[kind] = Adapter(A, jnp.zeros((*lead, width, rank)))
-  return found
+    adapters[kind] = Adapter(A, jnp.zeros((*lead, width, rank)))
+  return adapters

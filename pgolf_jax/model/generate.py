@@ -11,7 +11,8 @@ from pgolf_jax.data import caseops
 from pgolf_jax.data.shards import BOS
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.gpt import GPT, eval_caps
+from pgolf_jax.model.context import segments
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.settings.config import ModelConfig
 
@@ -28,12 +29,10 @@ def next_logits(config: ModelConfig, dtype=jnp.bfloat16):
 
   @functools.partial(jax.jit, static_argnames=("length",))
   def logits(params: Params, tokens_1xT: jax.Array, count: jax.Array, *, length: int) -> jax.Array:
-    model = GPT(config, params)
-    hidden_1xTxD = model(tokens_1xT, jnp.zeros_like(tokens_1xT), looping=True, max_segment=length, dtype=dtype)
-    z_V = model.logits(jax.lax.dynamic_slice_in_dim(hidden_1xTxD, count - 1, 1, axis=1))[0, 0].astype(jnp.float32)
-    cap_pos, cap_neg = eval_caps(config, params)
-    cap_V = jnp.where(z_V > 0, cap_pos, cap_neg)
-    return cap_V * jnp.tanh(z_V / cap_V)
+    model = bind(config, params)
+    context = segments(jnp.zeros_like(tokens_1xT), max_segment=length, looping=True, dtype=dtype)
+    hidden_1xTxD = model(tokens_1xT, context).hidden
+    return model.evaluation_logits(jax.lax.dynamic_slice_in_dim(hidden_1xTxD, count - 1, 1, axis=1))[0, 0]
 
   def padded(params: Params, tokens_T: np.ndarray) -> np.ndarray:
     length = max(_SMALLEST_BUCKET, 1 << (len(tokens_T) - 1).bit_length())

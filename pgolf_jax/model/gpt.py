@@ -1,109 +1,118 @@
 """The GPT of the recipe: one forward pass for training, plain scoring, calibration and test-time training.
 
-Letters: see block.py.
+Flax NNX holds the structure: a tree of modules whose paths are the recipe's parameter names. The tree is built once
+for each config, without values; `bind` merges a run's parameters into it wherever a program is traced, and everything
+outside the model sees parameters as one flat dictionary. Letters: see model/__init__.py.
 """
 
+import functools
 from collections.abc import Callable
-from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pgolf_jax.kernels.segment_attention.api import segment_attention, segment_starts
-from pgolf_jax.kernels.softcapped_xent import api as xent
+from pgolf_jax.kernels.softcapped_xent.reference import softcap
 from pgolf_jax.model import rotary
-from pgolf_jax.model.adapters import Adapter, Adapters, delta
-from pgolf_jax.model.block import Block, Collect, Context, Weights, linear, rms_norm
+from pgolf_jax.model.adapters import Adaptation, Adapter, delta
+from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm
+from pgolf_jax.model.context import Context
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.settings.config import ModelConfig
 
+Collect = Callable[[str, jax.Array], Any]
+"""(name of a matrix, its input [B, T, N]) → a statistic: an array or a tree of arrays."""
+
+
+class Output(NamedTuple):
+  """What a forward pass gives.
+
+  Attributes:
+    hidden: [B, T, D], after the final norm.
+    collected: matrix name → the statistics of `collect`, added up over the uses of the matrix.
+    cache: for each position of the layer list, what `Context.attend` returned beside y.
+  """
+
+  hidden: jax.Array
+  collected: dict[str, Any]
+  cache: tuple[Any, ...]
+
 
 class _Matrix(nnx.Module):
-  def __init__(self, weight: jax.Array):
-    self.weight = nnx.Param(weight)
+  def __init__(self):
+    self.weight = nnx.Param(None)
 
 
 class GPT(nnx.Module):
-  """Module tree whose paths are the recipe's parameter names.
+  """The model's structure; `bind` gives one with values."""
 
-  Args:
-    config: the model's sizes and switches.
-    params: flat parameters, see params.py; kept as they are, cast where they are used.
-  """
-
-  def __init__(self, config: ModelConfig, params: Params):
+  def __init__(self, config: ModelConfig):
     self.config = config
-    self.tok_emb = _Matrix(params["tok_emb.weight"])
+    self.tok_emb = _Matrix()
+    for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "skip_weights"):
+      setattr(self, name, nnx.Param(None))
+    self.parallel_post_lambdas = nnx.Param(None)
+    self.parallel_resid_lambdas = nnx.Param(None)
+    if config.skip_gates:
+      self.skip_gates = nnx.Param(None)
     if config.smear_gate:
-      self.smear_gate = _Matrix(params["smear_gate.weight"])
-    for name, value in params.items():
-      if "." not in name:
-        setattr(self, name, nnx.Param(value))
-    self.blocks = nnx.List(
-      [
-        Block(config, i, {name.removeprefix(f"blocks.{i}."): v for name, v in params.items() if f"blocks.{i}." in name})
-        for i in range(config.num_layers)
-      ]
-    )
-
-  def params(self) -> Params:
-    """The flat parameters, under the recipe's names."""
-    flat = nnx.to_flat_state(nnx.state(self, nnx.Param))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+      self.smear_gate = _Matrix()
+      self.smear_lambda = nnx.Param(None)
+    if config.asym_logit_rescale:
+      self.softcap_pos = nnx.Param(None)
+      self.softcap_neg = nnx.Param(None)
+    self.blocks = nnx.List([Block(config, layer) for layer in range(config.num_layers)])
 
   def __call__(
     self,
     tokens_BxT: Int[Array, "B T"],
-    start_BxT: Int[Array, "B T"],
-    *,
-    looping: bool,
-    max_segment: int,
-    adapters: Adapters | None = None,
-    adapter_scale: float = 1.0,
+    context: Context,
+    adaptation: Adaptation | None = None,
     collect: Collect | None = None,
-    attend: Callable[..., jax.Array] | None = None,
-    offset: Int[Array, ""] | int = 0,
-    before_B: Int[Array, "B"] | None = None,
-    dtype=jnp.bfloat16,
-  ) -> Float[Array, "B T D"]:
-    """Hidden state after the final norm.
+  ) -> Output:
+    """Runs the layers.
 
     Args:
-      start_BxT: first position that each token may attend to; see `kernels.segment_attention`.
-      looping: whether the looped layers run `num_loops` more times.
-      max_segment: static bound on a segment's length, in tokens.
-      adapters: low-rank additions, one set per row; see adapters.py.
-      collect: receives the input of every matrix while tracing, under the names of the single matrices
+      context: what the tokens see of those before them, the form of the model and the type of the computation.
+      adaptation: low-rank additions, one set for each row.
+      collect: makes a statistic of the input of every matrix, under the names of the single matrices
         (`blocks.3.attn.c_q.weight` stands for query, key and value).
-      attend: `(position in the layer list, q, k, v) → y` in place of attention within the row, for rows that go on
-        from keys and values kept elsewhere; `start_BxT` is then its affair.
-      offset: rotary position of each row's first token.
-      before_B: the token before each row, which the smear gate reads; None where rows begin a text.
-      dtype: of the computation; parameters are cast where they are used.
     """
     m = self.config
-    x = self._embed(tokens_BxT, before_B, dtype)
-    angles = rotary.angles(offset + jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base)
-    within_row = partial(segment_attention, start_BxT=start_BxT, max_segment=max_segment)
-    context = Context(within_row, angles, x, collect, adapter_scale)
+    adapters, scale = adaptation or Adaptation({}, 1.0)
+    x = self._embed(tokens_BxT, context)
+    angles = rotary.angles(
+      context.first_position + jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base
+    )
+    x0 = x
+    collected: dict[str, Any] = {}
+    cache: list[Any] = []
 
-    def at(position: int) -> Context:
-      return context._replace(attend=partial(attend, position)) if attend else context
+    def observe(name: str, x_BxTxN: jax.Array) -> None:
+      statistic = collect(name, x_BxTxN)
+      if name in collected:
+        statistic = jax.tree.map(jnp.add, collected[name], statistic)
+      collected[name] = statistic
 
-    encoder, decoder = layer_order(m, looping)
-    adapters = adapters or {}
+    def use(position: int, layer: int) -> LayerUse:
+      def attend(q, k, v):
+        y, seen = context.attend(position, q, k, v)
+        cache.append(seen)
+        return y
+
+      return LayerUse(
+        self._weights(layer), _at(adapters, position), scale, attend, angles, x0, observe if collect else None
+      )
+
+    encoder, decoder = layer_order(m, context.looping)
     skips: list[jax.Array] = []
-    position = 0
-    for layer in encoder:
-      x = self.blocks[layer](x, self._weights(layer), at(position), _at(adapters, position))
+    for position, layer in enumerate(encoder):
+      x = self.blocks[layer](x, use(position, layer))
       skips.append(x)
-      position += 1
     lanes = None
     for j, layer in enumerate(decoder):
-      w, own, here = self._weights(layer), _at(adapters, position), at(position)
-      position += 1
       if lanes is None and layer >= m.parallel_start_layer > 0:
         lanes = (x, x)
       if skips:
@@ -112,27 +121,38 @@ class GPT(nnx.Module):
           x = self._join_skip(x, skip, j)
         else:
           lanes = (self._join_skip(lanes[0], skip, j), lanes[1])
+      here = use(len(encoder) + j, layer)
       if lanes is None:
-        x = self.blocks[layer](x, w, here, own)
+        x = self.blocks[layer](x, here)
       else:
         resid, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
-        lanes = self.blocks[layer].parallel(lanes, w, here, own, resid, post)
+        lanes = self.blocks[layer].parallel(lanes, here, resid, post)
     if lanes is not None:
       x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
     hidden = rms_norm(x)
     if collect:
-      collect("tok_emb.weight", hidden)
-    return hidden
+      observe("tok_emb.weight", hidden)
+    return Output(hidden, collected, tuple(cache))
 
-  def logits(self, hidden_BxTxD: Float[Array, "B T D"], adapters: Adapters | None = None, adapter_scale: float = 1.0):
-    """Head before the softcap, [B, T, V], in the type of the hidden state."""
+  def logits(self, hidden_BxTxD: Float[Array, "B T D"], adaptation: Adaptation | None = None) -> jax.Array:
+    """Returns the head's outputs before the softcap, [B, T, V], in the type of the hidden state."""
     z = linear(hidden_BxTxD, self.tok_emb.weight[...])
-    if adapters:
-      z = z + delta(adapters["head"], hidden_BxTxD, adapter_scale)
+    if adaptation:
+      z = z + delta(adaptation.adapters["head"], hidden_BxTxD, adaptation.scale)
     return z
 
-  def _embed(self, tokens_BxT, before_B, dtype) -> jax.Array:
-    m = self.config
+  def evaluation_logits(self, hidden_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Returns the head's outputs under the evaluation softcaps, in float32."""
+    return softcap(self.logits(hidden_BxTxD).astype(jnp.float32), *self.caps(evaluation=True))
+
+  def caps(self, *, evaluation: bool) -> tuple[jax.Array | float, jax.Array | float]:
+    """Returns (cap of z > 0, cap of z ≤ 0): the config's symmetric one in training, in evaluation the learnt ones."""
+    if evaluation and self.config.asym_logit_rescale:
+      return self.softcap_pos[...], self.softcap_neg[...]
+    return self.config.logit_softcap, self.config.logit_softcap
+
+  def _embed(self, tokens_BxT: jax.Array, context: Context) -> jax.Array:
+    m, before_B, dtype = self.config, context.before_B, context.dtype
     if before_B is not None:
       tokens_BxT = jnp.concatenate([before_B[:, None], tokens_BxT], axis=1)
     x = self.tok_emb.weight[...].astype(dtype)[tokens_BxT]
@@ -155,52 +175,30 @@ class GPT(nnx.Module):
       down=self.mlp_down_bank[layer],
     )
 
-  def _join_skip(self, x, skip, j: int) -> jax.Array:
+  def _join_skip(self, x: jax.Array, skip: jax.Array, j: int) -> jax.Array:
     skip = self.skip_weights[j].astype(x.dtype) * skip
     if not self.config.skip_gates:
       return x + skip
     return skip + jax.nn.sigmoid(self.skip_gates[j].astype(x.dtype)) * (x - skip)
 
 
-def _at(adapters: Adapters, position: int) -> dict[str, Adapter]:
+def _at(adapters: dict[str, Adapter], position: int) -> dict[str, Adapter]:
   return {k: Adapter(a.A[position], a.B[position]) for k, a in adapters.items() if k != "head"}
 
 
-def eval_caps(config: ModelConfig, params: Params) -> tuple[jax.Array | float, jax.Array | float]:
-  """(cap for z > 0, cap for z ≤ 0) of evaluation logits."""
-  if config.asym_logit_rescale:
-    return params["softcap_pos"], params["softcap_neg"]
-  return config.logit_softcap, config.logit_softcap
+@functools.cache
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef[GPT], dict[str, tuple]]:
+  """The module tree without values, and parameter name → path in it."""
+  graph, state = nnx.split(GPT(config))
+  return graph, {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
 
 
-def packed_nll(
-  config: ModelConfig,
-  params: Params,
-  tokens_BxT1: Int[Array, "B T1"],
-  *,
-  looping: bool,
-  seq_len: int,
-  evaluation: bool = False,
-  dtype=jnp.bfloat16,
-) -> Float[Array, "B T"]:
-  """Negative log-likelihood, in nats, of every target of packed rows.
+def parameter_names(config: ModelConfig) -> frozenset[str]:
+  """Returns the names of the parameters that the model reads."""
+  return frozenset(_structure(config)[1])
 
-  Args:
-    tokens_BxT1: rows of n + 1 tokens: inputs are the first n, targets the last n.
-    seq_len: segments begin at 0, at every bos, and each `seq_len` tokens after a document's start.
-    evaluation: use the evaluation softcaps rather than the symmetric one of training.
-  """
-  inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
-  model = GPT(config, params)
-  start = segment_starts(inputs, bos_id=config.bos_id, seq_len=seq_len)
-  hidden = model(inputs, start, looping=looping, max_segment=seq_len, dtype=dtype)
-  cap_pos, cap_neg = eval_caps(config, params) if evaluation else (config.logit_softcap, config.logit_softcap)
-  B, T, D = hidden.shape
-  nll = xent.linear_softcapped_xent(
-    hidden.reshape(B * T, D),
-    params["tok_emb.weight"].astype(dtype),
-    targets.reshape(-1),
-    cap_pos=cap_pos,
-    cap_neg=cap_neg,
-  )
-  return nll.reshape(B, T)
+
+def bind(config: ModelConfig, params: Params) -> GPT:
+  """Returns the model with these flat parameters (params.py), which keep their types; to be called while tracing."""
+  graph, paths = _structure(config)
+  return nnx.merge(graph, nnx.from_flat_state({path: params[name] for name, path in paths.items()}))

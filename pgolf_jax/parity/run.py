@@ -11,9 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.segment_attention.api import segment_starts
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import GPT, eval_caps, packed_nll
+from pgolf_jax.model.context import packed
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.parity import quantize, ttt
 from pgolf_jax.parity.case import Arrays, Case, Outputs
 from pgolf_jax.parity.caseops import run_caseops
@@ -54,29 +55,19 @@ def _forward(case: Case, mesh: Mesh) -> Arrays:
   for looping in (False, True):
 
     def loss(params, looping=looping):
-      return packed_nll(config, params, tokens_BxT1, looping=looping, **segment).mean()
+      return packed_nll(bind(config, params), tokens_BxT1, looping=looping, **segment).mean()
+
+    def logits(params, looping=looping):
+      model = bind(config, params)
+      context = packed(tokens_BxT1[:, :-1], bos_id=config.bos_id, looping=looping, **segment)
+      return model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)[0]
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     prefix = f"loop{int(looping)}/"
     outputs[f"{prefix}loss"] = np.asarray(value)[None]
     outputs |= {f"{prefix}grads/{k}": g for k, g in grads.items() if k not in parameters.SOFTCAPS}
-    outputs[f"{prefix}logits"] = _logits(config, params, tokens_BxT1[:, :-1], looping=looping, **segment)
+    outputs[f"{prefix}logits"] = jax.jit(logits)(params)
   return outputs
-
-
-def _logits(config, params, tokens_BxT, *, looping: bool, seq_len: int, dtype) -> jax.Array:
-  """Evaluation logits [T, V] of one packed row."""
-
-  @jax.jit
-  def logits(params):
-    model = GPT(config, params)
-    start_BxT = segment_starts(tokens_BxT, bos_id=config.bos_id, seq_len=seq_len)
-    hidden = model(tokens_BxT, start_BxT, looping=looping, max_segment=seq_len, dtype=dtype)
-    z = model.logits(hidden)[0].astype(jnp.float32)
-    cap_pos, cap_neg = eval_caps(config, params)
-    return jnp.where(z > 0, cap_pos * jnp.tanh(z / cap_pos), cap_neg * jnp.tanh(z / cap_neg))
-
-  return logits(params)
 
 
 def _optimizer(case: Case, mesh: Mesh) -> Arrays:

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 
 from pgolf_jax.data.shards import read_shard
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.segment_attention.api import segment_starts
-from pgolf_jax.model.gpt import GPT
+from pgolf_jax.model.context import packed, segments
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.progress import progress
 from pgolf_jax.settings.config import ModelConfig, Settings
@@ -93,25 +93,21 @@ def calibrate(
   by_row = NamedSharding(mesh, PartitionSpec("data"))
 
   def moments(params, tokens_BxT, weight_B):
-    """Σ w·xxᵀ, Σ w·x² and the number of uses, by matrix name."""
-    found: dict[str, tuple[jax.Array, jax.Array, int]] = {}
+    """Returns, by matrix name, Σ w·xxᵀ, Σ w·x² and the number of inputs x with w = 1."""
 
-    def collect(name: str, x_BxTxN: jax.Array) -> None:
+    def collect(name: str, x_BxTxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      del name
       x_KxN = (x_BxTxN * weight_B[:, None, None].astype(x_BxTxN.dtype)).reshape(-1, x_BxTxN.shape[-1])
       gram_NxN = jnp.matmul(x_KxN.T, x_KxN, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
       square_N = jnp.sum(jnp.square(x_KxN.astype(jnp.float32)), axis=0)
-      before = found.get(name, (0.0, 0.0, 0))
-      found[name] = before[0] + gram_NxN, before[1] + square_N, before[2] + 1
+      return gram_NxN, square_N, jnp.sum(weight_B.astype(jnp.int32)) * length
 
     if respect_documents:
-      start_BxT = segment_starts(tokens_BxT, bos_id=config.bos_id, seq_len=length)
+      context = packed(tokens_BxT, bos_id=config.bos_id, seq_len=length, looping=True, dtype=dtype)
     else:
-      start_BxT = jnp.zeros_like(tokens_BxT)
-    GPT(config, params)(tokens_BxT, start_BxT, looping=True, max_segment=length, collect=collect, dtype=dtype)
-    uses.update({name: n for name, (_, _, n) in found.items()})
-    return {name: (gram, square) for name, (gram, square, _) in found.items()}
+      context = segments(jnp.zeros_like(tokens_BxT), max_segment=length, looping=True, dtype=dtype)
+    return bind(config, params)(tokens_BxT, context, collect=collect).collected
 
-  uses: dict[str, int] = {}
   replicated = PartitionSpec()
   summed = jax.shard_map(
     lambda *arguments: jax.lax.psum(moments(*arguments), "data"),
@@ -138,8 +134,8 @@ def calibrate(
       jax.block_until_ready(total)
       bar.advance(len(taken))
 
-  hessian = {name: np.asarray(gram) / np.float32(batches) for name, (gram, _) in total.items()}
-  act_rms = {name: np.sqrt(np.asarray(sq) / np.float32(uses[name] * count * length)) for name, (_, sq) in total.items()}
+  hessian = {name: np.asarray(gram) / np.float32(batches) for name, (gram, _, _) in total.items()}
+  act_rms = {name: np.sqrt(np.asarray(square) / np.float32(inputs)) for name, (_, square, inputs) in total.items()}
   for moment in (hessian, act_rms):
     for name in [n for n in moment if n.endswith("attn.c_q.weight")]:
       for other in ("c_k", "c_v"):

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pgolf_jax.model.adapters import Adapters
-from pgolf_jax.model.gpt import GPT
+from pgolf_jax.model.adapters import Adaptation, Adapters
+from pgolf_jax.model.context import Context
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.scoring.window import Rows
 from pgolf_jax.settings.config import ModelConfig
@@ -68,27 +69,14 @@ def forward(
   place = jnp.arange(min(window, seq_len))
   # Those that the chunk will overwrite have left its window.
   visible = (place < first) & ((place - first) % seq_len >= size)
-  keys: list[jax.Array] = []
-  values: list[jax.Array] = []
 
   def attend(position, q, k, v):
-    keys.append(k)
-    values.append(v)
-    return attention(q, k, v, memory.k[position, :, : len(place)], memory.v[position, :, : len(place)], visible)
+    earlier = (x[position, :, : len(place)] for x in memory)
+    return attention(q, k, v, *earlier, visible), Kept(k, v)
 
-  hidden = GPT(config, params)(
-    tokens,
-    jnp.zeros_like(tokens),
-    looping=True,
-    max_segment=width,
-    adapters=adapters,
-    adapter_scale=scale,
-    attend=attend,
-    offset=first,
-    before_B=before,
-    dtype=dtype,
-  )
-  return hidden, Kept(jnp.stack(keys), jnp.stack(values))
+  context = Context(attend, looping=True, dtype=dtype, first_position=first, before_B=before)
+  output = bind(config, params)(tokens, context, Adaptation(adapters, scale))
+  return output.hidden, jax.tree.map(lambda *x: jnp.stack(x), *output.cache)
 
 
 def attention(q_BxXxHxC, k_BxXxKxC, v_BxXxKxC, kept_k_BxSxKxC, kept_v_BxSxKxC, visible_S) -> jax.Array:

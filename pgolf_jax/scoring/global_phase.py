@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Integer
 
-from pgolf_jax.kernels.segment_attention.api import segment_starts
-from pgolf_jax.kernels.softcapped_xent import api as xent
-from pgolf_jax.model.gpt import GPT
+from pgolf_jax.model.context import packed, segments
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.mesh import AXIS, place
 from pgolf_jax.scoring.documents import Document
@@ -80,21 +80,15 @@ def phase_steps(ttt: TTTConfig, stream_N: np.ndarray, *, seq_len: int, world: in
 def _row_loss(model: ModelConfig, ttt: TTTConfig, params: Params, tokens_RxT1, targets_R, seq_len: int, dtype):
   """Sum over rows of each row's mean training loss."""
   inputs, targets = tokens_RxT1[:, :-1], tokens_RxT1[:, 1:]
-  R, T = inputs.shape
-  counted = jnp.arange(T) < targets_R[:, None]
+  counted = jnp.arange(inputs.shape[1]) < targets_R[:, None]
+  rows = inputs
   if ttt.phase.respect_documents:
-    start = segment_starts(inputs, bos_id=model.bos_id, seq_len=seq_len)
+    context = packed(rows, bos_id=model.bos_id, seq_len=seq_len, looping=True, dtype=dtype)
   else:
-    inputs, start = inputs.reshape(-1, seq_len), jnp.zeros((R * T // seq_len, seq_len), jnp.int32)
-  hidden = GPT(model, params)(inputs, start, looping=True, max_segment=seq_len, dtype=dtype)
-  nll = xent.linear_softcapped_xent(
-    hidden.reshape(R * T, -1),
-    params["tok_emb.weight"].astype(dtype),
-    targets.reshape(-1),
-    cap_pos=model.logit_softcap,
-    cap_neg=model.logit_softcap,
-  ).reshape(R, T)
-  return jnp.sum(jnp.where(counted, nll, 0).sum(axis=1) / jnp.maximum(targets_R, 1))
+    rows = inputs.reshape(-1, seq_len)
+    context = segments(jnp.zeros_like(rows), max_segment=seq_len, looping=True, dtype=dtype)
+  loss_RxT = nll(bind(model, params), rows, targets.reshape(rows.shape), context).reshape(targets.shape)
+  return jnp.sum(jnp.where(counted, loss_RxT, 0).sum(axis=1) / jnp.maximum(targets_R, 1))
 
 
 def make_update(mesh: Mesh, model: ModelConfig, ttt: TTTConfig, *, seq_len: int, world: int, dtype):

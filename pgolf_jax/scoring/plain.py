@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.gpt import packed_nll
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.progress import progress
@@ -103,7 +104,7 @@ def score(
 
   def device_nll(params, tokens_RxT1):
     row_nll = lambda row: packed_nll(  # noqa: E731
-      config, params, row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
+      bind(config, params), row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
     )[0]
     return jax.lax.map(row_nll, tokens_RxT1)
 

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pgolf_jax.kernels.softcapped_xent import api as xent
-from pgolf_jax.model.adapters import Adapters
-from pgolf_jax.model.gpt import GPT, eval_caps
+from pgolf_jax.kernels.softcapped_xent.reference import softcap
+from pgolf_jax.model.adapters import Adaptation, Adapters
+from pgolf_jax.model.context import segments
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.scoring.tilt import tilt
 from pgolf_jax.settings.config import ModelConfig
@@ -88,8 +90,9 @@ def score(
   """
   B, T = hidden_BxTxD.shape[:2]
   at = jnp.clip(chunk.position, 0, T - 1)
-  z = GPT(config, params).logits(jnp.take_along_axis(hidden_BxTxD, at[..., None], axis=1), adapters, scale)
-  cap_pos, cap_neg = eval_caps(config, params)
+  model = bind(config, params)
+  z = model.logits(jnp.take_along_axis(hidden_BxTxD, at[..., None], axis=1), Adaptation(adapters, scale))
+  cap_pos, cap_neg = model.caps(evaluation=True)
   V = z.shape[-1]
   gate, hint = hint_BxX >= 0, jnp.maximum(hint_BxX, 0)
   flat = (z.reshape(-1, V), chunk.target.reshape(-1), hint.reshape(-1))
@@ -98,9 +101,7 @@ def score(
   tilted = tilt(nll, hint_logp, chunk.target, hint, gate, beta)
   logp = None
   if distributions:
-    wide = z.astype(jnp.float32)
-    cap = jnp.where(wide > 0, cap_pos, cap_neg)
-    before = jax.nn.log_softmax(cap * jnp.tanh(wide / cap), axis=-1)
+    before = jax.nn.log_softmax(softcap(z.astype(jnp.float32), cap_pos, cap_neg), axis=-1)
     every = jnp.broadcast_to(jnp.arange(V), before.shape)
     logp = -tilt(-before, hint_logp[..., None], every, hint[..., None], gate[..., None], beta[..., None])
   return Scored(jnp.where(chunk.valid, nll, 0), tilted, logp)
@@ -110,16 +111,8 @@ def forward(
   config: ModelConfig, params: Params, tokens_BxW: jax.Array, adapters: Adapters, scale: float, dtype
 ) -> jax.Array:
   """Hidden states of windows computed afresh, [B, W, D]."""
-  start = jnp.zeros_like(tokens_BxW)
-  return GPT(config, params)(
-    tokens_BxW,
-    start,
-    looping=True,
-    max_segment=tokens_BxW.shape[1],
-    adapters=adapters,
-    adapter_scale=scale,
-    dtype=dtype,
-  )
+  context = segments(jnp.zeros_like(tokens_BxW), max_segment=tokens_BxW.shape[1], looping=True, dtype=dtype)
+  return bind(config, params)(tokens_BxW, context, Adaptation(adapters, scale)).hidden
 
 
 def learning_loss(scored: Scored, rows: Rows, k: jax.Array, size: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 """Settings on a command line: CONFIG first, then any setting, over the environment, over the file."""
 
-import dataclasses
 import difflib
+import functools
 import os
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,14 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import STAGE_KINDS, env_names, from_env, load, parse_stages, stages_as_text
 
-_registry = tyro.constructors.ConstructorRegistry()
+Overrides = Annotated[Settings, tyro.conf.arg(name="")]
+"""Type of a parameter that takes every setting as an option: --train.iterations 500."""
+
+schedules = tyro.constructors.ConstructorRegistry()
+"""Reads the settings that are schedules."""
 
 
-@_registry.primitive_rule
+@schedules.primitive_rule
 def _schedule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
   """Reads a schedule from the one word that files and environments write it as, such as 1024@0.1,3072@1."""
   if typing.get_origin(info.type) is not tuple or typing.get_args(info.type)[0] not in STAGE_KINDS:
@@ -31,48 +36,58 @@ def _schedule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class ConfigArgs:
-  """What every verb that takes a CONFIG understands."""
-
-  config: tyro.conf.Positional[Path]
-  """TOML file of settings."""
-  out: Path | None = None
-  """Run folder; runs/NAME-OF-CONFIG if not given."""
-  settings: Annotated[Settings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Settings)
-
-
-def parse(verb: str, description: str, args: list[str]) -> tuple[Settings, Path]:
-  """(settings, run folder) of a command line.
-
-  Raises:
-    UserError: no or a wrong config, an unknown or impossible setting.
-  """
-  found = parse_as(ConfigArgs, verb, description, args)
-  return found.settings, found.out or Path("runs") / found.config.stem
-
-
-def parse_as(kind, verb: str, description: str, args: list[str], *, needs_config: bool = True):
-  """An instance of `kind`, a dataclass with the fields `config` and `settings`; errors as `parse`.
+class Defaults:
+  """A command some of whose options have defaults that a file gives: the one named by its first argument.
 
   Args:
-    needs_config: whether it is an error to give no config; if not, the settings are the defaults and the environment's.
+    function: the command.
+    read: path → option's name → its default; called with None where no path is given.
+    example: a path as it may be given, for the message where it is missing.
+    optional: whether the path may be left out.
   """
-  if not args or args[0].startswith("-"):
-    if needs_config and not {"-h", "--help"} & set(args):
-      raise UserError(f"pgolf {verb} needs a config first, as in: pgolf {verb} configs/demo.toml")
-    check_environment(os.environ)
-    default = from_env(os.environ)
-    config = Path("CONFIG") if needs_config else None
-  else:
-    config = Path(args[0])
-    check_environment(os.environ)
-    default = load(config)
-  defaults = kind(config=config, settings=default)
-  return tyro.cli(kind, default=defaults, args=args, prog=f"pgolf {verb}", description=description, registry=_registry)
+
+  def __init__(
+    self, function: Callable, read: Callable[[Path | None], dict], *, example: str, optional: bool = False
+  ):
+    self.function, self._read, self._example, self._optional = function, read, example, optional
+    self.__doc__ = function.__doc__
+
+  def bound(self, program: str, args: list[str]) -> Callable:
+    """Returns the function with its defaults.
+
+    Args:
+      program: as typed, such as "pgolf run".
+      args: the command's arguments.
+
+    Raises:
+      UserError: the path is missing, or the file cannot be read.
+    """
+    path = Path(args[0]) if args and not args[0].startswith("-") else None
+    if path is None and not self._optional and not {"-h", "--help"} & set(args):
+      raise UserError(f"{program} needs a path first, as in: {program} {self._example}")
+    return functools.partial(self.function, **self._read(path))
 
 
-def check_environment(environ) -> None:
+def with_config(function: Callable, *, optional: bool = False) -> Defaults:
+  """Returns a command with a parameter `settings: Overrides`, whose defaults are those of the CONFIG given first."""
+
+  def read(path: Path | None) -> dict[str, Settings]:
+    return {"settings": settings_of(path)}
+
+  return Defaults(function, read, example="configs/demo.toml", optional=optional)
+
+
+def settings_of(path: Path | None) -> Settings:
+  """Returns the config file's settings, or the record's without one, with the environment's over them.
+
+  Raises:
+    UserError: there is no such file, or the environment has a name that looks like a misspelt setting.
+  """
+  _check_environment(os.environ)
+  return from_env(os.environ) if path is None else load(path)
+
+
+def _check_environment(environ: Mapping[str, str]) -> None:
   """Raises UserError if an environment variable looks like a misspelt setting, for it would be ignored silently."""
   known = env_names()
   for name in environ:

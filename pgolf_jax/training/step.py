@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.model.gpt import packed_nll
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.mesh import AXIS, place, shardings, world_size
 from pgolf_jax.settings.config import Settings
@@ -99,7 +100,7 @@ def make_step(settings: Settings, mesh: Mesh, params: Params, *, seq_len: int, l
 
   def loss_and_grad(params, tokens_T1):
     nll = lambda p: packed_nll(  # noqa: E731
-      settings.model, p, tokens_T1[None].astype(jnp.int32), looping=looping, seq_len=seq_len, dtype=dtype
+      bind(settings.model, p), tokens_T1[None].astype(jnp.int32), looping=looping, seq_len=seq_len, dtype=dtype
     ).mean()
     return jax.value_and_grad(nll)(params)
 

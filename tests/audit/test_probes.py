@@ -10,7 +10,9 @@ import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import audit, probes
-from pgolf_jax.model.gpt import GPT
+from pgolf_jax.model.adapters import Adaptation
+from pgolf_jax.model.context import Context
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import chunks, order, scan, window
 from pgolf_jax.scoring.plain import ValidationData
@@ -49,11 +51,11 @@ def test_a_future_leak_is_caught(monkeypatch):
     """Attention that forgets to be causal."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     p = jax.nn.softmax(jnp.einsum("bthc,bshc->bhts", q, k) * q.shape[-1] ** -0.5, axis=-1)
-    return jnp.einsum("bhts,bshc->bthc", p, v)
+    return jnp.einsum("bhts,bshc->bthc", p, v), None
 
   def forward(config, params, tokens, adapters, scale, dtype):
-    options = {"looping": True, "max_segment": tokens.shape[1], "adapters": adapters, "adapter_scale": scale}
-    return GPT(config, params)(tokens, jnp.zeros_like(tokens), attend=attend, dtype=dtype, **options)
+    context = Context(attend, looping=True, dtype=dtype)
+    return bind(config, params)(tokens, context, Adaptation(adapters, scale)).hidden
 
   monkeypatch.setattr(window, "forward", forward)
   checks = run(make_evaluate())

@@ -2,14 +2,14 @@ import importlib
 
 import pytest
 
+from pgolf_jax import stages
 from pgolf_jax.cli import VERBS, main
 
 
 def test_every_verb_explains_itself_with_an_example(capsys):
   for verb in VERBS:
-    module = importlib.import_module(f"pgolf_jax.cli.{verb}")
-    commands = [[verb, name] for name in module.COMMANDS] if hasattr(module, "COMMANDS") else [[verb]]
-    for command in commands:
+    for name in importlib.import_module(f"pgolf_jax.cli.{verb}").COMMANDS:
+      command = [verb, name] if name else [verb]
       try:
         status = main([*command, "--help"])
       except SystemExit as exit:
@@ -24,7 +24,7 @@ def test_every_verb_explains_itself_with_an_example(capsys):
     ([], 2, ""),
     (["rnu"], 2, "did you mean run"),
     (["data", "prepair"], 2, "did you mean prepare"),
-    (["run"], 1, "needs a config first"),
+    (["run"], 1, "needs a path first"),
     (["run", "configs/dmo.toml"], 1, "did you mean configs/demo.toml"),
     (["data", "inspect", "nowhere"], 1, "nowhere"),
   ],
@@ -48,9 +48,12 @@ def test_impossible_settings_are_refused_before_anything_starts(tmp_path, capsys
 
 
 def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
-  from pgolf_jax.settings.arguments import parse
-
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
   monkeypatch.setenv("ITERATIONS", "7")
   monkeypatch.setenv("SEED", "8")
-  settings, out = parse("run", "", ["configs/demo.toml", "--seed", "9"])
-  assert (settings.train.iterations, settings.seed, out.name) == (7, 9, "demo")
+  assert main(["run", "configs/demo.toml", "--seed", "9", "--train.seq-schedule", "64@0.5,128@1"]) == 0
+  [(settings, folder, names)] = started
+  assert (settings.train.iterations, settings.seed, settings.model.num_layers) == (7, 9, 5)
+  assert settings.train.seq_schedule == ((64, 0.5), (128, 1.0))
+  assert (folder.name, names) == ("demo", list(stages.STAGES))

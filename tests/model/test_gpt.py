@@ -8,7 +8,9 @@ import pytest
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.segment_attention.api import segment_starts
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import GPT, packed_nll
+from pgolf_jax.model.context import packed
+from pgolf_jax.model.gpt import bind, parameter_names
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import layer_order
 from pgolf_jax.settings.config import ModelConfig
 
@@ -33,7 +35,7 @@ def test_the_record_has_its_published_size_and_order():
 
 
 def test_module_paths_are_the_names_of_the_recipe(params):
-  assert set(GPT(SMALL, params).params()) == set(parameters.shapes(SMALL)) == set(params)
+  assert parameter_names(SMALL) == set(parameters.shapes(SMALL)) == set(params)
 
 
 def test_initial_values():
@@ -61,8 +63,8 @@ def test_another_document_changes_nothing_to_the_bit(params, dtype):
 
   @jax.jit
   def hidden(tokens):
-    start = segment_starts(tokens, bos_id=1, seq_len=16)
-    return GPT(SMALL, params)(tokens, start, looping=True, max_segment=16, dtype=dtype)[0]
+    context = packed(tokens, bos_id=1, seq_len=16, looping=True, dtype=dtype)
+    return bind(SMALL, params)(tokens, context).hidden[0]
 
   a, b = (np.asarray(hidden(rows_of_documents(jax.random.key(k))), np.float32) for k in (1, 2))
   same = (a == b).all(axis=1)
@@ -72,19 +74,19 @@ def test_another_document_changes_nothing_to_the_bit(params, dtype):
 def test_the_future_changes_nothing_to_the_bit(params):
   tokens = rows_of_documents(jax.random.key(1))
   other = tokens.at[0, 20:].set(5)
-  nll = jax.jit(lambda t: packed_nll(SMALL, params, t, looping=True, seq_len=64, dtype=jnp.float32)[0])
+  nll = jax.jit(lambda t: packed_nll(bind(SMALL, params), t, looping=True, seq_len=64, dtype=jnp.float32)[0])
   a, b = np.asarray(nll(tokens)), np.asarray(nll(other))
   assert (a[:19] == b[:19]).all() and not (a[20:] == b[20:]).all()
 
 
 def test_a_long_document_is_cut_every_seq_len_tokens(params):
   tokens = jax.random.randint(jax.random.key(3), (1, 41), 2, 64)
-  whole = packed_nll(SMALL, params, tokens, looping=False, seq_len=20, dtype=jnp.float32)[0]
+  whole = packed_nll(bind(SMALL, params), tokens, looping=False, seq_len=20, dtype=jnp.float32)[0]
   # The second segment alone, with the token before it for the smear gate, which runs across the cut.
   start = segment_starts(tokens[:, :-1], bos_id=1, seq_len=20)
   assert start[0].tolist() == [0] * 20 + [20] * 20
   changed = tokens.at[0, 3].set(9)
-  again = packed_nll(SMALL, params, changed, looping=False, seq_len=20, dtype=jnp.float32)[0]
+  again = packed_nll(bind(SMALL, params), changed, looping=False, seq_len=20, dtype=jnp.float32)[0]
   assert (again[20:] == whole[20:]).all() and not (again[3:20] == whole[3:20]).all()
 
 
@@ -93,7 +95,7 @@ def test_every_switch_changes_the_model_and_still_runs(params, switch):
   config = dataclasses.replace(SMALL, **{switch: False})
   wanted = parameters.shapes(config)
   tokens = rows_of_documents(jax.random.key(1))
-  score = lambda c, p: packed_nll(c, p, tokens, looping=True, seq_len=16, evaluation=True, dtype=jnp.float32)  # noqa: E731
+  score = lambda c, p: packed_nll(bind(c, p), tokens, looping=True, seq_len=16, evaluation=True, dtype=jnp.float32)  # noqa: E731
   off = score(config, {k: v for k, v in params.items() if k in wanted})
   assert np.isfinite(off).all() and not np.array_equal(off, score(SMALL, params))
 

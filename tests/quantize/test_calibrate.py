@@ -10,8 +10,8 @@ from tiny_model import MODEL, SETTINGS, random_params, with_quantize, write_data
 
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.segment_attention.api import segment_starts
-from pgolf_jax.model.gpt import GPT
+from pgolf_jax.model.context import packed, segments
+from pgolf_jax.model.gpt import bind
 from pgolf_jax.quantize.calibrate import calibrate, draw_rows, row_count
 
 
@@ -25,19 +25,17 @@ def shards(tmp_path_factory):
 def collected(params, rows, respect_documents: bool) -> dict[str, list[np.ndarray]]:
   """Every matrix's inputs, by one plain forward pass."""
   inputs: dict[str, list] = {}
-  start = segment_starts(rows, bos_id=1, seq_len=rows.shape[1]) if respect_documents else jnp.zeros_like(rows)
+  length, form = rows.shape[1], {"looping": True, "dtype": jnp.float32}
+  if respect_documents:
+    context = packed(rows, bos_id=1, seq_len=length, **form)
+  else:
+    context = segments(jnp.zeros_like(rows), max_segment=length, **form)
 
   def forward(params):
     found = {}
-    model = GPT(MODEL, params)
-    model(
-      rows,
-      start,
-      looping=True,
-      max_segment=rows.shape[1],
-      collect=lambda name, x: found.setdefault(name, []).append(x.reshape(-1, x.shape[-1])),
-      dtype=jnp.float32,
-    )
+    # Every input itself, so that NumPy adds up; a statistic would be added up by the model.
+    collect = lambda name, x: found.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))  # noqa: E731
+    bind(MODEL, params)(rows, context, collect=collect)
     return found
 
   for name, uses in jax.jit(forward)(params).items():

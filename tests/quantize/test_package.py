@@ -113,7 +113,8 @@ def test_folder_scores_from_itself_alone(made, data, tmp_path):
 
 
 def test_score_is_that_of_the_dequantised_weights(made, data):
-  from pgolf_jax.model.gpt import packed_nll
+  from pgolf_jax.model.gpt import bind
+  from pgolf_jax.model.loss import packed_nll
 
   _, params = format.dequantize(made.data)
   tokens = np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512:].astype(np.int32)
@@ -121,7 +122,7 @@ def test_score_is_that_of_the_dequantised_weights(made, data):
   nats = 0.0
   for first in range(0, 399, 64):
     row = tokens[first : min(first + 64, 399) + 1][None]
-    nll = packed_nll(SETTINGS.model, params, row, looping=True, seq_len=32, evaluation=True, dtype=jnp.float32)
+    nll = packed_nll(bind(SETTINGS.model, params), row, looping=True, seq_len=32, evaluation=True, dtype=jnp.float32)
     nats += float(nll.sum())
   found = score(made.data, data, ttt=False)
   assert found["loss"] == pytest.approx(nats / 399, rel=1e-5)

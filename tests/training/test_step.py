@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import packed_nll
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.settings.config import ModelConfig, OptimizerConfig, Settings, TrainConfig
 from pgolf_jax.training import optimizer as optimizers
@@ -60,7 +61,7 @@ def by_hand(settings, params, rows, ranks):
   @jax.jit
   def clipped(rank_rows):
     loss = lambda p: packed_nll(  # noqa: E731
-      MODEL, p, rank_rows.astype(jnp.int32), looping=True, seq_len=12, dtype=jnp.float32
+      bind(MODEL, p), rank_rows.astype(jnp.int32), looping=True, seq_len=12, dtype=jnp.float32
     ).mean()
     grads = jax.grad(loss)(params)
     norm = optax.tree.norm(grads)
