@@ -1,13 +1,11 @@
-"""Test-time training and the audit as stages of a run, and what they report."""
+"""Test-time training as a stage of a run, and what it reports."""
 
-import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pgolf_jax.data.verify import Check
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
@@ -89,17 +87,3 @@ def ttt(run: RunFolder, data_folder: Path, mesh: Mesh) -> dict:
     result["order"],
   )
   return result
-
-
-def audit(run: RunFolder, data_folder: Path, mesh: Mesh) -> dict:
-  """Audits a run; every check with its evidence. The table goes to the log."""
-  from pgolf_jax.audit import audit as audits
-
-  checks = list(audits.audit(run, data_folder, mesh))
-  log.info("audit:\n%s", audits.table(checks))
-  return {"broken": [check.name for check in checks if check.passed is False], "checks": as_json(checks)}
-
-
-def as_json(checks: list[Check]) -> list[dict]:
-  """Checks as plain values."""
-  return [dataclasses.asdict(check) for check in checks]
