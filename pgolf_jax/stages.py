@@ -10,18 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from pgolf_jax.audit.audit import audit
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
+from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import checks, compile_cache, distributed
 from pgolf_jax.runtime.files import write_bytes
 from pgolf_jax.runtime.lock import locked
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
-from pgolf_jax.scoring import plain
+from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import check
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import departures
+from pgolf_jax.submission import accounting, bundle
 
 
 def data_folder(settings: Settings) -> Path:
@@ -42,18 +46,7 @@ def plain_score(
   """Plain BPB of parameters on `data`, or on the whole validation split, as the stages report it."""
   data = plain.load_validation(data_folder(settings)) if data is None else data
   began = time.perf_counter()
-  score = plain.score(
-    settings.model,
-    params,
-    data,
-    mesh=mesh,
-    ranks=world_size(settings, mesh),
-    batch_tokens=settings.eval.batch_tokens,
-    rows=settings.eval.micro_batches,
-    seq_len=settings.eval.seq_len,
-    dtype=jnp.dtype(settings.train.compute_dtype),
-    description=description,
-  )
+  score = plain.score(settings, params, data, mesh, description=description)
   seconds = time.perf_counter() - began
   found = {"loss": score.loss, "bpb": score.bpb, "targets": score.targets, "bytes": score.text_bytes}
   return found | {"seconds": seconds}
@@ -89,34 +82,29 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
-  from pgolf_jax.quantize import stage
-  from pgolf_jax.scoring.stage import load_artifact
-  from pgolf_jax.submission import accounting, package
-
   settings = run.settings
-  made = stage.make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
+  made = make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
-  code = package.code()
-  parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
-  found = accounting.account(made.data, **parts, tokenizer=0, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", accounting.table(found))
-  score = plain_score(settings, load_artifact(run.artifact)[1], mesh, "scoring the artifact")
+  code = bundle.code()
+  account = accounting.account(made.data, code, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", accounting.table(account))
+  score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
   return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
 
 
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:
-  from pgolf_jax.scoring import stage
-
-  return stage.ttt(run, data_folder(run.settings), mesh)
+  """Scores the artifact with test-time training, in the run's order; scores are kept in the run's folder."""
+  params, data = artifact.load(run.artifact)[1], plain.load_validation(data_folder(run.settings))
+  result = ttt.evaluate(run.settings, params, data, mesh, ttt.Options(folder=run.scores)).figures(run.settings)
+  text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
+  log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))
+  return result
 
 
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
   """Audits the run; the table goes to the log, every check with its evidence to the results."""
-  # The audit imports the evaluator and the submission's code, which no other stage needs.
-  from pgolf_jax.audit.audit import audit
-
   made = list(audit(run, data_folder(run.settings), mesh))
   log.info("audit:\n%s", checks.table(made))
   broken = [check.name for check in made if check.passed is False]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from pgolf_jax.audit import evidence
 from pgolf_jax.audit.sample import probe
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize.artifact.format import dequantize
+from pgolf_jax.quantize import artifact
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.checks import Check
 from pgolf_jax.scoring.plain import load_validation
@@ -37,7 +37,7 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, probe_tokens: int = 
     raise UserError(f"{run.path} has no artifact to audit; `pgolf run` makes and scores one.")
   settings = run.settings
   data = load_validation(data_folder)
-  params = dequantize(run.artifact.read_bytes())[1]
+  _, params = artifact.load(run.artifact)
   yield from probe(settings, params, data, mesh, tokens=probe_tokens, count=count)
   yield from evidence.scores(run.scores, data, settings)
   yield from evidence.data_checks(data_folder)

@@ -21,7 +21,7 @@ from pgolf_jax.scoring import trace
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import Settings
-from pgolf_jax.submission import accounting
+from pgolf_jax.submission import bundle
 
 _STEP_1_AGREEMENT = 0.02  # nats; bfloat16 on another backend stays well within, another text does not
 
@@ -72,8 +72,7 @@ def data_checks(folder: Path) -> Iterator[Check]:
 
 def size(artifact: Path, budget: int) -> Check:
   """Artifact and code fit in the budget, in bytes."""
-  weights = artifact.stat().st_size
-  code = len(accounting.archive(accounting.needed_modules())[0])
+  weights, code = artifact.stat().st_size, bundle.code().size
   return Check("artifact and code", weights + code <= budget, f"{weights:,} + {code:,} of {budget:,} bytes")
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from pgolf_jax.runtime.checks import Check
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.evaluation import Evaluation
+from pgolf_jax.scoring.record import Evaluation
+from pgolf_jax.scoring.trace import HintsEvent, ScoreEvent
 
 Evaluate = Callable[[np.ndarray], Evaluation]
 
@@ -46,8 +47,8 @@ class Order:
 
   def __init__(self, base: Evaluation, tokens_N1: np.ndarray, bos_id: int):
     documents = {d.index: d for d in find_documents(tokens_N1, bos_id)}
-    scored = [documents[i] for event in base.trace if event["event"] == "score" for i in event["documents"]]
-    counted = [documents[i] for event in base.trace if event["event"] == "hints" for i in event["documents"]]
+    scored = [documents[i] for event in base.trace if isinstance(event, ScoreEvent) for i in event.documents]
+    counted = [documents[i] for event in base.trace if isinstance(event, HintsEvent) for i in event.documents]
     self._ranks = []
     for order in filter(None, (scored, counted)):
       rank_N = np.full(len(tokens_N1) - 1, -1)

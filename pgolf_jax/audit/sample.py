@@ -2,16 +2,15 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import probes
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.checks import Check
+from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.ttt import Evaluator
 from pgolf_jax.settings.config import Settings
 
 
@@ -25,15 +24,11 @@ def probe(
     count: perturbations of each kind.
   """
   sample = probe_stream(data, settings, tokens)
-  evaluator = Evaluator(
-    probe_settings(settings, sample),
-    mesh,
-    dtype=jnp.dtype(settings.train.compute_dtype),
-    watch=frozenset(range(len(sample.tokens) - 1)),
-  )
+  fitted = probe_settings(settings, sample)
+  options, programs = ttt.Options(distributions=True), ttt.Programs(fitted, mesh, distributions=True)
 
   def evaluate(stream_N1):
-    return evaluator(params, ValidationData(stream_N1, sample.token_bytes))
+    return ttt.evaluate(fitted, params, ValidationData(stream_N1, sample.token_bytes), mesh, options, programs)
 
   model = settings.model
   return probes.run(
@@ -44,7 +39,7 @@ def probe(
 def probe_settings(settings: Settings, sample: ValidationData) -> Settings:
   """Fits batches and the global phase to a small stream: there are several batches, and a phase if the run has one."""
   documents = len(find_documents(sample.tokens, settings.model.bos_id))
-  ttt = dataclasses.replace(
+  small = dataclasses.replace(
     settings.ttt,
     batch_size=min(settings.ttt.batch_size, max(2, documents // 3)),
     phase=dataclasses.replace(
@@ -54,9 +49,9 @@ def probe_settings(settings: Settings, sample: ValidationData) -> Settings:
     ),
     eval_batches=(),
   )
-  seq_len = min(settings.eval.seq_len, ttt.phase.chunk_tokens)
+  seq_len = min(settings.eval.seq_len, small.phase.chunk_tokens)
   return dataclasses.replace(
-    settings, ttt=ttt, eval=dataclasses.replace(settings.eval, seq_len=seq_len, doc_fraction=1.0)
+    settings, ttt=small, eval=dataclasses.replace(settings.eval, seq_len=seq_len, doc_fraction=1.0)
   )
 
 

@@ -1,40 +1,50 @@
-"""`pgolf bench kernels`: each accelerated operation, every implementation that is possible here, and PyTorch."""
+"""`pgolf bench kernels`: each accelerated operation, by every backend that is possible here and by PyTorch."""
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgolf_jax.bench import harness
+from pgolf_jax.bench.harness import Measurement, Way, Work
+from pgolf_jax.kernels import Choice
+from pgolf_jax.kernels.hardware import peaks, target
+from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
+from pgolf_jax.kernels.polar_express import api as polar
+from pgolf_jax.kernels.segment_attention import api as attention
+from pgolf_jax.kernels.softcapped_xent import api as xent
+from pgolf_jax.kernels.softcapped_xent import linear
+from pgolf_jax.runtime import distributed
 
 Operation = Literal[
   "segment_attention", "leaky_relu2_mlp", "softcapped_xent", "linear_softcapped_xent", "polar_express"
 ]
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One line of the table. `share` is the floor of time over the time, None where the chip's peaks are not known."""
-
-  operation: str
-  passes: str
-  implementation: str
-  seconds: float
-  flops_per_s: float
-  bytes_per_s: float
-  share: float | None
+D, F, V, H, K, C = 512, 2048, 8192, 8, 4, 64
+"""Sizes of the record's model: width, MLP width, vocabulary, query heads, key and value heads, head width."""
+CAP = 30.0
+SLOPE = 0.3
+MEAN_DOCUMENT = 957
+"""Tokens of a validation document, on average."""
 
 
 def kernels(
   operations: tuple[Operation, ...] = (),
   tokens: int | None = None,
   max_segment: int = 2048,
-  repeats: int = 20,
+  repeats: int = 10,
+  noise: bool = False,
 ) -> None:
   """Time the accelerated operations at the record's widths, forward alone and with the gradient.
 
-  FLOP/s count the products that the operation needs, bytes/s the arrays that it must read or write; the share of
-  the roofline is the longer of the two times at the chip's peaks over the measured one. The last column is the time
-  over that of plain XLA.
+  FLOP/s count the products that the operation needs, bytes/s the arrays that it must read or write; the roofline is the
+  longer of the two times at the chip's peak rates, as a share of the measured time. Every backend, and PyTorch where it
+  is installed, is compared with plain XLA.
 
   Example: pgolf bench kernels --operations leaky_relu2_mlp --tokens 8192
 
@@ -42,108 +52,180 @@ def kernels(
     operations: which ones; all if none is given.
     tokens: of one device's micro-batch; 98304 if not given, 2048 on a CPU.
     max_segment: tokens of the longest segment; documents are about 957 tokens long.
-    repeats: timed calls at most, fewer where they take seconds; the median counts.
+    repeats: timed turns, each of as many calls as take some 10 ms.
+    noise: time plain XLA twice, to show which differences mean nothing.
   """
-  from rich.console import Console
-  from rich.table import Table
-
-  from pgolf_jax.runtime import distributed
-
   distributed.start()
-  rows, notes = measure(operations, tokens, max_segment, repeats)
-  table = Table("operation", "pass", "by", "ms", "TFLOP/s", "GB/s", "roofline", "÷ XLA")
-  xla = {(row.operation, row.passes): row.seconds for row in rows if row.implementation == "xla"}
-  for row in rows:
-    share = "" if row.share is None else f"{row.share:.0%}"
-    of_xla = f"{row.seconds / xla[row.operation, row.passes]:.2f}"
-    rates = f"{row.flops_per_s / 1e12:.3g}", f"{row.bytes_per_s / 1e9:.4g}"
-    table.add_row(row.operation, row.passes, row.implementation, f"{row.seconds * 1e3:.3f}", *rates, share, of_xla)
-  console = Console()
-  console.width = max(console.width, 110)  # narrower, the table would break its headings
-  console.print(table)
-  for note in dict.fromkeys(notes):
-    console.print(note, markup=False)
+  columns = {**harness.MILLISECONDS, **harness.RATES, **harness.ROOFLINE, **harness.COMPARISON}
+  measurements, notes = measure(operations, tokens, max_segment, repeats, noise)
+  harness.show("accelerated operations", measurements, columns, notes)
 
 
-def measure(operations, tokens, max_segment, repeats) -> tuple[list[Row], list[str]]:
-  """The table's rows, and a line for each implementation that was left out."""
-  import jax
-  import jax.numpy as jnp
-
-  from pgolf_jax.bench import _kernel_cases, _kernel_torch
-  from pgolf_jax.kernels import target
-  from pgolf_jax.kernels.peaks import peaks
-
-  device = target.target()
-  on_cpu = device.platform == "cpu"
+def measure(
+  operations: tuple[Operation, ...], tokens: int | None, max_segment: int, repeats: int, noise: bool = False
+) -> tuple[list[Measurement], list[str]]:
+  """Returns the table's rows, and notes: on the sizes, and on each backend that was left out."""
+  here = target()
+  on_cpu = here.platform == "cpu"
   tokens = tokens or (2048 if on_cpu else 98304)
-  limits = peaks(device.kind)
-  torch_functions = _kernel_torch.functions(device.platform) or {}
   matrices, dtype = (2, jnp.float32) if on_cpu else (22, jnp.bfloat16)
-  notes = [f"{device.kind}: {tokens} tokens in segments up to {max_segment}, {matrices} matrices, {dtype.__name__}"]
+  limits = peaks(here.kind)
+  notes = [f"{here.kind}: {tokens} tokens in segments up to {max_segment}, {matrices} matrices, {dtype.__name__}"]
   if limits is None:
-    notes.append(f"{device.kind}: no peak known, so no share of the roofline")
+    notes.append(f"{here.kind}: no peak known, so no share of the roofline")
   else:
-    peaks_of = f"{limits.flops_per_s / 1e12:g}e12 FLOP/s, {limits.bytes_per_s / 1e12:g} TB/s"
-    notes.append(f"roofline: share of the least time at the chip's peaks, {peaks_of}")
-  rows = []
-  for case in _kernel_cases.cases(tokens, max_segment, matrices, dtype):
+    rates = f"{limits.flops_per_s / 1e12:g}e12 FLOP/s and {limits.bytes_per_s / 1e12:g} TB/s"
+    notes.append(f"roofline: share of the least time at the chip's peaks, {rates}")
+  pytorch, obstacle = harness.pytorch(here.platform)
+  if pytorch is None:
+    notes.append(f"PyTorch was left out: {obstacle}")
+  measurements = []
+  for case in cases(tokens, max_segment, matrices, dtype):
     if operations and case.name not in operations:
       continue
-    for passes, with_gradient in (("fwd", False), ("fwd+bwd", True))[: 2 if case.differentiated else 1]:
-      calls = {}
-      for name in ("mosaic_gpu", "mosaic_tpu", "xla"):
-        try:
-          case.choose(name)
-        except ValueError as e:
-          notes += [str(e)] if not with_gradient else []
-          continue
-        calls[name] = _jax_call(jax, case, name, with_gradient)
-      if case.name in torch_functions:
-        f = torch_functions[case.name]
-        calls["PyTorch"] = _kernel_torch.timed_call(f, case, device.platform, with_gradient)
-      flops, num_bytes = case.flops[with_gradient], case.num_bytes[with_gradient]
-      for name, (call, wait) in calls.items():
-        seconds = _median_seconds(call, wait, repeats)
-        share = None if limits is None else limits.floor_s(flops, num_bytes) / seconds
-        rows.append(Row(case.name, passes, name, seconds, flops / seconds, num_bytes / seconds, share))
-  return rows, notes
+    possible = []
+    for backend in ("xla", "mosaic_gpu", "mosaic_tpu"):
+      try:
+        case.choose(implementation=backend)
+        possible.append(backend)
+      except ValueError as e:
+        notes.append(str(e))
+    for gradient in (False, True) if case.differentiated else (False,):
+      work = Work(flops=case.flops[gradient], num_bytes=case.num_bytes[gradient], peaks=limits)
+      labels = {"operation": case.name, "pass": "forward + gradient" if gradient else "forward"}
+      ways = [Way({**labels, "by": b}, partial(case.jax_call, b, gradient), work) for b in possible]
+      if pytorch is not None:
+        prepare = partial(case.torch_call, pytorch, here.platform, gradient)
+        wait = lambda _: pytorch.synchronize(here.platform)  # noqa: E731
+        ways.append(Way({**labels, "by": "PyTorch"}, prepare, work, wait))
+      rows, left_out = harness.measure(ways, repeats, warmups=2, group_s=0.01, noise=noise)
+      measurements += rows
+      notes += left_out
+  return measurements, notes
 
 
-def _jax_call(jax, case, implementation: str, with_gradient: bool) -> tuple[Callable, Callable]:
-  def forward(*arguments):
-    return case.call(implementation, *arguments)
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One operation on one set of arguments.
 
-  def total(*arguments):
-    return forward(*arguments).astype("float32").sum()
-
-  compiled = jax.jit(jax.grad(total, case.differentiated) if with_gradient else forward)
-  last = []
-
-  def call():
-    last[:] = [compiled(*case.arguments)]
-
-  return call, lambda: jax.block_until_ready(last)
-
-
-def _median_seconds(call: Callable, wait: Callable, repeats: int) -> float:
-  """The median of `repeats` calls after two that compile and warm up.
-
-  Calls are waited for in groups that take some 10 ms, so that the time to start one hides behind the one before.
+  Attributes:
+    name: of the operation, as in pgolf_jax.kernels.
+    arguments: arrays.
+    call: (*arguments, implementation) → result.
+    choose: (implementation) → Choice; raises ValueError where it is not possible.
+    torch: (module torch_gpt, *arguments as tensors) → result.
+    flops, num_bytes: of the forward pass, and of forward and gradient: products that the operation needs, whose
+      repetitions within an implementation do not count, and arrays that it must read or write.
+    differentiated: positions of the arguments that get a gradient.
   """
 
-  def group(size: int) -> float:
-    start = time.perf_counter()
-    for _ in range(size):
-      call()
-    wait()
-    return (time.perf_counter() - start) / size
+  name: str
+  arguments: tuple[jax.Array, ...]
+  call: Callable[..., jax.Array]
+  choose: Callable[..., Choice]
+  torch: Callable[..., Any]
+  flops: tuple[float, float]
+  num_bytes: tuple[float, float]
+  differentiated: tuple[int, ...]
 
-  group(1)
-  one = group(1)
-  size = max(1, min(repeats, round(0.01 / one)))
-  groups = min(-(-repeats // size), 1 + round(3 / (size * one)))
-  return statistics.median(group(size) for _ in range(groups))
+  def jax_call(self, implementation: str, gradient: bool) -> Callable[[], jax.Array]:
+    """A call of one backend, or of the gradient of the result's sum."""
+
+    def total(*arguments):
+      return self.call(*arguments, implementation=implementation).astype(jnp.float32).sum()
+
+    forward = partial(self.call, implementation=implementation)
+    return partial(jax.jit(jax.grad(total, self.differentiated) if gradient else forward), *self.arguments)
+
+  def torch_call(self, pytorch: ModuleType, platform: str, gradient: bool) -> Callable[[], Any]:
+    """The same in PyTorch."""
+    tensors = [pytorch.tensor(x, platform) for x in self.arguments]
+    inputs = [tensors[i].requires_grad_(gradient) for i in self.differentiated]
+    forward = partial(self.torch, pytorch, *tensors)
+    return (lambda: pytorch.torch.autograd.grad(forward().sum(), inputs)) if gradient else forward
+
+
+def segment_starts(tokens: int, max_segment: int) -> np.ndarray:
+  """First positions of segments as long as documents are: exponential about their mean, cut at `max_segment`."""
+  lengths = np.random.default_rng(0).exponential(MEAN_DOCUMENT, size=2 + 4 * tokens // MEAN_DOCUMENT)
+  begins = np.cumsum(1 + lengths.astype(int))
+  position = np.arange(tokens)
+  document = np.concatenate([[0], begins])[np.searchsorted(begins, position, side="right")]
+  return (position - (position - document) % max_segment).astype(np.int32)
+
+
+def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]:
+  """All operations on `tokens` tokens and a bank of `matrices`, in the order in which a step meets them."""
+  keys = iter(jax.random.split(jax.random.key(0), 16))
+  size = jnp.dtype(dtype).itemsize
+  caps = {"cap_pos": CAP, "cap_neg": CAP}
+
+  def normal(*shape, scale=1.0):
+    return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
+
+  q, k, v = normal(1, tokens, H, C), normal(1, tokens, K, C), normal(1, tokens, K, C)
+  start = segment_starts(tokens, max_segment)
+  lengths = tuple(np.unique(start, return_counts=True)[1].tolist())
+  pairs = float((np.arange(tokens) - start + 1).sum())
+  num_bytes = size * tokens * C * (2 * H + 2 * K)
+  yield Case(
+    "segment_attention",
+    (q, k, v, jnp.asarray(start)[None]),
+    partial(attention.segment_attention, max_segment=max_segment),
+    partial(attention.OPERATION.choose, q, k, v, start[None], max_segment=max_segment),
+    lambda torch, q, k, v, start: torch.segment_attention(q[0], k[0], v[0], lengths),
+    (4 * pairs * H * C, 14 * pairs * H * C),
+    (num_bytes, 3 * num_bytes),
+    (0, 1, 2),
+  )
+  x, up, down = normal(tokens, D), normal(F, D, scale=D**-0.5), normal(D, F, scale=F**-0.5)
+  num_bytes = size * (2 * tokens * D + 2 * D * F)
+  yield Case(
+    "leaky_relu2_mlp",
+    (x, up, down),
+    partial(mlp.leaky_relu2_mlp, slope=SLOPE),
+    partial(mlp.OPERATION.choose, x, up, down, slope=SLOPE),
+    lambda torch, *arguments: torch.leaky_relu2_mlp(*arguments, SLOPE),
+    (4 * tokens * D * F, 12 * tokens * D * F),
+    (num_bytes, 3 * num_bytes),
+    (0, 1, 2),
+  )
+  z, y_N = normal(tokens, V, scale=5.0), jax.random.randint(next(keys), (tokens,), 0, V)
+  yield Case(
+    "softcapped_xent",
+    (z, y_N),
+    partial(xent.softcapped_xent, **caps),
+    partial(xent.OPERATION.choose, z, y_N, None, **caps),
+    lambda torch, *arguments: torch.softcapped_xent(*arguments, CAP),
+    (0, 0),
+    (size * z.size, 3 * size * z.size),
+    (0,),
+  )
+  weight = normal(V, D, scale=0.05)
+  n = linear.block_size(tokens, V)
+  block = jax.ShapeDtypeStruct((n, V), dtype), jax.ShapeDtypeStruct((n,), y_N.dtype)
+  num_bytes = size * (tokens * D + V * D)
+  yield Case(
+    "linear_softcapped_xent",
+    (x, weight, y_N),
+    partial(xent.linear_softcapped_xent, **caps),
+    partial(xent.OPERATION.choose, *block, None, **caps),
+    lambda torch, x, weight, y_N: torch.softcapped_xent(x @ weight.T, y_N, CAP),
+    (2 * tokens * D * V, 6 * tokens * D * V),
+    (num_bytes, 3 * num_bytes),
+    (0, 1),
+  )
+  bank = normal(matrices, D, F)
+  yield Case(
+    "polar_express",
+    (bank,),
+    polar.polar_express,
+    partial(polar.OPERATION.choose, bank, steps=5),
+    lambda torch, bank: torch.polar_express(bank),
+    (5 * matrices * (4 * D * D * F + 2 * D**3), 0),
+    (2 * size * bank.size, 0),
+    (),
+  )
 
 
 COMMAND = kernels

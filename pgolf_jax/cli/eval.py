@@ -37,10 +37,13 @@ def evaluate(
 
   from pgolf_jax import stages
   from pgolf_jax.errors import UserError
+  from pgolf_jax.quantize import artifact
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.mesh import data_mesh
-  from pgolf_jax.scoring import plain, stage
+  from pgolf_jax.scoring import documents as streams
+  from pgolf_jax.scoring import plain
+  from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
   from pgolf_jax.settings.load import from_env
 
@@ -50,11 +53,11 @@ def evaluate(
     run = RunFolder(target)
     settings = run.settings
     if weights == "artifact":
-      params = stage.load_artifact(run.artifact)[1]
+      params = artifact.load(run.artifact)[1]
     else:
       params = stages.averaged_params(run, mesh)
   else:
-    settings, params = stage.load_artifact(target)
+    settings, params = artifact.load(target)
     if weights == "averaged":
       raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
   settings = from_env(os.environ, base=settings)
@@ -62,11 +65,11 @@ def evaluate(
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
   check.check(settings)
   folder = data or stages.data_folder(settings)
-  found = stage.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
+  stream = streams.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
   if ttt:
-    _, result = stage.score(settings, params, found, mesh, folder=out)
+    result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)
   else:
-    result = stages.plain_score(settings, params, mesh, "scoring", found)
+    result = stages.plain_score(settings, params, mesh, "scoring", stream)
   for name, value in result.items():
     print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
 

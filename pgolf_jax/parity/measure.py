@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf_jax.parity.case import Arrays, Case
-from pgolf_jax.quantize.artifact.names import unbank
+from pgolf_jax.quantize.artifact.banks import unbank
 
 _ROUNDING_TIES = 0.005
 """Share of a tensor's integers that may differ because GPTQ rounded a tie the other way."""

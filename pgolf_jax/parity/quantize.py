@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_jax.model.params import Params
-from pgolf_jax.quantize import stage
-from pgolf_jax.quantize.artifact import format
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.calibrate import Calibration
+from pgolf_jax.quantize.make import make
 from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import from_env
@@ -28,11 +29,11 @@ def quantize_case(
     act_rms: root mean square of each input, by matrix name.
   """
   settings = from_env(environ)
-  tensors = quantize(params, hessian, act_rms, settings.quantize)
-  data = format.write({}, tensors, settings.quantize.codec)
-  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in format.read(data).tensors.items()}
+  tensors = quantize(params, Calibration(hessian, act_rms), settings.quantize)
+  data = writer.write({}, tensors, settings.quantize.codec)
+  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in read(data).tensors.items()}
 
 
 def artifact_params(settings: Settings, params: Params, data: Path) -> Params:
   """Quantises parameters, calibrated on the training shards in `data`, and returns what the artifact stores of them."""
-  return format.dequantize(stage.make(settings, params, data).data)[1]
+  return read(make(settings, params, data).data).params()

@@ -57,16 +57,19 @@ def _forward(case: Case, mesh: Mesh) -> Arrays:
     def loss(params, looping=looping):
       return packed_nll(bind(config, params), tokens_BxT1, looping=looping, **segment).mean()
 
-    def logits(params, looping=looping):
+    # One program for all, so that the forward pass that they share is compiled once.
+    @jax.jit
+    def loss_grads_logits(params, loss=loss, looping=looping):
       model = bind(config, params)
       context = packed(tokens_BxT1[:, :-1], bos_id=config.bos_id, looping=looping, **segment)
-      return model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)[0]
+      logits_BxTxV = model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)
+      return *jax.value_and_grad(loss)(params), logits_BxTxV[0]
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    value, grads, logits_TxV = loss_grads_logits(params)
     prefix = f"loop{int(looping)}/"
     outputs[f"{prefix}loss"] = np.asarray(value)[None]
     outputs |= {f"{prefix}grads/{k}": g for k, g in grads.items() if k not in parameters.SOFTCAPS}
-    outputs[f"{prefix}logits"] = jax.jit(logits)(params)
+    outputs[f"{prefix}logits"] = logits_TxV
   return outputs
 
 
@@ -112,7 +115,7 @@ def _e2e(case: Case, mesh: Mesh) -> Arrays:
   validation = plain.load_validation(case.data)
   inputs = {f"params/{name}": value for name, value in case.expected_under("params_dequantized/").items()}
   inputs |= {"tokens": validation.tokens, "token_bytes": validation.token_bytes}
-  adapted = ttt.run_case(case.settings, inputs, mesh, dtype=jnp.dtype(case.types.compute))
+  adapted = ttt.run_case(case.settings, inputs, mesh, dtype=case.types.compute)
   return {
     **trained,
     **_plain_score(case, mesh, artifact, "quantized"),
@@ -127,14 +130,13 @@ def _quantize(case: Case, mesh: Mesh) -> Arrays:
 
 
 def _ngram(case: Case, mesh: Mesh) -> Arrays:
-  h = case.settings.hints
-  targets_N = case.inputs["tokens"][1:].astype(np.int32)
-  hints = build_hints(targets_N, order=h.order, threshold=h.threshold, boost=h.boost, mode="reference")
+  config = dataclasses.replace(case.settings.hints, table="reference")
+  hints = build_hints(case.inputs["tokens"][1:].astype(np.int32), config)
   return {"hint_ids": hints.ids, "gate_mask": np.asarray(hints.gate, np.uint8), "boost": hints.boost}
 
 
 def _ttt(case: Case, mesh: Mesh) -> Arrays:
-  return ttt.run_case(case.settings, case.inputs, mesh, dtype=jnp.dtype(case.types.compute))
+  return ttt.run_case(case.settings, case.inputs, mesh, dtype=case.types.compute)
 
 
 def _params(case: Case) -> parameters.Params:
@@ -146,19 +148,9 @@ def _params(case: Case) -> parameters.Params:
 
 def _plain_score(case: Case, mesh: Mesh, params, name: str) -> Arrays:
   """`val_loss_{name}` and `val_bpb_{name}` of parameters on the validation shards of the case."""
-  s = case.settings
-  score = plain.score(
-    s.model,
-    {k: jnp.asarray(v) for k, v in params.items()},
-    plain.load_validation(case.data),
-    mesh=mesh,
-    ranks=s.train.world_size,
-    batch_tokens=s.eval.batch_tokens,
-    rows=s.eval.micro_batches,
-    seq_len=s.eval.seq_len,
-    dtype=jnp.dtype(s.train.compute_dtype),
-    description=f"scoring {name}",
-  )
+  params = {k: jnp.asarray(v) for k, v in params.items()}
+  validation = plain.load_validation(case.data)
+  score = plain.score(case.settings, params, validation, mesh, description=f"scoring {name}")
   return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
 
 

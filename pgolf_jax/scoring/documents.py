@@ -1,12 +1,18 @@
-"""Documents of the validation stream, and the batches in which test-time training takes them. Recipe section 5."""
+"""Documents of the validation stream, the batches in which they are scored, and their rows on the devices.
+
+Recipe section 5.
+"""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int, Integer
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.scoring.plain import ValidationData
+from pgolf_jax.settings.config import TTTConfig
 
 
 class Document(NamedTuple):
@@ -32,6 +38,14 @@ class Batch(NamedTuple):
 
   index: int  # 0 holds the shortest documents
   documents: tuple[Document, ...]  # from shorter to longer
+  learns: tuple[bool, ...]  # whether each document moves its adapters and takes part in the global phases
+  chunk_size: int  # targets between two updates
+  is_short: bool  # whether it takes the adapters of short documents
+
+  @property
+  def targets(self) -> int:
+    """Targets of all its documents."""
+    return sum(document.targets for document in self.documents)
 
   @property
   def longest(self) -> int:
@@ -40,7 +54,7 @@ class Batch(NamedTuple):
 
 
 def find_documents(tokens_N1: Integer[np.ndarray, "N1"], bos_id: int) -> list[Document]:
-  """The documents of a stream; the last one ends where the stream ends.
+  """Returns the documents of a stream; the last one ends where the stream ends.
 
   Raises:
     UserError: the stream does not begin with bos, so that some targets would belong to no document.
@@ -52,27 +66,115 @@ def find_documents(tokens_N1: Integer[np.ndarray, "N1"], bos_id: int) -> list[Do
       f"The validation stream begins with token {tokens_N1[:1]}, not with bos={bos_id}; prepare it again."
     )
   ends = np.append(starts[1:] + 1, len(tokens_N1))
-  found = [Document(i, int(s), int(e - s)) for i, (s, e) in enumerate(zip(starts, ends, strict=True))]
-  # A stream may end with the bos of a document that is not there; that bos is the last target.
-  return found if found[-1].targets else found[:-1]
+  documents = [Document(i, int(s), int(e - s)) for i, (s, e) in enumerate(zip(starts, ends, strict=True))]
+  # A stream may end with the bos of a document that is missing; that bos is the last target.
+  return documents if documents[-1].targets else documents[:-1]
+
+
+def first_documents(data: ValidationData, count: int | None, bos_id: int) -> ValidationData:
+  """Returns the first documents of a stream and the bos that follows them, or the whole stream without a count.
+
+  Raises:
+    UserError: the stream has fewer documents.
+  """
+  if count is None:
+    return data
+  documents = find_documents(data.tokens, bos_id)
+  if not 0 < count <= len(documents):
+    raise UserError(f"There are {len(documents)} validation documents; ask for 1 to {len(documents)}, not {count}.")
+  last = documents[count - 1]
+  return ValidationData(*(x[: last.start + last.length] for x in data))
 
 
 def select(documents: list[Document], fraction: float, seed: int) -> list[Document]:
-  """The documents that are scored: all, or a share of them drawn with Python's generator as the reference draws it."""
+  """Returns all documents, or a share of them, drawn with Python's generator as the reference draws it."""
   if fraction >= 1:
     return documents
   count = max(1, round(len(documents) * fraction))
   return [documents[i] for i in sorted(random.Random(seed).sample(range(len(documents)), count))]
 
 
-def batches(documents: list[Document], size: int, *, ascending: bool = False) -> list[Batch]:
-  """Batches in the order in which they are scored: sorted by length, cut from the short end, the longest first."""
+def batches(ttt: TTTConfig, documents: Sequence[Document]) -> list[Batch]:
+  """Cuts documents into batches, in the order in which they are scored.
+
+  They are sorted by length and cut from the short end; the batch of the longest comes first, or the one of the
+  shortest where `ttt.eval_batches` asks for reports on the way.
+  """
   by_length = sorted(documents, key=lambda d: d.length)
-  cut = [Batch(i, tuple(by_length[a : a + size])) for i, a in enumerate(range(0, len(by_length), size))]
-  return cut if ascending else sorted(cut, key=lambda b: -b.longest)
+  firsts = range(0, len(by_length), ttt.batch_size)
+  cut = [_batch(ttt, i, by_length[first : first + ttt.batch_size]) for i, first in enumerate(firsts)]
+  return cut if ttt.eval_batches else sorted(cut, key=lambda batch: -batch.longest)
+
+
+def _batch(ttt: TTTConfig, index: int, documents: list[Document]) -> Batch:
+  longest = documents[-1].length
+  return Batch(
+    index=index,
+    documents=tuple(documents),
+    learns=tuple(_learns(ttt, document) for document in documents),
+    chunk_size=_chunk_size(ttt, longest),
+    is_short=ttt.short.lora and longest <= ttt.short.doc_len,
+  )
+
+
+def _chunk_size(ttt: TTTConfig, longest: int) -> int:
+  """Targets between two updates, for a batch whose longest document has this many tokens."""
+  short = ttt.short
+  if not short.score_first:
+    return ttt.chunk_size
+  if short.score_first_steps:
+    return next((size for length, size in sorted(short.score_first_steps) if longest <= length), ttt.chunk_size)
+  return short.chunk_size if longest <= short.doc_len and short.chunk_size > 0 else ttt.chunk_size
+
+
+def _learns(ttt: TTTConfig, document: Document) -> bool:
+  shortest, longest = ttt.lora.train_min_doc_len, ttt.lora.train_max_doc_len
+  return (shortest <= 0 or document.length >= shortest) and (longest <= 0 or document.length <= longest)
 
 
 def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]:
   """Numbers of scored documents after which a global phase runs; fewer than one phase counts as one."""
   prefix, phases = max(0, min(documents, prefix_docs)), max(1, phases)
   return [prefix * k // phases for k in range(1, phases + 1)] if prefix else []
+
+
+class Layout(NamedTuple):
+  """Which row of which device holds which document of a batch.
+
+  From the longest down, documents are dealt to the devices in turn: the i-th longest is in slot i // devices of device
+  i % devices. So the rows that are still at work are the first of every device, and all devices have as many, give or
+  take one. Arrays hold all slots of the first device, then those of the second, and so on.
+  """
+
+  devices: int
+  slots: int  # rows on each device
+
+  @property
+  def rows(self) -> int:
+    """Rows on all devices."""
+    return self.devices * self.slots
+
+  def slot_of_rows(self) -> Int[np.ndarray, "rows"]:
+    """Returns the slot of each row on its device."""
+    return np.arange(self.rows) % self.slots
+
+  def rows_of(self, documents: int) -> Int[np.ndarray, "n"]:
+    """Returns the row of each document of a batch, documents in batch order."""
+    rank_n = np.arange(documents)[::-1]  # 0 is the longest
+    return rank_n % self.devices * self.slots + rank_n // self.devices
+
+  def documents_in(self, documents: int) -> Int[np.ndarray, "rows"]:
+    """Returns the document in each row, as its place in the batch; −1 in rows without one."""
+    rank = self.slot_of_rows() * self.devices + np.arange(self.rows) // self.slots
+    return np.where(rank < documents, documents - 1 - rank, -1)
+
+  def to_rows(self, x_n: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Returns the entries of a batch's documents in the documents' rows, and 0 in the others."""
+    shape = (*x_n.shape[:axis], self.rows, *x_n.shape[axis + 1 :])
+    x_rows = np.zeros(shape, x_n.dtype)
+    np.moveaxis(x_rows, axis, 0)[self.rows_of(x_n.shape[axis])] = np.moveaxis(x_n, axis, 0)
+    return x_rows
+
+  def to_documents(self, x_rows: np.ndarray, documents: int, axis: int = 0) -> np.ndarray:
+    """Returns the entries of the rows that hold a document, in batch order."""
+    return np.take(x_rows, self.rows_of(documents), axis)

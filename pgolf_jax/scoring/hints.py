@@ -1,20 +1,27 @@
-"""Which token each target's context points to, and how much the model's distribution is to be tilted towards it.
+"""N-gram hints: which token each target's context points to, and the tilt of the model's distribution towards it.
 
-Two ways through the text. `build_hints` goes over all targets from left to right, as the published procedure does
-before it scores documents in another order. `HintStream` takes documents in the order in which they are scored, so
-that a hint depends on nothing that is scored later. The text seen so far is the only state: a restarted evaluation
-shows the stream its finished documents once more, at tens of millions of tokens a second, and goes on.
+Recipe section 6. The context alone decides whether a hint is given, never the target. Two orders of counting:
 
-Recipe section 6. What decides whether to hint is the context alone, never the target.
+`strict`: documents in the order in which they are scored, one after another. A hint depends on documents before it in
+that order and on its own document's past, as do the weights and the adapters: one order explains every score.
+`reference`: the stream from left to right, once, before anything is scored. A document's hints then come from documents
+that are scored later, while those depend on it through the global phase.
+
+The text that was counted is the only state. A restarted evaluation counts its finished documents once more, at tens of
+millions of tokens a second.
 """
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer
 
-from pgolf_jax.kernels.ngram import Mode, NgramState
+from pgolf_jax.kernels.ngram import NgramState
+from pgolf_jax.scoring.documents import Document
+from pgolf_jax.settings.config import HintConfig, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,44 +36,35 @@ class Hints:
 class HintStream:
   """Hints for documents in the order in which they come.
 
-  A context may reach back into the documents before, as in running text. A document's own first token is in front
-  of its targets: it closes the document before it as that one's last target, or else is put in as a seed.
+  A context may reach back into the documents before, as in running text. A document's own first token stands before
+  its targets: it is the last target of the document before it, or else it is put in as a seed.
 
   Args:
-    order, threshold, mode, vocab_size, threads: as in `NgramState`; `threads=None` takes the cores of this process.
-    boost: β of every gated target, nats.
+    config: `table="reference"` uses the published hash keys, which may collide.
+    vocab_size: number of token ids.
     expected: targets of all documents together, if known.
+    threads: threads that count; None takes the cores of this process.
   """
 
-  def __init__(
-    self,
-    *,
-    order: int,
-    threshold: float,
-    boost: float,
-    mode: Mode = "exact",
-    vocab_size: int,
-    expected: int = 0,
-    threads: int | None = None,
-  ):
+  def __init__(self, config: HintConfig, vocab_size: int, *, expected: int = 0, threads: int | None = None):
     self._state = NgramState(
-      order,
-      threshold=threshold,
-      mode=mode,
+      config.order,
+      threshold=config.threshold,
+      mode=config.table,
       vocab_size=vocab_size,
       expected=expected,
       threads=_cores() if threads is None else threads,
     )
-    self._boost = np.float32(boost)
+    self._boost = np.float32(config.boost)
     # As published, no hint means confidence 0, and a threshold of 0 lets that through, as a hint at token 0.
-    self._always = mode == "reference" and threshold <= 0
+    self._is_always_open = config.table == "reference" and config.threshold <= 0
 
   def add(self, document: Integer[np.ndarray, "N+1"]) -> Hints:
-    """Hints for `document[1:]`, whose targets then count for the documents after it."""
+    """Returns hints for `document[1:]`, and counts these targets for the documents after it."""
     if len(document) and self._state.last != document[0]:
       self._state.seed(document[:1])
     ids, gate = self._state.update(document[1:])
-    if self._always:
+    if self._is_always_open:
       gate[:] = True
     ids *= gate
     return Hints(ids.view(np.int32), gate, gate * self._boost)
@@ -79,38 +77,97 @@ class HintStream:
 
 def build_hints(
   targets: Integer[np.ndarray, "N"],
+  config: HintConfig,
   *,
-  order: int,
-  threshold: float,
-  boost: float,
-  mode: Mode = "exact",
   seed_token: int | None = None,
   vocab_size: int | None = None,
   threads: int | None = None,
 ) -> Hints:
-  """Hints for all targets in one pass from left to right.
+  """Returns hints for all targets from one pass from left to right, as the published procedure makes them.
 
   Args:
     targets: the text without its first token.
-    order, threshold, boost, mode, threads: as in `HintStream`.
     seed_token: the text's first token. None repeats the published procedure, which puts the first target in front.
     vocab_size: None stands for the largest target plus one.
+    threads: as in `HintStream`.
   """
   if not len(targets):
     return Hints(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32))
   seed = int(targets[0]) if seed_token is None else seed_token
-  stream = HintStream(
-    order=order,
-    threshold=threshold,
-    boost=boost,
-    mode=mode,
-    vocab_size=1 + max(int(targets.max()), seed) if vocab_size is None else vocab_size,
-    expected=len(targets),
-    threads=threads,
-  )
+  size = 1 + max(int(targets.max()), seed) if vocab_size is None else vocab_size
+  stream = HintStream(config, size, expected=len(targets), threads=threads)
   return stream.add(np.concatenate([np.array([seed], targets.dtype), targets]))
 
 
 def _cores() -> int:
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return min(cores, 8)  # each thread goes over all contexts to find its own, so that many gain little
+
+
+class HintCounter:
+  """Hints of all targets of a stream, made in the order that the settings name.
+
+  Attributes:
+    ids_N: the token hinted at; 0 where the gate is shut.
+    gate_N: whether the target's distribution is tilted; False until its hint is made.
+  """
+
+  def __init__(self, settings: Settings, tokens_N1: Integer[np.ndarray, "N1"], documents: Sequence[Document]):
+    self._config, self._vocab_size = settings.hints, settings.model.vocab_size
+    self._tokens_N1, self._documents = np.ascontiguousarray(tokens_N1), tuple(documents)
+    self._is_strict = settings.ttt.order == "strict"
+    self._stream: HintStream | None = None
+    targets = len(tokens_N1) - 1
+    self.ids_N, self.gate_N = np.zeros(targets, np.int32), np.zeros(targets, bool)
+
+  def prepare(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:
+    """Makes the hints of these documents, the next to be scored, and returns the documents that were counted for it."""
+    if not self._config.enabled:
+      return ()
+    if self._is_strict:
+      return self._count(documents)
+    return self._count_everything()
+
+  def _count(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:
+    if self._stream is None:
+      self._stream = HintStream(self._config, self._vocab_size, expected=len(self.ids_N))
+    for document in documents:
+      hints = self._stream.add(self._tokens_N1[document.start : document.start + document.length])
+      self.ids_N[document.target_slice], self.gate_N[document.target_slice] = hints.ids, hints.gate
+    return documents
+
+  def _count_everything(self) -> tuple[Document, ...]:
+    """The stream from left to right; its first target stands where its bos should be."""
+    documents, self._documents = self._documents, ()
+    if documents:
+      hints = build_hints(self._tokens_N1[1:], self._config, vocab_size=self._vocab_size)
+      self.ids_N, self.gate_N = hints.ids, hints.gate
+    return documents
+
+
+def tilt(
+  nll: Float[Array, "*N"],
+  hint_logp: Float[Array, "*N"],
+  target: Int[Array, "*N"],
+  hint: Int[Array, "*N"],
+  gate: Bool[Array, "*N"],
+  boost: Float[Array, "*N"],
+) -> Float[Array, "*N"]:
+  """Returns NLL − β·[target = hint] + log(1 + q(e^β − 1)) where the gate is open, else NLL. All in fp32, nats.
+
+  With q the model's probability of the hint h, the tilted distribution multiplies p(h) by e^β and divides everything by
+  1 + q(e^β − 1), so that it is a full distribution again whatever the target is. Recipe section 6.
+
+  Args:
+    nll: −log p(target) under the model.
+    hint_logp: log q, the model's log-probability of `hint`.
+    target, hint: token ids.
+    gate: whether the position is tilted.
+    boost: β; of any size and sign.
+  """
+  nll, boost = nll.astype(jnp.float32), boost.astype(jnp.float32)
+  hint_logp = jnp.minimum(hint_logp.astype(jnp.float32), 0.0)  # rounding can leave log q a little above 0
+  # log((1 − q) + q·e^β): no term overflows for large β, and 1 − q keeps its digits where q is nearly 1.
+  log_normalizer = jnp.logaddexp(jnp.log(-jnp.expm1(hint_logp)), hint_logp + boost)
+  tilted = nll - jnp.where(target == hint, boost, 0.0) + log_normalizer
+  return jnp.where(gate, tilted, nll)

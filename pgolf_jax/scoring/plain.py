@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.data.shards import list_shards, read_shard
@@ -16,8 +16,9 @@ from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
 from pgolf_jax.runtime.progress import progress
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings.config import Settings
 
 
 class ValidationData(NamedTuple):
@@ -44,7 +45,7 @@ class Score(NamedTuple):
 
 
 def load_validation(folder: str | Path) -> ValidationData:
-  """The validation stream of a data folder with its byte sidecar.
+  """Returns the validation stream of a data folder with its byte sidecar.
 
   Raises:
     UserError: a shard is damaged or missing, or the sidecar has another length than the tokens.
@@ -62,65 +63,56 @@ def load_validation(folder: str | Path) -> ValidationData:
   return ValidationData(tokens, token_bytes)
 
 
-def spans(targets: int, *, ranks: int, batch_tokens: int, rows: int, seq_len: int) -> list[tuple[int, int]]:
-  """(first, end) target of every span: shares of ⌊targets·r/ranks⌋, cut in ⌊batch_tokens/rows⌋ rounded to seq_len."""
-  length = batch_tokens // rows // seq_len * seq_len
-  found = []
+def spans(targets: int, *, ranks: int, length: int) -> list[tuple[int, int]]:
+  """Returns (first, end) target of every span: each rank's share, ⌊targets·r/ranks⌋, cut into this length."""
+  cut = []
   for rank in range(ranks):
     end = targets * (rank + 1) // ranks
-    found += [(begin, min(begin + length, end)) for begin in range(targets * rank // ranks, end, length)]
-  return found
+    cut += [(begin, min(begin + length, end)) for begin in range(targets * rank // ranks, end, length)]
+  return cut
 
 
 def score(
-  config: ModelConfig,
-  params: Params,
-  data: ValidationData,
-  *,
-  mesh: Mesh,
-  ranks: int,
-  batch_tokens: int,
-  rows: int,
-  seq_len: int,
-  dtype=jnp.bfloat16,
-  description: str = "scoring",
+  settings: Settings, params: Params, data: ValidationData, mesh: Mesh, *, description: str = "scoring"
 ) -> Score:
   """Scores every target of the stream once, with looping on.
 
+  The stream is shared out over the ranks of `train.world_size`, each share cut into spans of ⌊eval.batch_tokens /
+  eval.micro_batches⌋ tokens, rounded down to a multiple of `eval.seq_len`, the longest segment; a span's first token
+  has no context. The computation is in `train.compute_dtype`.
+
   Args:
+    params: float32, under the recipe's names.
     mesh: has the axis `data`; spans are shared out over it.
-    ranks: shares of the stream, each cut into spans on its own; a span's first token has no context.
-    batch_tokens, rows: a span has ⌊batch_tokens / rows⌋ tokens, rounded down to a multiple of seq_len.
-    seq_len: longest segment, in tokens.
-    dtype: of the computation.
+    description: shown beside the progress.
 
   Returns:
     The total; nats are added in float64.
   """
-  targets = len(data.tokens) - 1
-  found = spans(targets, ranks=ranks, batch_tokens=batch_tokens, rows=rows, seq_len=seq_len)
-  length = max(end - begin for begin, end in found)
-  sharding = NamedSharding(mesh, P("data"))
+  targets, seq_len = len(data.tokens) - 1, settings.eval.seq_len
+  span = settings.eval.batch_tokens // settings.eval.micro_batches // seq_len * seq_len
+  todo = spans(targets, ranks=world_size(settings, mesh), length=span)
+  longest = max(end - begin for begin, end in todo)
+  dtype = jnp.dtype(settings.train.compute_dtype)
 
   def device_nll(params, tokens_RxT1):
+    model = bind(settings.model, params)
     row_nll = lambda row: packed_nll(  # noqa: E731
-      bind(config, params), row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
+      model, row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
     )[0]
     return jax.lax.map(row_nll, tokens_RxT1)
 
-  specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
-  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, **specs)
+  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
   nll = jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
-  params = jax.device_put(params, NamedSharding(mesh, P()))
+  params = jax.device_put(params, replicated(mesh))
   nats = 0.0
   with progress(description, total=targets, unit="targets") as bar:
-    for first in range(0, len(found), mesh.size):
-      group = found[first : first + mesh.size]
-      tokens = np.zeros((mesh.size, length + 1), np.int32)
+    for first in range(0, len(todo), mesh.size):
+      group = todo[first : first + mesh.size]
+      tokens = np.zeros((mesh.size, longest + 1), np.int32)
       for row, (begin, end) in zip(tokens, group, strict=False):
         row[: end - begin + 1] = data.tokens[begin : end + 1]
-      placed = jax.make_array_from_callback(tokens.shape, sharding, lambda index, t=tokens: t[index])
-      losses = np.asarray(nll(params, placed))
+      losses = np.asarray(nll(params, place(mesh, tokens, P(AXIS))))
       for row, (begin, end) in zip(losses, group, strict=False):
         nats += float(np.sum(row[: end - begin], dtype=np.float64))
       bar.advance(sum(end - begin for begin, end in group))

@@ -1,28 +1,35 @@
 """The compiled heart of test-time training: a scan over chunks, on every device over its own documents.
 
-Adapters and moments are the carry, donated; nothing goes to the host inside a scan, and nothing between devices.
+Each chunk is scored by a forward pass and learnt from by the gradient of the same pass. Adapters, moments and the
+context's memory are the state, donated; nothing goes to the host inside a scan, and nothing between devices.
+
+Letters: S positions of a scan; the rest as in context.py.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.model.adapters import Adapter, Adapters, widths
-from pgolf_jax.model.params import Params
+from pgolf_jax.kernels.numerics import softcap
+from pgolf_jax.kernels.softcapped_xent import api as xent
+from pgolf_jax.model import params as parameters
+from pgolf_jax.model.adapters import Adaptation, Adapters
+from pgolf_jax.model.gpt import bind
+from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.mesh import AXIS, place
-from pgolf_jax.scoring import adapt, cached, window
-from pgolf_jax.scoring.adapt import Carry, Rule, row_axis
-from pgolf_jax.scoring.cached import Memory
-from pgolf_jax.scoring.chunks import STEPS_PER_CALL, Shape
-from pgolf_jax.scoring.window import Rows, Scored
-from pgolf_jax.settings.config import ModelConfig, TTTConfig
+from pgolf_jax.runtime.mesh import AXIS, place, shardings
+from pgolf_jax.scoring import adapters as adapting
+from pgolf_jax.scoring.adapters import Learner, Rule, map_rows, row_specs
+from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Call, Shape
+from pgolf_jax.scoring.context import Chunk, ChunkContext, Rows, choose_context
+from pgolf_jax.scoring.hints import tilt
+from pgolf_jax.settings.config import ModelConfig, Settings, TTTConfig
 
 
 class Spec(NamedTuple):
@@ -31,129 +38,189 @@ class Spec(NamedTuple):
   model: ModelConfig
   ttt: TTTConfig
   rule: Rule
+  context: ChunkContext
   boost: float  # β of the tilt, nats
   dtype: np.dtype
-  distributions: bool
+  distributions: bool  # whether the whole distribution of every target is returned
+
+  @classmethod
+  def choose(cls, settings: Settings, *, short: bool, distributions: bool = False) -> "Spec":
+    """Returns the spec for batches of ordinary, or of short, documents."""
+    dtype = jnp.dtype(settings.train.compute_dtype)
+    rule, context = Rule.choose(settings.ttt, short=short), choose_context(settings, dtype)
+    return cls(settings.model, settings.ttt, rule, context, settings.hints.boost, dtype, distributions)
 
 
-def scan_chunks(
-  params: Params,
-  stream_N: jax.Array,
-  carry: Carry,
-  memory: Memory | None,
-  rows: Rows,
-  size: jax.Array,
-  k_S: jax.Array,
-  kind_S: jax.Array,
-  hint_SxBxX: jax.Array,
-  *,
-  spec: Spec,
-  shape: Shape,
-) -> tuple[Carry, Memory | None, Scored]:
-  """Chunks k_S of one device's documents.
+class ScanState(NamedTuple):
+  """What goes from chunk to chunk; rows of all devices, one device after another."""
 
-  Args:
-    memory: keys and values of earlier chunks in cached evaluation; None where windows are computed afresh.
-    rows: documents from longer to shorter; those after the first `shape.slots` are finished.
-    size: targets of a chunk, at most `shape.width`.
-    kind_S: SKIP, SCORE or LEARN.
-    hint_SxBxX: token that each target's distribution is tilted towards; −1 where the gate is shut.
-  """
-  rows = jax.tree.map(lambda x: x[: shape.slots], rows)
+  learner: Learner
+  memory: Any  # of the context
 
-  def head(axis, x):
-    return lax.slice_in_dim(x, 0, shape.slots, axis=axis)
 
-  def losses(adapters: Adapters, memory, k, hint):
-    chunk = window.locate(stream_N, rows, k, size, seq_len=spec.ttt.seq_len, width=shape.width)
-    common = (adapters, spec.rule.scale)
-    if memory is None:
-      tokens = window.window_tokens(stream_N, rows, chunk, shape.window)
-      hidden, kept = window.forward(spec.model, params, tokens, *common, spec.dtype), None
-    else:
-      lengths = {"width": shape.width, "window": shape.window}
-      hidden, kept = cached.forward(spec.model, params, memory, stream_N, rows, k, size, *common, spec.dtype, **lengths)
-      chunk = chunk._replace(position=jnp.broadcast_to(jnp.arange(shape.width), chunk.position.shape))
-    scored = window.score(
-      spec.model, params, hidden, *common, chunk, hint, spec.boost, distributions=spec.distributions
-    )
-    return window.learning_loss(scored, rows, k, size), (scored, kept)
+class ScanInputs(NamedTuple):
+  """What a scan reads. Parameters and stream are placed once, rows for each batch, the rest for each call."""
 
-  def keep(memory, kept, k):
-    return None if memory is None else cached.write(memory, kept, k, size)
+  params: Params  # in the type of the computation, on every device
+  stream_N: jax.Array  # int32, on every device
+  rows: Rows | None = None  # documents from longer to shorter; those after the shape's slots are finished
+  size: jax.Array | None = None  # targets of a chunk, at most the shape's width
+  k_S: jax.Array | None = None
+  kind_S: jax.Array | None = None  # SKIP, SCORE or LEARN
+  hint_SxBxX: jax.Array | None = None  # token that a distribution is tilted towards; −1 where the gate is shut
 
-  def skip(carry, memory, k, hint):
-    empty = jax.eval_shape(losses, carry.adapters, memory, k, hint)[1][0]
-    return carry, memory, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
-  def score(carry, memory, k, hint):
-    scored, kept = losses(carry.adapters, memory, k, hint)[1]
-    return carry, keep(memory, kept, k), scored
+class Scored(NamedTuple):
+  """What the forward passes of a scan say of their targets."""
 
-  def learn(carry, memory, k, hint):
+  model_nll: jax.Array  # [S, B, X] of the target, before the tilt; 0 beyond the chunk's end
+  nll: jax.Array  # [S, B, X] after the tilt
+  logp: jax.Array | None  # [S, B, X, V] of every token after the tilt, where asked for
+
+
+def scan_chunks(state: ScanState, inputs: ScanInputs, *, spec: Spec, shape: Shape) -> tuple[ScanState, Scored]:
+  """Scores chunks k_S of one device's documents, and learns from them."""
+  rows = jax.tree.map(lambda x: x[: shape.slots], inputs.rows)
+
+  def chunk_at(k) -> Chunk:
+    return Chunk(inputs.stream_N, rows, k, inputs.size)
+
+  def losses(adapters: Adapters, memory, k, hint_BxX):
+    chunk, adaptation = chunk_at(k), Adaptation(adapters, spec.rule.scale)
+    hidden_BxXxD, fresh = spec.context.hidden(inputs.params, adaptation, memory, chunk, shape)
+    logits_BxXxV = bind(spec.model, inputs.params).logits(hidden_BxXxD, adaptation)
+    scored = score(spec, inputs.params, logits_BxXxV, chunk, hint_BxX)
+    mean_nll_B = scored.model_nll.sum(axis=1) / inputs.size
+    return jnp.sum(jnp.where(chunk.teaches_B, mean_nll_B, 0)), (scored, fresh)
+
+  def skip(state: ScanState, k, hint_BxX):
+    empty = jax.eval_shape(losses, state.learner.adapters, state.memory, k, hint_BxX)[1][0]
+    return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
+
+  def score_only(state: ScanState, k, hint_BxX):
+    _, (scored, fresh) = losses(state.learner.adapters, state.memory, k, hint_BxX)
+    return state._replace(memory=spec.context.remember(state.memory, fresh, chunk_at(k))), scored
+
+  def learn(state: ScanState, k, hint_BxX):
     # The scores come out of the pass whose gradient makes the first update: no target is scored after it.
-    grads, (scored, kept) = jax.grad(losses, has_aux=True)(carry.adapters, memory, k, hint)
-    carry = adapt.update(spec.rule, carry, grads)
+    gradient = jax.grad(losses, has_aux=True)
+    grads, (scored, fresh) = gradient(state.learner.adapters, state.memory, k, hint_BxX)
+    learner = adapting.update(spec.rule, state.learner, grads)
     if spec.ttt.lora.grad_steps > 1:
 
-      def again(_, carry):
-        return adapt.update(spec.rule, carry, jax.grad(losses, has_aux=True)(carry.adapters, memory, k, hint)[0])
+      def again(_, learner):
+        return adapting.update(spec.rule, learner, gradient(learner.adapters, state.memory, k, hint_BxX)[0])
 
-      carry = lax.fori_loop(1, spec.ttt.lora.grad_steps, again, carry)
-    return carry, keep(memory, kept, k), scored
+      learner = lax.fori_loop(1, spec.ttt.lora.grad_steps, again, learner)
+    return ScanState(learner, spec.context.remember(state.memory, fresh, chunk_at(k))), scored
 
   def step(state, x):
-    k, kind, hint = x
-    *state, scored = lax.switch(kind, (skip, score, learn), *state, k, hint)
-    return tuple(state), scored
+    k, kind, hint_BxX = x
+    return lax.switch(kind, (skip, score_only, learn), state, k, hint_BxX)
 
-  def put_back(axis, whole, part):
-    return lax.dynamic_update_slice_in_dim(whole, part, 0, axis)
+  active = map_rows(lambda axis, x: lax.slice_in_dim(x, 0, shape.slots, axis=axis), state)
+  active, scored = lax.scan(step, active, (inputs.k_S, inputs.kind_S, inputs.hint_SxBxX))
+  return map_rows(lambda axis, x, part: lax.dynamic_update_slice_in_dim(x, part, 0, axis), state, active), scored
 
-  active = Carry(*(adapt.map_rows(head, x) for x in carry[:3]), carry.step)
-  recent = jax.tree.map(lambda x: head(1, x), memory)
-  (active, recent), scored = lax.scan(step, (active, recent), (k_S, kind_S, hint_SxBxX))
-  both = zip(carry[:3], active[:3], strict=True)
-  carry = Carry(*(adapt.map_rows(put_back, whole, part) for whole, part in both), active.step)
-  return carry, jax.tree.map(lambda whole, part: put_back(1, whole, part), memory, recent), scored
+
+def score(spec: Spec, params: Params, logits_BxXxV: jax.Array, chunk: Chunk, hint_BxX: jax.Array) -> Scored:
+  """Returns the losses of a chunk's targets under the evaluation softcaps."""
+  B, X, V = logits_BxXxV.shape
+  target_BxX = chunk.targets(X)
+  caps = dict(zip(("cap_pos", "cap_neg"), bind(spec.model, params).caps(evaluation=True), strict=True))
+  gate, hint = hint_BxX >= 0, jnp.maximum(hint_BxX, 0)
+  flat = (logits_BxXxV.reshape(-1, V), target_BxX.reshape(-1), hint.reshape(-1))
+  nll, hint_logp = (x.reshape(B, X) for x in xent.softcapped_xent_with_hint(*flat, **caps))
+  beta = jnp.full_like(nll, spec.boost)
+  tilted = tilt(nll, hint_logp, target_BxX, hint, gate, beta)
+  logp = None
+  if spec.distributions:
+    untilted = jax.nn.log_softmax(softcap(logits_BxXxV.astype(jnp.float32), **caps), axis=-1)
+    every_token = jnp.broadcast_to(jnp.arange(V), untilted.shape)
+    logp = -tilt(-untilted, hint_logp[..., None], every_token, hint[..., None], gate[..., None], beta[..., None])
+  return Scored(jnp.where(chunk.valid(X), nll, 0), tilted, logp)
 
 
 def sharded_scan(mesh: Mesh, spec: Spec, shape: Shape):
-  """`scan_chunks` over a mesh: rows of all devices one device after another, parameters and stream everywhere."""
-  carry = carry_specs(spec)
-  memory = Memory(P(None, AXIS), P(None, AXIS)) if spec.ttt.method == "cached" else None
+  """Returns `scan_chunks` over a mesh, jitted: (state, inputs) → (state, scores). The state is donated."""
+  state = row_specs(state_shapes(spec, rows=mesh.size))
   scored = Scored(P(None, AXIS), P(None, AXIS), P(None, AXIS) if spec.distributions else None)
   on_devices = jax.shard_map(
     functools.partial(scan_chunks, spec=spec, shape=shape),
     mesh=mesh,
-    in_specs=(P(), P(), carry, memory, P(AXIS), P(), P(), P(), P(None, AXIS)),
-    out_specs=(carry, memory, scored),
+    in_specs=(state, _INPUT_SPECS),
+    out_specs=(state, scored),
     check_vma=False,  # a switch whose branches differ in what varies over devices cannot be checked
   )
-  return jax.jit(on_devices, donate_argnums=(2, 3), out_shardings=(None, None, distributed.for_all_hosts(mesh)))
+  return jax.jit(on_devices, donate_argnums=0, out_shardings=(None, distributed.for_all_hosts(mesh)))
 
 
-def adapter_specs(spec: Spec) -> dict[str, Adapter]:
-  """Adapters are shared out by row."""
-
-  def of(kind):
-    return P(AXIS) if row_axis(kind) == 0 else P(None, AXIS)
-
-  return {kind: Adapter(of(kind), of(kind)) for kind in widths(spec.model, spec.ttt)}
+_INPUT_SPECS = ScanInputs(
+  params=P(), stream_N=P(), rows=P(AXIS), size=P(), k_S=P(), kind_S=P(), hint_SxBxX=P(None, AXIS)
+)
 
 
-def carry_specs(spec: Spec) -> Carry:
-  """How a carry is shared out."""
-  each = adapter_specs(spec)
-  return Carry(each, each if spec.rule.beta1 else None, each if spec.rule.kind == "adam" else None, P())
+def state_shapes(spec: Spec, rows: int) -> ScanState:
+  """Returns the shapes of a state with this many rows on all devices."""
+
+  def first(key, ids):
+    drawn = adapting.draw(spec.model, spec.ttt, spec.rule.rank, key, ids)
+    return adapting.begin(spec.rule, adapting.with_zero_B(spec.model, spec.ttt, drawn))
+
+  learner = jax.eval_shape(first, jax.random.key(0), jax.ShapeDtypeStruct((rows,), jnp.int32))
+  return ScanState(learner, spec.context.memory_shapes(rows))
 
 
-def call_arguments(mesh: Mesh, size: int, ks: list[int], kinds: list[int], hint_SxBxX: np.ndarray) -> tuple:
-  """The last arguments of a scan, padded to `STEPS_PER_CALL` skipped steps."""
-  pad = STEPS_PER_CALL - len(ks)
-  return (
-    place(mesh, np.int32(size)[...], P()),
-    place(mesh, np.array(ks + [0] * pad, np.int32), P()),
-    place(mesh, np.array(kinds + [0] * pad, np.int32), P()),
-    place(mesh, np.pad(hint_SxBxX.astype(np.int32), ((0, pad), (0, 0), (0, 0)), constant_values=-1), P(None, AXIS)),
+def abstract(mesh: Mesh, spec: Spec, shape: Shape, slots: int, stream_length: int) -> tuple[ScanState, ScanInputs]:
+  """Returns a scan's arguments as shapes with their shardings: enough to lower it, on a mesh that need not exist.
+
+  Args:
+    slots: rows on each device in the state; the shape's slots are at most these.
+    stream_length: tokens of the padded stream.
+  """
+
+  def struct(dims, dtype, spec):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+  state = state_shapes(spec, slots * mesh.size)
+  state = jax.tree.map(lambda x, s: struct(x.shape, x.dtype, s), state, row_specs(state))
+  integer, by_row = functools.partial(struct, dtype=jnp.int32, spec=P()), functools.partial(struct, spec=P(AXIS))
+  rows = (slots * mesh.size,)
+  inputs = ScanInputs(
+    params={
+      name: struct(dims, jnp.float32 if name in SOFTCAPS else spec.dtype, P())
+      for name, dims in parameters.shapes(spec.model).items()
+    },
+    stream_N=integer((stream_length,)),
+    rows=Rows(by_row(rows, jnp.int32), by_row(rows, jnp.int32), by_row(rows, jnp.bool_)),
+    size=integer(()),
+    k_S=integer((STEPS_PER_CALL,)),
+    kind_S=integer((STEPS_PER_CALL,)),
+    hint_SxBxX=struct((STEPS_PER_CALL, shape.slots * mesh.size, shape.width), jnp.int32, P(None, AXIS)),
+  )
+  return state, inputs
+
+
+def row_shardings(mesh: Mesh, tree):
+  """Returns shardings of a tree of arrays with rows, or of their shapes."""
+  return shardings(mesh, row_specs(tree))
+
+
+def place_call(mesh: Mesh, inputs: ScanInputs, size: int, call: Call, hint_SxBxX: np.ndarray) -> ScanInputs:
+  """Returns a batch's inputs with those of one call on the mesh, padded to `STEPS_PER_CALL` skipped steps.
+
+  Args:
+    inputs: parameters, stream and rows; what else it holds is replaced.
+    size: targets of a chunk.
+    hint_SxBxX: of the call's steps.
+  """
+  padding = STEPS_PER_CALL - len(call.steps)
+  steps = [(step.k, step.kind) for step in call.steps] + [(0, 0)] * padding
+  k_S, kind_S = np.array(steps, np.int32).T
+  hints = np.pad(hint_SxBxX.astype(np.int32), ((0, padding), (0, 0), (0, 0)), constant_values=-1)
+  return inputs._replace(
+    size=place(mesh, np.int32(size)[...], P()),
+    k_S=place(mesh, k_S, P()),
+    kind_S=place(mesh, kind_S, P()),
+    hint_SxBxX=place(mesh, hints, P(None, AXIS)),
   )

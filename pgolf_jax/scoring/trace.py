@@ -1,93 +1,103 @@
-"""A record of which state scored which document, and whether one order of documents can explain it.
+"""The trace of an evaluation: which state scored which document, and whether one order of documents explains it."""
 
-Events, one JSON object each:
-  {"event": "hints", "documents": […]}     the n-gram counts were extended by these, in this order; each one's hints
-                                           come from the counts before it
-  {"event": "score", "batch": b, "documents": […], "weights": v, "adapters": s, "carried": c}
-                                           scored under weights version v with adapters of set s, whose A comes from
-                                           the c batches that used that set before
-  {"event": "weights", "version": v, "documents": […]}   a global phase over these made version v
-"""
-
+import dataclasses
 import graphlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
-from pgolf_jax.scoring.documents import Document
-
-
-class Trace:
-  """Events in the order in which they happened."""
-
-  def __init__(self, events: Sequence[dict] = ()):
-    self.events = list(events)
-
-  def hints(self, documents: Iterable[Document]) -> None:
-    self._add({"event": "hints", "documents": [d.index for d in documents]})
-
-  def score(self, batch: int, documents: Sequence[Document], *, weights: int, adapters: str, carried: int) -> None:
-    indices = [d.index for d in documents]
-    self._add(
-      {
-        "event": "score",
-        "batch": batch,
-        "documents": indices,
-        "weights": weights,
-        "adapters": adapters,
-        "carried": carried,
-      }
-    )
-
-  def weights(self, version: int, documents: Sequence[Document]) -> None:
-    self._add({"event": "weights", "version": version, "documents": [d.index for d in documents]})
-
-  def _add(self, event: dict) -> None:
-    self.events.append(event)
+from pgolf_jax.runtime.files import read_json_lines
 
 
-def read(path: Path) -> list[dict]:
-  """The events of a trace file."""
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+@dataclasses.dataclass(frozen=True)
+class HintsEvent:
+  """The n-gram counts were extended by these documents, in this order; each one's hints come from the counts before."""
+
+  kind: ClassVar[str] = "hints"
+  documents: tuple[int, ...]
 
 
-def find_cycle(events: Sequence[dict]) -> list[str] | None:
-  """A cycle among "depends on" of scores and states, or None if some order of documents explains all scores.
+@dataclasses.dataclass(frozen=True)
+class ScoreEvent:
+  """Documents were scored.
+
+  Attributes:
+    batch: index of their batch.
+    documents: their indices.
+    weights: version of the model weights.
+    adapters: label of the adapter set.
+    carried: batches that used this set before, and whose learning is in its A.
+  """
+
+  kind: ClassVar[str] = "score"
+  batch: int
+  documents: tuple[int, ...]
+  weights: int
+  adapters: str
+  carried: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsEvent:
+  """A global phase over these documents made a version of the model weights."""
+
+  kind: ClassVar[str] = "weights"
+  version: int
+  documents: tuple[int, ...]
+
+
+Event = HintsEvent | ScoreEvent | WeightsEvent
+
+_KINDS = {event.kind: event for event in (HintsEvent, ScoreEvent, WeightsEvent)}
+
+
+def to_json(event: Event) -> dict:
+  """Returns the event as a JSON object."""
+  return {"event": event.kind, **dataclasses.asdict(event)}
+
+
+def from_json(line: dict) -> Event:
+  """Inverse of `to_json`."""
+  fields = {name: tuple(value) if name == "documents" else value for name, value in line.items() if name != "event"}
+  return _KINDS[line["event"]](**fields)
+
+
+def read(path: Path) -> list[Event]:
+  """Returns the events of a trace file, one JSON object a line."""
+  return [from_json(line) for line in read_json_lines(path)]
+
+
+def find_cycle(events: Sequence[Event]) -> list[str] | None:
+  """Returns a cycle among "depends on" of scores and states, or None if some order of documents explains all scores.
 
   A state that a document's tokens went into comes after that document's score; a score comes after the states
   that it was made with.
   """
   graph: dict[str, set[str]] = {}
 
-  def after(later: str, earlier: str) -> None:
-    graph.setdefault(later, set()).add(earlier)
+  def after(later: str, *earlier: str | None) -> None:
+    graph.setdefault(later, set()).update(filter(None, earlier))
 
-  table = None
+  counts = None
   carried: dict[str, str] = {}
   for event in events:
-    documents = [f"score of document {i}" for i in event["documents"]]
-    if event["event"] == "hints":
-      for index, score in zip(event["documents"], documents, strict=True):
-        counts = f"counts with document {index}"
-        if table is not None:
-          after(score, table)
-          after(counts, table)
-        after(counts, score)
-        table = counts
-    elif event["event"] == "score":
-      state = f"adapters {event['adapters']} after batch {event['batch']}"
-      before = carried.get(event["adapters"]) if event["carried"] else None
-      for score in documents:
-        after(score, f"weights {event['weights']}")
-        after(state, score)
-        if before is not None:
-          after(score, before)
-      carried[event["adapters"]] = state
-    elif event["event"] == "weights":
-      state = f"weights {event['version']}"
-      after(state, f"weights {event['version'] - 1}")
-      for score in documents:
-        after(state, score)
+    scores = [_score(index) for index in event.documents]
+    match event:
+      case HintsEvent():
+        for index in event.documents:
+          extended = f"counts with document {index}"
+          after(_score(index), counts)
+          after(extended, counts, _score(index))
+          counts = extended
+      case ScoreEvent():
+        state = f"adapters {event.adapters} after batch {event.batch}"
+        before = carried.get(event.adapters) if event.carried else None
+        for score in scores:
+          after(score, f"weights {event.weights}", before)
+        after(state, *scores)
+        carried[event.adapters] = state
+      case WeightsEvent():
+        after(f"weights {event.version}", f"weights {event.version - 1}", *scores)
   try:
     graphlib.TopologicalSorter(graph).prepare()
   except graphlib.CycleError as error:
@@ -95,11 +105,15 @@ def find_cycle(events: Sequence[dict]) -> list[str] | None:
   return None
 
 
-def times_scored(events: Sequence[dict]) -> dict[int, int]:
-  """Document index → how often it was scored."""
+def _score(document: int) -> str:
+  return f"score of document {document}"
+
+
+def times_scored(events: Iterable[Event]) -> dict[int, int]:
+  """Returns document index → how often it was scored."""
   times: dict[int, int] = {}
   for event in events:
-    if event["event"] == "score":
-      for index in event["documents"]:
+    if isinstance(event, ScoreEvent):
+      for index in event.documents:
         times[index] = times.get(index, 0) + 1
   return times

@@ -15,7 +15,7 @@ from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import checks as outcomes
 from pgolf_jax.runtime.checks import Check
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring.ttt import Evaluator
+from pgolf_jax.scoring import ttt
 
 DATA = random_documents([40, 31, 52])
 
@@ -24,7 +24,7 @@ DATA = random_documents([40, 31, 52])
 def scored(tmp_path_factory):
   folder = tmp_path_factory.mktemp("scores")
   settings = changed(SETTINGS, phase__prefix_docs=0)
-  Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, folder=folder)(random_params(), DATA)
+  ttt.evaluate(settings, random_params(), DATA, data_mesh(jax.devices()[:1]), ttt.Options(folder=folder))
   return folder
 
 

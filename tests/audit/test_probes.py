@@ -5,20 +5,20 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import probes
 from pgolf_jax.audit.evidence import acyclic
-from pgolf_jax.model.adapters import Adaptation
 from pgolf_jax.model.context import Context
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.runtime import checks as outcomes
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring import chunks, order, scan, window
+from pgolf_jax.scoring import buckets, scan, ttt
+from pgolf_jax.scoring.context import Window
+from pgolf_jax.scoring.hints import HintStream
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.ttt import Evaluator
+from pgolf_jax.scoring.trace import ScoreEvent, WeightsEvent
 
 DATA = random_documents([40, 31, 52, 36, 45])
 FUTURE, TARGET, NORMAL, ONCE = range(4)
@@ -26,10 +26,13 @@ FUTURE, TARGET, NORMAL, ONCE = range(4)
 
 def make_evaluate(settings=None):
   settings = settings or changed(SETTINGS, phase__prefix_docs=3, batch_size=2)
-  watch = frozenset(range(len(DATA.tokens) - 1))
-  evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
-  params = random_params()
-  return lambda tokens: evaluator(params, ValidationData(tokens, DATA.token_bytes))
+  mesh, params, options = data_mesh(jax.devices()[:1]), random_params(), ttt.Options(distributions=True)
+  programs = ttt.Programs(settings, mesh, distributions=True)
+
+  def evaluate(tokens):
+    return ttt.evaluate(settings, params, ValidationData(tokens, DATA.token_bytes), mesh, options, programs)
+
+  return evaluate
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +58,11 @@ def test_a_future_leak_is_caught(monkeypatch):
     p = jax.nn.softmax(jnp.einsum("bthc,bshc->bhts", q, k) * q.shape[-1] ** -0.5, axis=-1)
     return jnp.einsum("bhts,bshc->bthc", p, v), None
 
-  def forward(config, params, tokens, adapters, scale, dtype):
-    context = Context(attend, looping=True, dtype=dtype)
-    return bind(config, params)(tokens, context, Adaptation(adapters, scale)).hidden
+  def forward(self, params, adaptation, tokens):
+    context = Context(attend, looping=True, dtype=self.dtype)
+    return bind(self.model, params)(tokens, context, adaptation).hidden
 
-  monkeypatch.setattr(window, "forward", forward)
+  monkeypatch.setattr(Window, "forward", forward)
   checks = run(make_evaluate())
   assert not checks[FUTURE].passed
 
@@ -68,9 +71,9 @@ def test_scoring_after_the_update_is_caught(monkeypatch):
   def switch(kind, branches, *operands):
     skip, score, learn = branches
 
-    def late(carry, memory, *rest):
-      moved, learnt, _ = learn(carry, memory, *rest)
-      return moved, learnt, score(moved, memory, *rest)[2]
+    def late(state, *rest):
+      moved, _ = learn(state, *rest)
+      return moved, score(state._replace(learner=moved.learner), *rest)[1]
 
     return jax.lax.switch(kind, (skip, score, late), *operands)
 
@@ -81,14 +84,14 @@ def test_scoring_after_the_update_is_caught(monkeypatch):
 
 
 def test_a_target_gated_hint_is_caught(compiled, monkeypatch):
-  honest = order.HintStream.add
+  honest = HintStream.add
 
   def add(self, document):
     found = honest(self, document)
     gate = found.gate & (found.ids == document[1:])
     return dataclasses.replace(found, ids=found.ids * gate, gate=gate)
 
-  monkeypatch.setattr(order.HintStream, "add", add)
+  monkeypatch.setattr(HintStream, "add", add)
   assert not run(compiled)[TARGET].passed
 
 
@@ -97,7 +100,7 @@ def test_an_unnormalised_tilt_is_caught(monkeypatch):
     """A tilt that forgets to divide by the new total."""
     return nll - jnp.where(gate & (target == hint), boost, 0)
 
-  monkeypatch.setattr(window, "tilt", tilt)
+  monkeypatch.setattr(scan, "tilt", tilt)
   checks = run(make_evaluate())
   assert not checks[NORMAL].passed
   assert [check.passed for check in checks if check is not checks[NORMAL]] == [True] * 3
@@ -112,9 +115,9 @@ def test_a_score_that_is_not_the_distributions_is_caught(compiled):
 
 
 def test_a_token_scored_twice_is_caught(compiled, monkeypatch):
-  honest = chunks.steps
+  honest = buckets.steps
   monkeypatch.setattr(
-    chunks, "steps", lambda *arguments: [s for s in honest(*arguments) for _ in range(1 + (s.k == 1))]
+    buckets, "steps", lambda *arguments: [s for s in honest(*arguments) for _ in range(1 + (s.k == 1))]
   )
   assert not run(compiled)[ONCE].passed
 
@@ -138,13 +141,13 @@ def test_counts_of_documents_that_come_later_are_not_acyclic(compiled):
 
 
 def test_documents_scored_twice_or_never_are_caught():
-  score = {"event": "score", "batch": 0, "documents": [0, 1, 1], "weights": 0, "adapters": "0", "carried": 0}
+  score = ScoreEvent(batch=0, documents=(0, 1, 1), weights=0, adapters="0", carried=0)
   assert not acyclic([score], 2).passed
-  assert not acyclic([{**score, "documents": [0]}], 2).passed
-  assert acyclic([{**score, "documents": [0, 1]}], 2).passed
+  assert not acyclic([dataclasses.replace(score, documents=(0,))], 2).passed
+  assert acyclic([dataclasses.replace(score, documents=(0, 1))], 2).passed
 
 
 def test_weights_that_saw_a_document_before_its_score_are_caught():
-  score = {"event": "score", "batch": 0, "documents": [0], "weights": 1, "adapters": "0", "carried": 0}
-  trained = {"event": "weights", "version": 1, "documents": [0]}
+  score = ScoreEvent(batch=0, documents=(0,), weights=1, adapters="0", carried=0)
+  trained = WeightsEvent(version=1, documents=(0,))
   assert "weights 1" in acyclic([trained, score], 1).finding

@@ -3,22 +3,20 @@
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring.ttt import Evaluator
+from pgolf_jax.scoring import ttt
 
 DATA = random_documents([30, 9, 75, 41, 22, 60, 14, 33, 51, 27, 18, 66, 38, 29, 45, 12])
 SETTINGS = changed(SETTINGS, batch_size=8, phase__prefix_docs=8, lora__lr=1e-4)
 
 
 def evaluate(folder: Path):
-  return Evaluator(SETTINGS, data_mesh(), dtype=np.float32, folder=folder, save_seconds=0)(random_params(), DATA)
+  return ttt.evaluate(SETTINGS, random_params(), DATA, data_mesh(), ttt.Options(folder=folder, save_seconds=0))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
-from pgolf_jax.plan import collectives, hardware, machine_code, work
-from pgolf_jax.plan.plan import examine, report
+from pgolf_jax.model import flops
+from pgolf_jax.plan import collectives, hardware, machine_code
+from pgolf_jax.plan.examine import examine, report
 from pgolf_jax.plan.programs import Program, programs
 from pgolf_jax.settings.config import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 
@@ -227,7 +228,7 @@ def test_an_all_reduce_sends_twice_what_a_gather_does():
 def test_the_formula_counts_what_xla_counts():
   """Of a forward pass without attention's scores, which XLA counts by blocks, and with element-wise work beside."""
   m = SETTINGS.model
-  small = work.forward(m, 1, 0, looping=True)
+  small = flops.forward(m, 1, 0, looping=True)
   by_hand = 2 * (4 * (2 * 128 * 128 + 2 * 128 * 64 + 2 * 128 * 256 + 128) + 512 * 128)
   assert small == by_hand
   x = jax.ShapeDtypeStruct((256, 128), jnp.float32)

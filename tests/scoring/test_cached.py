@@ -6,14 +6,14 @@ from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import probes
 from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.ttt import Evaluator
 
 CACHED = changed(SETTINGS, method="cached")
 
 
-def evaluate(settings, data, **options):
-  return Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, **options)(random_params(), data)
+def evaluate(settings, data):
+  return ttt.evaluate(settings, random_params(), data, data_mesh(jax.devices()[:1]))
 
 
 def test_without_learning_kept_keys_are_those_computed_again():
@@ -34,15 +34,13 @@ def test_the_first_chunks_are_those_of_the_exact_evaluation_and_later_ones_diffe
 
 def test_documents_longer_than_the_ring_and_every_probe():
   data = random_documents([40, 131, 52, 77])
-  watch = frozenset(range(len(data.tokens) - 1))
   settings = changed(CACHED, phase__prefix_docs=2, batch_size=2, chunk_size=7)
-  evaluator = Evaluator(settings, data_mesh(jax.devices()[:1]), dtype=np.float32, watch=watch)
-  params = random_params()
+  mesh, params, options = data_mesh(jax.devices()[:1]), random_params(), ttt.Options(distributions=True)
+  programs = ttt.Programs(settings, mesh, distributions=True)
+
+  def evaluate(tokens):
+    return ttt.evaluate(settings, params, ValidationData(tokens, data.token_bytes), mesh, options, programs)
+
   model = settings.model
-  checks = probes.run(
-    lambda tokens: evaluator(params, ValidationData(tokens, data.token_bytes)),
-    data.tokens,
-    bos_id=model.bos_id,
-    vocab_size=model.vocab_size,
-  )
+  checks = probes.run(evaluate, data.tokens, bos_id=model.bos_id, vocab_size=model.vocab_size)
   assert all(check.passed for check in checks), checks

@@ -1,5 +1,6 @@
 """Hints in both orders through the text, against the published outputs and against each other."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,8 @@ from safetensors.numpy import load_file
 
 from pgolf_jax.kernels.ngram.reference import NgramModel
 from pgolf_jax.scoring.hints import HintStream, build_hints
+from pgolf_jax.settings.config import HintConfig
+from pgolf_jax.settings.load import from_env
 
 BOS = 1
 
@@ -31,14 +34,8 @@ def test_reference_order_gives_the_published_hints(golden, kind, threads):
   case = json.loads((golden(kind) / "case.json").read_text())["settings"]
   targets = load_file(golden(kind) / "inputs.safetensors")["tokens"][1:]
   expected = load_file(golden(kind) / "expected.safetensors")
-  hints = build_hints(
-    targets,
-    order=int(case["TOKEN_ORDER"]),
-    threshold=float(case["TOKEN_THRESHOLD"]),
-    boost=float(case["TOKEN_BOOST"]),
-    mode="reference",
-    threads=threads,
-  )
+  config = dataclasses.replace(from_env(case).hints, table="reference")
+  hints = build_hints(targets, config, threads=threads)
   assert expected["gate_mask"].any()
   np.testing.assert_array_equal(hints.ids, expected["hint_ids"])
   np.testing.assert_array_equal(hints.gate, expected["gate_mask"])
@@ -50,8 +47,8 @@ def test_reference_order_gives_the_published_hints(golden, kind, threads):
 
 def test_boost_and_hint_are_zero_where_the_gate_is_shut():
   stream, _ = documents()
-  hints = build_hints(stream[1:], order=3, threshold=0.7, boost=2.5, seed_token=BOS)
-  loose = build_hints(stream[1:], order=3, threshold=1e-9, boost=2.5, seed_token=BOS)
+  hints = build_hints(stream[1:], HintConfig(order=3, threshold=0.7, boost=2.5), seed_token=BOS)
+  loose = build_hints(stream[1:], HintConfig(order=3, threshold=1e-9, boost=2.5), seed_token=BOS)
   assert 0 < hints.gate.sum() < loose.gate.sum()
   assert not hints.ids[~hints.gate].any()
   np.testing.assert_array_equal(hints.boost, np.where(hints.gate, np.float32(2.5), 0))
@@ -59,9 +56,9 @@ def test_boost_and_hint_are_zero_where_the_gate_is_shut():
 
 def test_the_seed_is_the_first_target_or_the_true_first_token():
   targets = np.array([5, 6, 5, 5, 6, 9, 5, 6], np.int32)
-  settings = {"order": 3, "threshold": 0.5, "boost": 1.0, "mode": "reference"}
-  published = build_hints(targets, **settings)
-  true = build_hints(targets, seed_token=9, **settings)
+  config = HintConfig(order=3, threshold=0.5, boost=1.0, table="reference")
+  published = build_hints(targets, config)
+  true = build_hints(targets, config, seed_token=9)
   # (5, 6) came before at position 5 either way; (5, 5) at position 4 only where the first target stands twice,
   # and (9, 5) at position 7 only where the true first token stands in front.
   np.testing.assert_array_equal(np.flatnonzero(published.gate), [4, 5])
@@ -70,12 +67,12 @@ def test_the_seed_is_the_first_target_or_the_true_first_token():
   np.testing.assert_array_equal(true.ids[[5, 7]], [5, 6])
 
 
-@pytest.mark.parametrize("mode", ["exact", "reference"])
-def test_documents_in_text_order_get_the_hints_of_one_pass(mode):
+@pytest.mark.parametrize("table", ["exact", "reference"])
+def test_documents_in_text_order_get_the_hints_of_one_pass(table):
   stream, docs = documents()
-  settings = {"order": 4, "threshold": 0.6, "boost": 2.0, "mode": mode, "vocab_size": 8}
-  whole = build_hints(stream[1:], seed_token=BOS, **settings)
-  by_document = HintStream(**settings)
+  config = HintConfig(order=4, threshold=0.6, boost=2.0, table=table)
+  whole = build_hints(stream[1:], config, seed_token=BOS, vocab_size=8)
+  by_document = HintStream(config, 8)
   parts = [by_document.add(document) for document in docs]
   assert [len(part.ids) for part in parts] == [len(document) - 1 for document in docs]
   for name in ("ids", "gate", "boost"):
@@ -85,8 +82,8 @@ def test_documents_in_text_order_get_the_hints_of_one_pass(mode):
 def test_strict_order_never_looks_at_later_documents():
   _, docs = documents()
   _, others = documents(seed=1)
-  settings = {"order": 4, "threshold": 0.6, "boost": 2.0, "vocab_size": 8}
-  first, second = HintStream(**settings), HintStream(**settings)
+  config = HintConfig(order=4, threshold=0.6, boost=2.0)
+  first, second = HintStream(config, 8), HintStream(config, 8)
   cut = len(docs) // 2
   for document in docs[:cut]:
     assert equal(first.add(document), second.add(document))
@@ -98,7 +95,7 @@ def test_a_document_sees_its_own_first_token_after_one_that_does_not_end_with_it
   """In an order of its own, the text's last document comes before others, and no bos closes it."""
   _, docs = documents()
   order = [len(docs) - 1, *np.random.default_rng(2).permutation(len(docs) - 1)]
-  stream = HintStream(order=3, threshold=0.5, boost=1.0, vocab_size=8)
+  stream = HintStream(HintConfig(order=3, threshold=0.5, boost=1.0), 8)
   model = NgramModel(3, threshold=0.5)
   for i in order:
     if i == order[0] or i == order[1]:
@@ -111,8 +108,8 @@ def test_a_document_sees_its_own_first_token_after_one_that_does_not_end_with_it
 
 def test_a_restarted_evaluation_goes_on_where_it_stopped():
   _, docs = documents()
-  settings = {"order": 4, "threshold": 0.6, "boost": 2.0, "vocab_size": 8}
-  unbroken, restarted = HintStream(**settings), HintStream(**settings)
+  config = HintConfig(order=4, threshold=0.6, boost=2.0)
+  unbroken, restarted = HintStream(config, 8), HintStream(config, 8)
   expected = [unbroken.add(document) for document in docs]
   for document in docs[:17]:
     restarted.add(document)
@@ -121,11 +118,11 @@ def test_a_restarted_evaluation_goes_on_where_it_stopped():
 
 def test_a_threshold_of_zero_gates_everything_in_the_published_procedure():
   targets = np.array([5, 6, 7, 5, 6], np.int32)
-  published = build_hints(targets, order=2, threshold=0.0, boost=1.5, mode="reference")
+  published = build_hints(targets, HintConfig(order=2, threshold=0.0, boost=1.5, table="reference"))
   assert published.gate.all() and published.ids.tolist() == [0, 5, 0, 0, 5]
-  exact = build_hints(targets, order=2, threshold=0.0, boost=1.5, mode="exact")
+  exact = build_hints(targets, HintConfig(order=2, threshold=0.0, boost=1.5))
   assert exact.gate.tolist() == [False, True, False, False, True]
 
 
 def test_no_targets_no_hints():
-  assert len(build_hints(np.zeros(0, np.uint16), order=16, threshold=0.8, boost=2.625).ids) == 0
+  assert len(build_hints(np.zeros(0, np.uint16), HintConfig()).ids) == 0

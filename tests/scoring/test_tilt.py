@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.scoring.tilt import tilt
+from pgolf_jax.scoring.hints import tilt
 
 
 def tilted_logp(logits_NxV, hint_N, gate_N, boost_N):

@@ -1,0 +1,266 @@
+"""The recipe's model and its training step in PyTorch, and the operations that have kernels as PyTorch writes them.
+
+It is timed beside JAX, and is a second, independent writing of the recipe for the tests of the model. Letters: as in
+`pgolf_jax.model`; there are no rows, all documents stand end to end.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pgolf_jax.bench.harness import Peak
+from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
+from pgolf_jax.model.block import EPS
+from pgolf_jax.model.params import SOFTCAPS, layer_order
+from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.training.optimizer import group
+
+
+def platforms() -> tuple[str, ...]:
+  """JAX's names of the platforms on which this PyTorch computes."""
+  return ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
+
+
+def device(platform: str) -> str:
+  """PyTorch's name of one of JAX's platforms."""
+  return "cuda" if platform == "gpu" else "cpu"
+
+
+def synchronize(platform: str) -> None:
+  """Waits for the device."""
+  if platform == "gpu":
+    torch.cuda.synchronize()
+
+
+def count_memory(platform: str) -> Callable[[], Peak | None]:
+  """Starts counting the memory of PyTorch's pool on a GPU; returns a function that reads the count."""
+  if platform != "gpu":
+    return lambda: None
+  torch.cuda.reset_peak_memory_stats()
+  return lambda: Peak(torch.cuda.max_memory_allocated(), is_bound=False)
+
+
+def tensor(array, platform: str) -> torch.Tensor:
+  """An array of JAX's or NumPy's on a platform's device; integers become 64 bits wide."""
+  if array.dtype.kind in "iu":
+    return torch.tensor(np.asarray(array, np.int64), device=device(platform))
+  return torch.tensor(np.asarray(array, np.float32), dtype=getattr(torch, str(array.dtype)), device=device(platform))
+
+
+def polar_express(u, steps: int = 5):
+  """Orthogonalises each matrix of a stack [B, m, n], in the type of u."""
+  tall = u.shape[-2] > u.shape[-1]
+  x = u.mT if tall else u
+  x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+  for a, b, c in COEFFICIENTS[:steps]:
+    gram = x @ x.mT
+    x = a * x + (b * gram + c * (gram @ gram)) @ x
+  return x.mT if tall else x
+
+
+def segment_attention(q_TxHxC, k_TxKxC, v_TxKxC, lengths: tuple[int, ...]):
+  """Causal attention within each of the segments that stand end to end, of these lengths."""
+
+  def attend(*qkv):  # [segments, tokens, heads, C]
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+  qkv = q_TxHxC, k_TxKxC, v_TxKxC
+  if len(set(lengths)) == 1:
+    return attend(*(x.unflatten(0, (-1, lengths[0])) for x in qkv)).flatten(0, 1)
+  segments = zip(*(x.split(lengths) for x in qkv), strict=True)
+  return torch.cat([attend(*(x[None] for x in segment))[0] for segment in segments])
+
+
+def leaky_relu2_mlp(x, up, down, slope: float):
+  """down · φ(up · x) with φ(u) = leaky_relu(u)²."""
+  return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
+
+
+def softcapped_xent(z_NxV, target_N, cap: float):
+  """Negative log-probability, in nats, of each target under softmax(cap·tanh(z/cap))."""
+  return F.cross_entropy(cap * torch.tanh(z_NxV.float() / cap), target_N, reduction="none")
+
+
+def _norm(x):
+  return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _rotate(x, cos, sin):
+  half = cos.shape[-1]
+  a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+  return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+def obstacle(model: ModelConfig) -> str | None:
+  """Why `TorchGPT` is not this model, or None."""
+  written_for = {"smear_gate": True, "skip_gates": True, "sparse_attn_gate": True, "parallel_final_lane": "mean"}
+  other = [f"model.{k}={getattr(model, k)}" for k, value in written_for.items() if getattr(model, k) != value]
+  return f"it is written for the record's switches, not {', '.join(other)}" if other else None
+
+
+class TorchGPT:
+  """The model on documents that stand end to end.
+
+  Args:
+    params: arrays under the recipe's names, as in `pgolf_jax.model.params`; held in float32.
+    dtype: of the computation.
+    device: PyTorch's name of a device.
+  """
+
+  def __init__(self, config: ModelConfig, params: dict, dtype=torch.float32, device: str = "cpu"):
+    self.config, self.dtype = config, dtype
+    self.params = {k: torch.tensor(np.asarray(v), device=device).requires_grad_() for k, v in params.items()}
+
+  def loss(self, tokens_T1, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
+    """Mean negative log-likelihood of the targets, nats: tokens from the second on, each from those before."""
+    cap = self.config.logit_softcap
+    return softcapped_xent(self._z(tokens_T1[:-1], lengths, looping), tokens_T1[1:], cap).mean()
+
+  def evaluation_logits(self, tokens_T, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
+    """Logits [T, V] under the softcaps of evaluation, float32."""
+    z = self._z(tokens_T, lengths, looping).float()
+    cap = torch.where(z > 0, *(self.params.get(name, self.config.logit_softcap) for name in SOFTCAPS))
+    return cap * torch.tanh(z / cap)
+
+  def _angles(self, lengths: tuple[int, ...]):
+    dims = self.config.rope_dims or self.config.head_dim
+    device = self.params["tok_emb.weight"].device
+    frequency = self.config.rope_base ** (-torch.arange(0, dims, 2, device=device) / dims)
+    position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    angle = position_T[:, None] * frequency
+    return angle.cos().to(self.dtype)[:, None], angle.sin().to(self.dtype)[:, None]
+
+  def _embed(self, p: dict, tokens_T):
+    m = self.config
+    # Looked up in float32, for the gradients of a token's many uses are added up in the type of the lookup.
+    x = F.embedding(tokens_T, self.params["tok_emb.weight"]).to(self.dtype)
+    gate = torch.sigmoid(F.linear(x[1:, : m.gate_window], p["smear_gate.weight"]))
+    inside = (tokens_T[1:, None] != m.bos_id).to(x.dtype)
+    return _norm(torch.cat([x[:1], x[1:] + p["smear_lambda"] * gate * x[:-1] * inside]))
+
+  def _attention(self, p: dict, n, layer: int, angles, lengths):
+    m = self.config
+    heads = lambda weight, count: F.linear(n, weight).unflatten(-1, (count, m.head_dim))  # noqa: E731
+    q = _rotate(_norm(heads(p["qo_bank"][layer], m.num_heads)), *angles)
+    k = _rotate(_norm(heads(p["kv_bank"][layer], m.num_kv_heads)), *angles)
+    v = heads(p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
+    y = segment_attention(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
+    if layer >= m.num_layers - m.xsa_last_n:
+      grouped = y.unflatten(1, (m.num_kv_heads, -1))
+      direction = F.normalize(v, dim=-1).unsqueeze(2)
+      y = (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(1, 2)
+    gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
+    y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
+    return p[f"blocks.{layer}.attn_scale"] * F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer])
+
+  def _mlp(self, p: dict, n, layer: int):
+    y = leaky_relu2_mlp(n, p["mlp_up_bank"][layer], p["mlp_down_bank"][layer], self.config.leaky_relu_sq_slope)
+    return p[f"blocks.{layer}.mlp_scale"] * y
+
+  def _z(self, tokens_T, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
+    """The head's output before any softcap, [T, V], in the type of the computation."""
+    m = self.config
+    p = {name: value.to(self.dtype) for name, value in self.params.items()}
+    x = x0 = self._embed(p, tokens_T)
+    angles = self._angles(lengths)
+    encoder, decoder = layer_order(m, looping)
+    scale = lambda layer: (layer + 1) ** -0.5 if m.ln_scale else 1.0  # noqa: E731
+
+    def attention(x, layer):
+      mix = p[f"blocks.{layer}.resid_mix"]
+      mixed = mix[0] * x + mix[1] * x0
+      return mixed, self._attention(p, _norm(mixed) * scale(layer), layer, angles, lengths)
+
+    def mlp(x, layer):
+      return self._mlp(p, _norm(x) * scale(layer), layer)
+
+    def block(x, layer):
+      x = sum(attention(x, layer))
+      return x + mlp(x, layer)
+
+    skips = []
+    for layer in encoder:
+      x = block(x, layer)
+      skips.append(x)
+    lanes = None
+    for j, layer in enumerate(decoder):
+      if lanes is None and layer >= m.parallel_start_layer > 0:
+        lanes = (x, x)
+      if skips:
+        skip = p["skip_weights"][j] * skips.pop()
+        joined = torch.lerp(skip, lanes[0] if lanes else x, torch.sigmoid(p["skip_gates"][j]))
+        x, lanes = (x, (joined, lanes[1])) if lanes else (joined, None)
+      if lanes is None:
+        x = block(x, layer)
+        continue
+      a, b = attention(lanes[0], layer)[1], mlp(lanes[1], layer)
+      R, P = p["parallel_resid_lambdas"][layer], p["parallel_post_lambdas"][layer]
+      lanes = (R[0] * lanes[0] + P[0, 0] * a + P[1, 0] * b, R[1] * lanes[1] + P[0, 1] * a + P[1, 1] * b)
+    x = 0.5 * (lanes[0] + lanes[1]) if lanes else x
+    return F.linear(_norm(x), p["tok_emb.weight"])
+
+
+class TorchStep:
+  """A step of training on one device: gradients by accumulation, clipping, Muon and AdamW, moving average.
+
+  Args:
+    ranks: groups of micro-batches; the mean gradient of each group is clipped on its own.
+    loss: mean loss of the tokens [T+1] of a micro-batch, by `model`.
+  """
+
+  def __init__(self, settings: Settings, model: TorchGPT, ranks: int, loss: Callable[[torch.Tensor], torch.Tensor]):
+    self.settings, self.model, self.ranks, self.loss = settings, model, ranks, loss
+    o = settings.optimizer
+    names = {kind: [n for n in model.params if group(n) == kind] for kind in ("bank", "embedding", "scalar")}
+    self.banks = names["bank"]
+    self.trained = [*names["bank"], *names["embedding"], *names["scalar"]]
+    muon_dtype = getattr(torch, o.muon_dtype)
+    self.momentum = {n: torch.zeros_like(model.params[n], dtype=muon_dtype) for n in self.banks}
+    self.average = {n: p.detach().clone() for n, p in model.params.items()}
+    groups = [
+      {"params": [model.params[n] for n in names[kind]], "lr": lr, "base": lr, "weight_decay": decay}
+      for kind, lr, decay in (("embedding", o.embed_lr, o.embed_wd), ("scalar", o.scalar_lr, o.adam_wd))
+    ]
+    self.adam = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.adam_eps)
+
+  def __call__(self, tokens_MxT1, lr_scale: float, momentum: float) -> torch.Tensor:
+    """Takes one step on M micro-batches; returns the mean loss, nats."""
+    params, limit = self.model.params, self.settings.optimizer.grad_clip_norm
+    total, losses = None, []
+    for rows in tokens_MxT1.chunk(self.ranks):
+      for value in params.values():
+        value.grad = torch.zeros_like(value)
+      for row in rows:
+        loss = self.loss(row) / len(rows)
+        loss.backward()
+        losses.append(loss.detach())
+      if limit > 0:
+        torch.nn.utils.clip_grad_norm_(params.values(), limit)
+      grads = [params[n].grad / self.ranks for n in self.trained]
+      total = grads if total is None else [t + g for t, g in zip(total, grads, strict=True)]
+    for name, grad in zip(self.trained, total, strict=True):
+      params[name].grad = grad
+    with torch.no_grad():
+      self._update(lr_scale, momentum)
+    return torch.stack(losses).sum() / self.ranks
+
+  def _update(self, lr_scale: float, momentum: float) -> None:
+    o, params = self.settings.optimizer, self.model.params
+    for name in self.banks:
+      moment = self.momentum[name]
+      grad = params[name].grad.to(moment.dtype)
+      params[name].grad = None
+      u = grad.add(moment.mul_(momentum).add_(grad), alpha=momentum)
+      if o.muon_row_normalize:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+      u = polar_express(u, o.muon_steps) * max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
+      rate = o.matrix_lr * lr_scale
+      params[name].mul_(1 - rate * o.muon_wd).sub_(rate * u.to(torch.float32))
+    for g in self.adam.param_groups:
+      g["lr"] = g["base"] * lr_scale
+    self.adam.step()
+    for name, value in params.items():
+      self.average[name].lerp_(value, 1 - self.settings.train.ema_decay)

@@ -1,0 +1,277 @@
+"""The scores of an evaluation, their identity, and the folder from which a killed evaluation goes on.
+
+identity.json       what is scored with what; another evaluation is refused
+nll.npy             nats of every target, tilted; NaN before it is scored
+model_nll.npy       the same before the tilt
+times.npy           how often each target was scored
+trace.jsonl         see trace.py
+progress.json       batches finished, clocks, events of the trace, adapter sets
+state-….safetensors adapters that the next batch goes on with, rows in the order of a batch's documents
+weights-….safetensors  model weights after the last global phase
+documents.jsonl     one line a document, when all are scored
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.model.params import Params
+from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
+from pgolf_jax.scoring.documents import Batch, Document
+from pgolf_jax.scoring.plain import Score, ValidationData
+from pgolf_jax.scoring.trace import Event, from_json, to_json
+from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings.load import to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Clocks:
+  """Seconds of an evaluation. `evaluation` includes hints, global phases, and fetching and saving scores."""
+
+  evaluation: float
+  hints: float
+  global_phases: float
+  compilation: float  # before the clock; not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The result of an evaluation. Arrays are in the stream's order, one entry a target."""
+
+  score: Score  # the result
+  untilted: Score  # of the same pass, had there been no hints
+  nll_N: np.ndarray  # nats after the tilt; NaN where a target was not to be scored
+  model_nll_N: np.ndarray  # before the tilt
+  times_N: np.ndarray  # how often each target was scored
+  hint_N: np.ndarray  # 0 where the gate is shut
+  gate_N: np.ndarray
+  params: Params  # model weights after the last global phase
+  trace: list[Event]
+  clocks: Clocks
+  recompilations: int  # inside the clock: a fault
+  useful_flops: float  # that the documents' own windows needed
+  executed_flops: float  # that ran, padding included
+  distributions: dict[int, np.ndarray]  # target → log-probabilities [V] after the tilt, where asked for
+
+  def figures(self, settings: Settings) -> dict:
+    """Returns the figures of results.json."""
+    return {
+      "loss": self.score.loss,
+      "bpb": self.score.bpb,
+      "bpb_without_hints": self.untilted.bpb,
+      "targets": self.score.targets,
+      "bytes": self.score.text_bytes,
+      "gated": int(np.sum(self.gate_N)),
+      "order": settings.ttt.order,
+      "method": settings.ttt.method,
+      "seconds": self.clocks.evaluation,
+      "hint_seconds": self.clocks.hints,
+      "global_phase_seconds": self.clocks.global_phases,
+      "compile_seconds": self.clocks.compilation,
+      "recompilations_in_clock": self.recompilations,
+      "useful_over_executed_flops": self.useful_flops / self.executed_flops,
+    }
+
+
+def identity(settings: Settings, params: Params, data: ValidationData, world: int, *, is_drawn: bool) -> dict:
+  """Returns what changes the result of an evaluation beyond rounding, as hashes and plain values.
+
+  The number of devices does not: documents are scored by themselves, on whatever device.
+
+  Args:
+    world: ranks that share out the rows of a global phase; they change the result where there is a phase.
+    is_drawn: whether A of new adapters comes from the seed.
+  """
+  weights = hashlib.sha256()
+  for name in sorted(params):
+    weights.update(name.encode() + np.asarray(params[name], np.float32).tobytes())
+  plain = to_dict(settings)
+  return {
+    "settings": {
+      "model": plain["model"],
+      "ttt": {name: value for name, value in plain["ttt"].items() if name != "enabled"},
+      "hints": plain["hints"],
+      "eval": {name: plain["eval"][name] for name in ("seq_len", "doc_fraction")},
+      "seed": plain["seed"],
+    },
+    "weights": weights.hexdigest(),
+    "tokens": _hash(data.tokens),
+    "sidecar": _hash(data.token_bytes),
+    "dtype": settings.train.compute_dtype,
+    "ranks of a global phase": world if settings.ttt.phase.prefix_docs > 0 else None,
+    "adapters": "from the seed" if is_drawn else "given",
+  }
+
+
+def _hash(x_N1: np.ndarray) -> str:
+  return hashlib.sha256(np.ascontiguousarray(x_N1, np.int32).tobytes()).hexdigest()
+
+
+@dataclasses.dataclass
+class Progress:
+  """How far an evaluation is, at the end of a batch.
+
+  Attributes:
+    batches: batches finished.
+    phases: global phases done; the version of the weights.
+    adapters: plain values of `AdapterSets.state`.
+    seconds: of the clocks.
+  """
+
+  batches: int = 0
+  phases: int = 0
+  adapters: dict = dataclasses.field(default_factory=dict)
+  events: list[Event] = dataclasses.field(default_factory=list)
+  seconds: dict[str, float] = dataclasses.field(
+    default_factory=lambda: {"evaluation": 0.0, "hints": 0.0, "global_phases": 0.0}
+  )
+
+
+class Record:
+  """Scores in memory, or in a folder if one is given.
+
+  Args:
+    data: the stream that is scored.
+    identity: JSON values that decide the result; a folder made with others is refused.
+    writes: whether this process writes; of several processes one does.
+
+  Attributes:
+    progress: of the last save in the folder, or of an evaluation that has not begun.
+    is_resumed: whether the folder holds a save.
+
+  Raises:
+    UserError: the folder holds another evaluation.
+  """
+
+  def __init__(self, folder: Path | None, data: ValidationData, identity: dict, *, writes: bool = True):
+    self.folder, self._data = folder, data
+    self._writes = writes and folder is not None
+    self._state_file: str | None = None
+    self.progress = Progress()
+    if folder is not None:
+      folder.mkdir(parents=True, exist_ok=True)
+      self._check(identity)
+      self._read_progress()
+    self.is_resumed = self._state_file is not None
+    targets = len(data.tokens) - 1
+    self.nll_N = self._array("nll.npy", targets, np.float32, np.nan)
+    self.model_nll_N = self._array("model_nll.npy", targets, np.float32, np.nan)
+    self.times_N = self._array("times.npy", targets, np.uint8, 0)
+    self.distributions: dict[int, np.ndarray] = {}
+    self._running = total(self.nll_N, data)
+
+  def _check(self, identity: dict) -> None:
+    path = self.folder / "identity.json"
+    identity = json.loads(json.dumps(identity))
+    if path.exists():
+      other = json.loads(path.read_text(encoding="utf-8"))
+      if other != identity:
+        differs = next(k for k in {**other, **identity} if other.get(k) != identity.get(k))
+        raise UserError(
+          f"{self.folder} holds another evaluation ({differs} differs); give another folder, or delete that one."
+        )
+    elif self._writes:
+      write_json(path, identity)
+
+  def _read_progress(self) -> None:
+    path = self.folder / "progress.json"
+    if path.exists():
+      values = json.loads(path.read_text(encoding="utf-8"))
+      self._state_file = values.pop("state")
+      self.progress = Progress(**{**values, "events": [from_json(event) for event in values["events"]]})
+
+  def _array(self, name: str, size: int, dtype, fill) -> np.ndarray:
+    if self.is_resumed:
+      path = self.folder / name
+      return np.lib.format.open_memmap(path, mode="r+") if self._writes else np.load(path)
+    if not self._writes:
+      return np.full(size, fill, dtype)
+    array = np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=dtype, shape=(size,))
+    array[:] = fill
+    return array
+
+  def enter(self, target_M: np.ndarray, model_nll_M: np.ndarray, nll_M: np.ndarray) -> None:
+    """Enters the losses of these targets."""
+    self.model_nll_N[target_M], self.nll_N[target_M] = model_nll_M, nll_M
+    np.add.at(self.times_N, target_M, 1)
+    nats = self._running.nats + float(nll_M.sum(dtype=np.float64))
+    text_bytes = self._running.text_bytes + int(self._data.token_bytes[target_M + 1].sum(dtype=np.int64))
+    self._running = Score(nats, self._running.targets + len(target_M), text_bytes)
+
+  @property
+  def running_bpb(self) -> float:
+    """Bits per byte of what is scored so far."""
+    return self._running.nats / math.log(2) / max(self._running.text_bytes, 1)
+
+  def forget(self, documents: Sequence[Document]) -> None:
+    """Unscores documents that a killed evaluation had scored after its last save."""
+    for document in documents:
+      targets = document.target_slice
+      self.nll_N[targets] = self.model_nll_N[targets] = np.nan
+      self.times_N[targets] = 0
+    self._running = total(self.nll_N, self._data)
+
+  def save(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+    """Makes everything scored so far, and the state after it, what a restart goes on from."""
+    if not self._writes:
+      return
+    for array in (self.nll_N, self.model_nll_N, self.times_N):
+      array.flush()
+    name = f"state-{progress.batches}.safetensors"
+    write_arrays(self.folder / name, arrays)
+    values = {**dataclasses.asdict(progress), "events": [to_json(event) for event in progress.events]}
+    write_json(self.folder / "progress.json", {**values, "state": name})
+    if self._state_file not in (None, name):
+      (self.folder / self._state_file).unlink(missing_ok=True)
+    self._state_file = name
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the arrays of the last save."""
+    return load_file(self.folder / self._state_file)
+
+  def save_weights(self, version: int, params: Params) -> None:
+    """Writes the model weights that a global phase has made; those of the version before stay, for the last save."""
+    if self._writes:
+      arrays = {name: np.asarray(value) for name, value in params.items()}
+      write_arrays(self.folder / f"weights-{version}.safetensors", arrays)
+      (self.folder / f"weights-{version - 2}.safetensors").unlink(missing_ok=True)
+
+  def weights(self, version: int) -> dict[str, np.ndarray]:
+    """Returns the model weights of a version."""
+    return load_file(self.folder / f"weights-{version}.safetensors")
+
+  def write_results(self, batches: Sequence[Batch], result: Evaluation) -> None:
+    """Writes the trace and one line a document, in the order of scoring."""
+    if self._writes:
+      lines = [_document_line(batch, document, result, self._data) for batch in batches for document in batch.documents]
+      write_json_lines(self.folder / "documents.jsonl", lines)
+      write_json_lines(self.folder / "trace.jsonl", map(to_json, result.trace))
+
+
+def total(nll_N: np.ndarray, data: ValidationData) -> Score:
+  """Returns the sum over the targets that were scored, in float64."""
+  scored = ~np.isnan(nll_N)
+  nats = float(np.sum(nll_N, where=scored, dtype=np.float64))
+  return Score(nats, int(scored.sum()), int(np.sum(data.token_bytes[1:], where=scored, dtype=np.int64)))
+
+
+def _document_line(batch: Batch, document: Document, result: Evaluation, data: ValidationData) -> dict:
+  """Where a document stands, its bytes, its nats with and without the tilt."""
+  targets = document.target_slice
+  return {
+    "document": document.index,
+    "batch": batch.index,
+    "start": document.start,
+    "targets": document.targets,
+    "bytes": int(data.token_bytes[targets.start + 1 : targets.stop + 1].sum(dtype=np.int64)),
+    "nats": float(result.nll_N[targets].sum(dtype=np.float64)),
+    "nats_untilted": float(result.model_nll_N[targets].sum(dtype=np.float64)),
+    "hints": int(result.gate_N[targets].sum()),
+  }

@@ -1,0 +1,53 @@
+"""Scores an artifact from a submission folder alone: what the folder's `evaluate.py` runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.quantize.artifact import load
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.scoring import plain
+
+
+def score(artifact: Path, data: Path, *, ttt: bool) -> dict:
+  """Returns loss and bits per byte of an artifact on the validation split of a data folder.
+
+  Args:
+    artifact: the file.
+    data: folder of shards and byte sidecar.
+    ttt: score with test-time training and hints as the artifact's settings say, rather than plainly.
+
+  Raises:
+    UserError: the artifact or the data are damaged, or do not fit together.
+  """
+  settings, params = load(artifact)
+  mesh = data_mesh()
+  validation = plain.load_validation(data)
+  params = {name: jnp.asarray(value) for name, value in params.items()}
+  if ttt:
+    from pgolf_jax.scoring.ttt import evaluate  # its n-gram counter is compiled for --ttt only
+
+    evaluation = evaluate(settings, params, validation, mesh)
+    result, seconds = evaluation.score, {"evaluation_seconds": evaluation.clocks.evaluation}
+  else:
+    seconds = {}
+    result = plain.score(settings, params, validation, mesh)
+  return {"loss": result.loss, "bpb": result.bpb, "targets": result.targets, "bytes": result.text_bytes, **seconds}
+
+
+def main(folder: Path, args: list[str]) -> int:
+  """Prints the score of `folder`'s artifact as JSON. Exit status 0, or 1 with one sentence on what was wrong."""
+  parser = argparse.ArgumentParser(prog="evaluate.py")
+  parser.add_argument(
+    "--data", type=Path, required=True, help="folder of fineweb_val_*.bin and fineweb_val_bytes_*.bin"
+  )
+  parser.add_argument("--ttt", action="store_true", help="with test-time training and hints")
+  options = parser.parse_args(args)
+  try:
+    print(json.dumps(score(folder / "artifact.pgolf", options.data, ttt=options.ttt)))
+  except UserError as error:
+    raise SystemExit(str(error)) from error
+  return 0

@@ -1,0 +1,52 @@
+"""The kernels' benchmark measures what it says."""
+
+import numpy as np
+import pytest
+
+from pgolf_jax.bench.kernels import cases, measure, segment_starts
+from pgolf_jax.kernels.hardware import peaks
+
+
+def test_measures_every_pass_of_every_possible_implementation():
+  rows, notes = measure(("leaky_relu2_mlp", "polar_express"), tokens=64, max_segment=32, repeats=1)
+  measured = {(row.way.labels["operation"], row.way.labels["pass"]) for row in rows if row.way.labels["by"] == "xla"}
+  passes = [("leaky_relu2_mlp", "forward"), ("leaky_relu2_mlp", "forward + gradient"), ("polar_express", "forward")]
+  assert measured == set(passes)
+  assert all(row.median > 0 and row.way.work.flops > 0 and row.way.work.num_bytes > 0 for row in rows)
+  assert not any(row.way.labels["by"] == "mosaic_gpu" for row in rows)
+  assert any("it needs a Hopper GPU" in note for note in notes)
+  assert any("no peak known" in note for note in notes) and all(row.roofline is None for row in rows)
+
+
+def test_every_operation_is_the_same_in_pytorch():
+  """Each case's result and gradient, at the sizes at which it is timed."""
+  pytorch = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
+  for case in cases(256, 64, 1, np.float32):
+    for gradient in (False, True) if case.differentiated else (False,):
+      expected = case.jax_call("xla", gradient)()
+      actual = case.torch_call(pytorch, "cpu", gradient)()
+      for a, b in zip(*(x if gradient else (x,) for x in (actual, expected)), strict=True):
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(a.detach().numpy().reshape(b.shape), b, atol=1e-4 * scale, err_msg=case.name)
+
+
+def test_segments_are_as_long_as_documents_and_never_longer_than_allowed():
+  start = segment_starts(100_000, 2048)
+  position = np.arange(100_000)
+  assert start[0] == 0
+  assert (np.diff(start) >= 0).all()
+  assert (position - start < 2048).all()
+  assert (start[start] == start).all()
+  assert 500 < 100_000 / len(np.unique(start)) < 1300
+
+
+def test_peaks_are_those_of_the_most_particular_name():
+  assert peaks("NVIDIA H100 80GB HBM3").bytes_per_s == 3.35e12
+  assert peaks("NVIDIA H100 PCIe").flops_per_s == 756e12
+  assert peaks("TPU v5 lite").flops_per_s == 197e12
+  assert peaks("cpu") is None
+
+
+@pytest.mark.parametrize(("flops", "num_bytes", "seconds"), [(989e12, 1, 1.0), (1, 3.35e12, 1.0)])
+def test_floor_is_the_longer_of_the_two_times(flops, num_bytes, seconds):
+  assert peaks("H100").floor_s(flops, num_bytes) == pytest.approx(seconds)
