@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import probes
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.data.verify import Check, verify
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
@@ -25,7 +26,6 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.scoring import trace, ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import to_dict
 
@@ -44,7 +44,6 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, probe_tokens: int = 
     UserError: the run has no artifact.
   """
   from pgolf_jax.quantize.artifact.format import dequantize
-  from pgolf_jax.scoring.plain import load_validation
 
   if not run.artifact.exists():
     raise UserError(f"{run.path} has no artifact to audit; `pgolf run` makes and scores one.")

@@ -11,13 +11,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pgolf_jax.data.folder import locate_prepared
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import buckets
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import batches, find_documents
-from pgolf_jax.scoring.plain import ValidationData, load_validation
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import load
@@ -57,11 +58,9 @@ def ttt(
     documents: how many to score; all if there are fewer.
     methods: which evaluations to time.
   """
-  from pgolf_jax import stages  # the verbs' module, loaded where a data folder is not given
-
   distributed.start()
   loaded = load(config)
-  folder = data or stages.data_folder(loaded)
+  folder = data or locate_prepared(loaded)
   table = Table(title=f"test-time training, {config.stem} on {folder}", title_justify="left")
   columns = ("method", "shapes", "useful", "one shape", "tokens", "s", "tokens/s", "outside", "GFLOP/s", "compile s")
   for column in columns:

@@ -24,8 +24,8 @@ def audit(
     probes: perturbations of each kind; each is an evaluation of a small stream.
     probe_tokens: tokens of that stream.
   """
-  from pgolf_jax import stages
   from pgolf_jax.audit import audit as audits
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.mesh import data_mesh
@@ -35,7 +35,7 @@ def audit(
   found = [RunFolder(path) for path in runs]
   broken = 0
   for run in found:
-    folder = data or stages.data_folder(run.settings)
+    folder = data or locate_prepared(run.settings)
     checks = list(audits.audit(run, folder, mesh, probe_tokens=probe_tokens, count=probes))
     print(f"{run.path}\n{audits.table(checks)}")
     broken += sum(check.passed is False for check in checks)

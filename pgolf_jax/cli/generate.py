@@ -70,11 +70,11 @@ def _tokenizer_beside(path: Path) -> Path:
   if (path.parent / "tokenizer.model").is_file():
     return path.parent / "tokenizer.model"
   if (path.parent / "config.toml").is_file():
-    from pgolf_jax import stages
+    from pgolf_jax.data.folder import locate_prepared
     from pgolf_jax.run_folder import RunFolder
 
     settings = RunFolder(path.parent).settings
-    return Path(settings.data.tokenizer or stages.data_folder(settings) / "tokenizer.model")
+    return Path(settings.data.tokenizer or locate_prepared(settings) / "tokenizer.model")
   raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pgolf_jax.data.validation import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed
@@ -120,7 +121,7 @@ def _train(case: Case) -> Arrays:
 
 def _plain(case: Case, params, name: str) -> Arrays:
   params = {k: jnp.asarray(v) for k, v in params.items()}
-  validation = plain.load_validation(case.data)
+  validation = load_validation(case.data)
   score = plain.score(case.settings, params, validation, _one_device(), description=f"scoring {name}")
   return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
 
@@ -134,7 +135,7 @@ def _e2e(case: Case) -> Arrays:
   found |= _plain(
     case, quantize_params(case.settings, case.params("params_ema/", case.expected), case.data), "quantized"
   )
-  validation = plain.load_validation(case.data)
+  validation = load_validation(case.data)
   inputs = {f"params/{k}": v for k, v in case.params("params_dequantized/", case.expected).items()}
   inputs |= {"tokens": validation.tokens, "token_bytes": validation.token_bytes}
   scored = run_case(case.settings, inputs, _one_device())
@@ -169,7 +170,7 @@ def run_caseops(case: Case, tokenizer: Path | None) -> list[dict]:
     tokenizer: the SentencePiece model; None looks for the one that the case names, beside it and in `../tokenizers`.
   """
   from pgolf_jax.data import caseops
-  from pgolf_jax.data.sidecar import token_bytes
+  from pgolf_jax.data.encode import token_bytes
   from pgolf_jax.data.tokenizer import Tokenizer
 
   if tokenizer is None:

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.errors import UserError
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.adapter_sets import Draw
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import Settings
 
 _KINDS = {"q_loras": "q", "k_loras": "k", "v_loras": "v", "o_loras": "o", "mlp_loras": "mlp"}

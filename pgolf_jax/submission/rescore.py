@@ -18,6 +18,7 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
   """
   import jax.numpy as jnp
 
+  from pgolf_jax.data.validation import load_validation
   from pgolf_jax.model import params as parameters
   from pgolf_jax.quantize.artifact.format import dequantize
   from pgolf_jax.runtime.mesh import data_mesh
@@ -28,7 +29,7 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
   settings = from_dict(config, where="the artifact's config")
   parameters.check(settings.model, params, where="the artifact")
   mesh = data_mesh()
-  validation = plain.load_validation(folder)
+  validation = load_validation(folder)
   params = {name: jnp.asarray(value) for name, value in params.items()}
   if ttt:
     from pgolf_jax.scoring.ttt import evaluate
