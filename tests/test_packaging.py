@@ -6,6 +6,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_folder_of_code_is_packaged():
   listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-  folders = [p.parent.relative_to(ROOT) for top in ("pgolf_jax", "kernels") for p in (ROOT / top).rglob("__init__.py")]
+  folders = {p.parent.relative_to(ROOT) for top in ("pgolf_jax", "kernels") for p in (ROOT / top).rglob("*.py")}
+  assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
   names = {".".join(f.parts if f.parts[0] == "pgolf_jax" else ("pgolf_jax", *f.parts)) for f in folders}
   assert set(listed) == names
