@@ -47,7 +47,14 @@ def bound_at_top(path: Path) -> frozenset[str]:
   names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
   if path.name == "__init__.py":
     names |= {p.stem for p in path.parent.iterdir()}
+  if "__getattr__" in names:  # what it gives is what the module declares
+    names |= {name for node in tree(path).body if is_declaration(node) for name in ast.literal_eval(node.value)}
   return frozenset(names | MODULE_NAMES)
+
+
+def is_declaration(node: ast.AST) -> bool:
+  """Whether a statement is `__all__ = […]`."""
+  return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
 
 
 def faults_of_imports(path: Path) -> list[str]:
