@@ -1,9 +1,12 @@
 """The code that ships: the modules that evaluation imports and no others, and the packages that it needs."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import venv
 from pathlib import Path
@@ -58,6 +61,17 @@ def test_neither_training_nor_quantising_ships(modules):
   assert {name.split(".")[1] for name in modules if "." in name} <= EVALUATION_ROOMS
   assert not [name for name in modules if name.startswith(NOT_FOR_EVALUATION)]
   assert [name for name in modules if name.startswith("pgolf_jax.data.")] == ["pgolf_jax.data.shards"]
+
+
+def test_c_sources_lose_their_comments_and_still_compile(tmp_path):
+  with tarfile.open(fileobj=io.BytesIO(bundle.code().archive)) as archive:
+    archive.extractall(tmp_path, filter="data")
+  sources = list(tmp_path.rglob("*.c"))
+  assert len(sources) == 4 and not any("/*" in source.read_text() for source in sources)
+  headers = sysconfig.get_paths()["include"]
+  options = ["-fsyntax-only", "-Werror", "-std=gnu11", "-DPy_LIMITED_API=0x030B0000", f"-I{headers}"]
+  subprocess.run(["cc", *options, *sources], check=True)
+  assert bundle.minified_c('a = "/* no */"; // yes\n  c = \'"\'; /* yes\n */ d;\n') == 'a = "/* no */";\nc = \'"\';   d;\n'
 
 
 def test_archive_is_small_and_reproducible(modules):
