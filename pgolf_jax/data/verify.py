@@ -1,6 +1,5 @@
 """Proving that a data folder is what it should be: every check, and what it found."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -15,16 +14,8 @@ from pgolf_jax.data.sidecar import token_bytes
 from pgolf_jax.data.split import digest
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.checks import Check
 from pgolf_jax.runtime.progress import progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-  """What one check found. `passed` is None where it had nothing to go by."""
-
-  name: str
-  passed: bool | None
-  finding: str
 
 
 class _Failed(Exception):

@@ -28,6 +28,15 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
   return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """Returns factor · x in the type of x, for a factor that many rows share.
+
+  The factor is repeated over x in float32 and cast afterwards, so that its gradient, a sum over rows and positions, is
+  added up in float32. Cast first, it would be added up in the type of x; in bfloat16 such a sum stops growing.
+  """
+  return jnp.broadcast_to(factor.astype(jnp.float32), x.shape).astype(x.dtype) * x
+
+
 class Weights(NamedTuple):
   """A layer's matrices, out of the banks."""
 
@@ -84,7 +93,7 @@ class Attention(nnx.Module):
     q = rotary.rotate(rms_norm(project("q", w.q, m.num_heads)), use.angles)
     k = rotary.rotate(rms_norm(project("k", w.k, m.num_kv_heads)), use.angles)
     v = project("v", w.v, m.num_kv_heads)
-    q = q * self.q_gain[...].astype(q.dtype)[:, None]
+    q = scaled(q, self.q_gain[...][:, None])
     y = use.attend(q, k, v)
     if self.layer >= m.num_layers - m.xsa_last_n:
       y = without_own_value(y, v)
@@ -138,15 +147,13 @@ class Block(nnx.Module):
     lane0, lane1 = lanes
     a = self._attend(self._mix(lane0, use), use)
     m = self._mlp(lane1, use)
-    resid, post = resid.astype(a.dtype), post.astype(a.dtype)
     return (
-      resid[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
-      resid[1] * lane1 + post[0, 1] * a + post[1, 1] * m,
+      scaled(lane0, resid[0]) + scaled(a, post[0, 0]) + scaled(m, post[1, 0]),
+      scaled(lane1, resid[1]) + scaled(a, post[0, 1]) + scaled(m, post[1, 1]),
     )
 
   def _attend(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    out = self.attn(rms_norm(x) * self.norm_scale, use)
-    return self.attn_scale[...].astype(out.dtype) * out
+    return scaled(self.attn(rms_norm(x) * self.norm_scale, use), self.attn_scale[...])
 
   def _mlp(self, x: jax.Array, use: LayerUse) -> jax.Array:
     n = rms_norm(x) * self.norm_scale
@@ -158,9 +165,8 @@ class Block(nnx.Module):
     B, T, D = n.shape
     up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
     out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
-    out = use.adapted("mlp", out, n)
-    return self.mlp_scale[...].astype(out.dtype) * out
+    return scaled(use.adapted("mlp", out, n), self.mlp_scale[...])
 
   def _mix(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    mix = self.resid_mix[...].astype(x.dtype)
-    return mix[0] * x + mix[1] * use.x0
+    mix = self.resid_mix[...]
+    return scaled(x, mix[0]) + scaled(use.x0, mix[1])

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pgolf_jax.kernels.softcapped_xent.reference import softcap
+from pgolf_jax.kernels.numerics import softcap
 from pgolf_jax.model import rotary
 from pgolf_jax.model.adapters import Adaptation, Adapter, delta
-from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm
+from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm, scaled
 from pgolf_jax.model.context import Context
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.settings.config import ModelConfig
@@ -155,12 +155,12 @@ class GPT(nnx.Module):
     m, before_B, dtype = self.config, context.before_B, context.dtype
     if before_B is not None:
       tokens_BxT = jnp.concatenate([before_B[:, None], tokens_BxT], axis=1)
-    x = self.tok_emb.weight[...].astype(dtype)[tokens_BxT]
+    x = embed(self.tok_emb.weight[...], tokens_BxT, dtype)
     if m.smear_gate:
       gate = jax.nn.sigmoid(linear(x[:, 1:, : m.gate_window], self.smear_gate.weight[...]))
       # A document's first token takes nothing from the document before it.
       inside = (tokens_BxT[:, 1:, None] != m.bos_id).astype(dtype)
-      smear = self.smear_lambda[...].astype(dtype) * gate * x[:, :-1] * inside
+      smear = scaled(gate, self.smear_lambda[...]) * x[:, :-1] * inside
       x = jnp.concatenate([x[:, :1], x[:, 1:] + smear], axis=1)
     return rms_norm(x if before_B is None else x[:, 1:])
 
@@ -176,10 +176,19 @@ class GPT(nnx.Module):
     )
 
   def _join_skip(self, x: jax.Array, skip: jax.Array, j: int) -> jax.Array:
-    skip = self.skip_weights[j].astype(x.dtype) * skip
+    skip = scaled(skip, self.skip_weights[j])
     if not self.config.skip_gates:
       return x + skip
-    return skip + jax.nn.sigmoid(self.skip_gates[j].astype(x.dtype)) * (x - skip)
+    return skip + scaled(x - skip, jax.nn.sigmoid(self.skip_gates[j].astype(x.dtype)))
+
+
+def embed(table_VxD: jax.Array, tokens_BxT: jax.Array, dtype) -> Float[Array, "B T D"]:
+  """Returns each token's row of the table, in `dtype`.
+
+  Rows are read in the table's float32 and cast afterwards: a frequent token's gradient is a sum over thousands of
+  positions, which in bfloat16 stops growing once a term is less than half of its last digit (4000 ones add up to 256).
+  """
+  return table_VxD[tokens_BxT].astype(dtype)
 
 
 def _at(adapters: dict[str, Adapter], position: int) -> dict[str, Adapter]:

@@ -46,9 +46,7 @@ class Defaults:
     optional: whether the path may be left out.
   """
 
-  def __init__(
-    self, function: Callable, read: Callable[[Path | None], dict], *, example: str, optional: bool = False
-  ):
+  def __init__(self, function: Callable, read: Callable[[Path | None], dict], *, example: str, optional: bool = False):
     self.function, self._read, self._example, self._optional = function, read, example, optional
     self.__doc__ = function.__doc__
 

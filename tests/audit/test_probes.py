@@ -1,4 +1,4 @@
-"""Every rule of scoring, with an evaluator that breaks it: our own, with one line put wrong."""
+"""Every rule of scoring, with an evaluator that breaks it: our own with one line changed."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.audit import audit, probes
+from pgolf_jax.audit import probes
+from pgolf_jax.audit.evidence import acyclic
 from pgolf_jax.model.context import Context
 from pgolf_jax.model.gpt import bind
+from pgolf_jax.runtime import checks as outcomes
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import buckets, scan, ttt
 from pgolf_jax.scoring.context import Window
@@ -45,7 +47,7 @@ def run(evaluate):
 
 def test_our_evaluator_passes(compiled):
   checks = run(compiled)
-  assert [check.passed for check in checks] == [True] * 4, audit.table(checks)
+  assert [check.passed for check in checks] == [True] * 4, outcomes.table(checks)
   assert "with an open gate" in checks[TARGET].finding and " 0 of them" not in checks[TARGET].finding
 
 
@@ -132,20 +134,20 @@ def test_a_token_left_out_is_caught(compiled, monkeypatch):
 def test_counts_of_documents_that_come_later_are_not_acyclic(compiled):
   documents = 5
   strict = compiled(DATA.tokens).trace
-  assert audit.acyclic(strict, documents).passed
+  assert acyclic(strict, documents).passed
   settings = changed(SETTINGS, phase__prefix_docs=3, batch_size=2, order="reference")
-  found = audit.acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
+  found = acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
   assert not found.passed and "not acyclic" in found.finding
 
 
 def test_documents_scored_twice_or_never_are_caught():
   score = ScoreEvent(batch=0, documents=(0, 1, 1), weights=0, adapters="0", carried=0)
-  assert not audit.acyclic([score], 2).passed
-  assert not audit.acyclic([dataclasses.replace(score, documents=(0,))], 2).passed
-  assert audit.acyclic([dataclasses.replace(score, documents=(0, 1))], 2).passed
+  assert not acyclic([score], 2).passed
+  assert not acyclic([dataclasses.replace(score, documents=(0,))], 2).passed
+  assert acyclic([dataclasses.replace(score, documents=(0, 1))], 2).passed
 
 
 def test_weights_that_saw_a_document_before_its_score_are_caught():
   score = ScoreEvent(batch=0, documents=(0,), weights=1, adapters="0", carried=0)
   trained = WeightsEvent(version=1, documents=(0,))
-  assert "weights 1" in audit.acyclic([trained, score], 1).finding
+  assert "weights 1" in acyclic([trained, score], 1).finding
