@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pgolf_jax
 import pgolf_jax.kernels
+from pgolf_jax.kernels.operation import BACKENDS
 from pgolf_jax.submission import starter
 
 ENTRY = "pgolf_jax.submission.evaluate"
@@ -64,11 +65,10 @@ def needed_modules(entry: str = ENTRY) -> list[str]:
       continue
     needed.add(name)
     waiting += [name.rsplit(".", 1)[0]] if "." in name else []
-    if name.startswith("pgolf_jax.kernels.") and path.name == "__init__.py":
-      # Kernels pick the module of their backend by name.
-      waiting += [f"{name}.{module.stem}" for module in path.parent.glob("*.py") if module != path]
     for module, members in _imports(path):
       waiting += [module, *(f"{module}.{member}" for member in members)]
+      if "Operation" in members:  # imports its backends by name, from its own folder
+        waiting += [f"{name.rsplit('.', 1)[0]}.{backend}" for backend in BACKENDS]
   return sorted(needed)
 
 
