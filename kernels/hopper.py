@@ -1,4 +1,4 @@
-"""What the kernels for Hopper GPUs share: operand layouts, and Pallas' Mosaic GPU calls that differ by JAX release."""
+"""Operand layouts for kernels on Hopper GPUs, and a Mosaic GPU call of Pallas that differs between JAX releases."""
 
 import inspect
 
@@ -6,21 +6,21 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-"""How wgmma wants 16-bit operands of 64 columns or more in shared memory."""
+"""The layout in shared memory that wgmma needs for 16-bit operands of 64 columns or more."""
 
 MATRIX = plgpu.Layout.WGMMA
-"""How wgmma leaves its sums in a warpgroup's registers."""
+"""The layout in which wgmma leaves its sums in a warpgroup's registers."""
 
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)
-"""One number for each row of such a matrix."""
+"""The layout of one number for each row of such a matrix."""
 
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-"""One number for each column of such a matrix."""
-
-_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
-_NO_INDEX = ((),) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
+"""The layout of one number for each column of such a matrix."""
 
 
 def load(ref, layout) -> jax.Array:
-  """What a reference in shared or global memory holds, in registers of that layout."""
-  return plgpu.load(ref, *_NO_INDEX, layout=layout, optimized=False)
+  """Returns what a reference in shared or global memory holds, in registers of that layout."""
+  index = inspect.signature(plgpu.load).parameters.get("idx")
+  # JAX 0.10 needs an index after the reference; later releases take it from the reference.
+  whole = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
+  return plgpu.load(ref, *whole, layout=layout, optimized=False)

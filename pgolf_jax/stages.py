@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import audit as audits
-from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
+from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import compile_cache, distributed
 from pgolf_jax.runtime.files import write_bytes
@@ -23,23 +24,8 @@ from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import check
 from pgolf_jax.settings.config import Settings
-from pgolf_jax.settings.load import departures, from_dict
-
-
-def load_artifact(path: Path) -> tuple[Settings, Params]:
-  """The settings that an artifact carries, and its weights.
-
-  Raises:
-    UserError: the file is not an artifact, or its weights do not belong to its settings.
-  """
-  from pgolf_jax.quantize.artifact.format import dequantize
-
-  if not path.is_file():
-    raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
-  config, params = dequantize(path.read_bytes())
-  settings = from_dict(config, where=f"the config in {path}")
-  parameters.check(settings.model, params, where=str(path))
-  return settings, params
+from pgolf_jax.settings.load import departures
+from pgolf_jax.submission import accounting, bundle
 
 
 def data_folder(settings: Settings) -> Path:
@@ -96,25 +82,21 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
-  from pgolf_jax.quantize import stage
-  from pgolf_jax.submission import accounting, package
-
   settings = run.settings
-  made = stage.make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
+  made = make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
-  code = package.code()
-  parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
-  found = accounting.account(made.data, **parts, tokenizer=0, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", accounting.table(found))
-  score = plain_score(settings, load_artifact(run.artifact)[1], mesh, "scoring the artifact")
+  code = bundle.code()
+  account = accounting.account(made.data, code, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", accounting.table(account))
+  score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
   return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
 
 
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:
   """Scores the artifact with test-time training, in the run's order; scores are kept in the run's folder."""
-  params, data = load_artifact(run.artifact)[1], plain.load_validation(data_folder(run.settings))
+  params, data = artifact.load(run.artifact)[1], plain.load_validation(data_folder(run.settings))
   result = ttt.evaluate(run.settings, params, data, mesh, ttt.Options(folder=run.scores)).figures(run.settings)
   text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
   log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))

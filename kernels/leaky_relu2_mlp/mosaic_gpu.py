@@ -1,8 +1,8 @@
 """The LeakyReLU² MLP's two fused products for Hopper GPUs, in Pallas' Mosaic GPU.
 
-Both are persistent, warp-specialised matrix products: one warpgroup keeps copies in flight, two multiply, each its
-half of a tile's columns. The activation and its derivative live in the epilogue, on the float32 sums in registers,
-so that no pass over [N, F] is left to anything else. Each is jitted on its own, so that a model of many layers traces
+Both are persistent, warp-specialised matrix products: one warpgroup keeps copies in flight, and two multiply, each
+one half of a tile's columns. The epilogue applies the activation or its derivative to the float32 sums in registers,
+which saves a pass over [N, F] through memory. Each product has a jit around it, so that a model of many layers traces
 and lowers it once.
 """
 
@@ -14,26 +14,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels import hopper, target
+from pgolf_jax.kernels import hardware, hopper
+from pgolf_jax.kernels.leaky_relu2_mlp.vjp import with_gradient
 
 _TILE_N = 128
-"""Tokens of a tile."""
+"""Tokens in a tile."""
 _TILE_F = 256
-"""Columns of a tile, half of them for each of the two multiplying warpgroups."""
+"""Columns in a tile, half of them for each of the two multiplying warpgroups."""
 _HALF = _TILE_F // 2
 _TILE_D = 64
-"""Summed at a time: one 128-byte swizzle of 16-bit numbers."""
+"""Terms summed in one step: the 16-bit numbers in one 128-byte swizzle."""
 _STAGES = 3
-"""Copies in flight: with the epilogue's buffers what fits into 227 KiB of shared memory."""
+"""Copies in flight: as many as fit into 227 KiB of shared memory beside the epilogue's buffers."""
 _COPYING = 2
-"""The warpgroup that keeps copies in flight; those before it multiply."""
+"""Index of the warpgroup that keeps copies in flight; the warpgroups before it multiply."""
 _PATCH = 64
-"""Rows and columns that the epilogue handles at once."""
+"""Rows and columns of the patches in which the epilogue works."""
 _PATCHES = [(slice(n, n + _PATCH), slice(f, f + _PATCH)) for n in (0, 64) for f in (0, 64)]
 
 
-def obstacle(x_NxD, up_FxD) -> str | None:
-  """Why arguments of these shapes and types cannot take this backend, or None."""
+def obstacle(x_NxD, up_FxD, down_DxF, *, slope: float) -> str | None:
+  """Returns why this backend cannot compute the operation for these shapes and types, or None."""
   if x_NxD.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it needs bfloat16 or float16, not {x_NxD.dtype}"
   f, d = up_FxD.shape
@@ -44,7 +45,7 @@ def obstacle(x_NxD, up_FxD) -> str | None:
 
 @functools.partial(jax.jit, static_argnames="slope")
 def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array, jax.Array]:
-  """See xla.py. Any number of tokens: they are padded to whole tiles of 128."""
+  """Returns u = up · x and φ(u); see `with_gradient`. Any number of tokens is padded to whole tiles of 128."""
   n, f, dtype = x_NxD.shape[0], up_FxD.shape[0], x_NxD.dtype
 
   def epilogue(acc, rows, columns, half, refs):
@@ -54,7 +55,7 @@ def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array,
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
       u = acc[patch_rows, patch_columns].astype(dtype)
       u_smem[half, slot] = u
-      # The slope is at most 1, so that the greater of u and slope·u is LeakyReLU.
+      # The slope is at most 1, so LeakyReLU is the greater of u and slope·u.
       leaky = jnp.maximum(u.astype(jnp.float32), slope * u.astype(jnp.float32))
       a_smem[half, slot] = (leaky * leaky).astype(dtype)
       plgpu.commit_smem()
@@ -72,7 +73,10 @@ def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array,
 
 @functools.partial(jax.jit, static_argnames="slope")
 def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slope: float) -> jax.Array:
-  """See xla.py. A tile of u is fetched while the product runs and overwritten with the result."""
+  """Returns the cotangent of u; see `with_gradient`.
+
+  A tile of u is fetched while the product runs and overwritten with the result.
+  """
   n, f, dtype = dy_NxD.shape[0], down_DxF.shape[1], dy_NxD.dtype
 
   def prologue(rows, columns, half, refs):
@@ -109,15 +113,15 @@ def _whole_tiles(x: jax.Array) -> jax.Array:
 
 
 def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue=lambda *_: None):
-  """Tiles of a · b, each handed over in registers.
+  """Computes a · b tile by tile and returns what the epilogue writes.
 
   Args:
     operands: further arrays that prologue and epilogue read.
-    outputs: types of what the epilogue writes.
+    outputs: types of the arrays that the epilogue writes.
     scratch: shared memory and barriers, allocated once.
     epilogue: (float32 [_TILE_N, _HALF] sums, rows, columns, half, refs) → None, run by each multiplying warpgroup;
-      rows and columns say which part of the product it holds, half which of the two warpgroups it is; refs are
-      those of operands, outputs and scratch.
+      rows and columns are the place of these sums in the product, half is the index of the warpgroup, and refs are
+      the references to operands, outputs and scratch.
     prologue: (rows, columns, half, refs) → None, run before the tile's product.
   """
   n, d = a_NxD.shape
@@ -173,8 +177,8 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
           allocations=allocations,
         )
 
-        # A release that is delayed never comes for a tile's last step, and the pipeline does not wait for it: the next
-        # tile's copies could overwrite what the last product is still reading.
+        # With a delayed release the pipeline does not wait for a tile's last product: the next tile's copies could
+        # overwrite the operands that it is still reading.
         @pl.when(half == _COPYING)
         def _():
           plgpu.barrier_wait(multiplied)
@@ -185,9 +189,12 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
     kernel,
     out_type=outputs,
     scratch_types=(*scratch, plgpu.Barrier(num_arrivals=_COPYING)),
-    grid=(min(target.target().cores, n_tiles * f_tiles),),
+    grid=(min(hardware.target().cores, n_tiles * f_tiles),),
     grid_names=("block",),
     num_threads=_COPYING + 1,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
   )(a_NxD, b_DxF, *operands)
+
+
+leaky_relu2_mlp = with_gradient(up, up_gradient)

@@ -1,8 +1,8 @@
 """The LeakyReLU² MLP's two fused products for TPUs, in Pallas' Mosaic TPU.
 
-Both are tiled matrix products that add up in a float32 accumulator in VMEM; the activation and its derivative live in
-the epilogue, so that no pass over [N, F] is left to anything else. All of F up to 4 KiB a row is one tile: the matrix
-is then fetched once and stays in VMEM while the tokens pass. Each is jitted on its own, so that a model of many layers
+Both are tiled matrix products that sum in a float32 accumulator in VMEM. The epilogue applies the activation or its
+derivative, which saves a pass over [N, F] through memory. A row of F of up to 4 KiB is one tile: the matrix is then
+fetched once and stays in VMEM while the tokens pass. Each product has a jit around it, so that a model of many layers
 traces and lowers it once.
 """
 
@@ -14,36 +14,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pgolf_jax.kernels.leaky_relu2_mlp.vjp import with_gradient
+
 _LANES = 128
 _TILE_N = 256
-"""Tokens of a tile; the last one may be cut off by the end of the rows."""
+"""Tokens in a tile; the last tile may reach past the end of the rows."""
 _TILE_F_BYTES = 4096
-"""Of a row of a tile of u, at most: two copies of every block and the accumulator then take 11 of VMEM's 16 MiB."""
+"""Bytes in a row of a tile of u, at most: with two copies of all blocks this takes 11 of VMEM's 16 MiB."""
 _TILE_D = 512
-"""Summed at a time, at most."""
+"""Terms summed in one step, at most."""
 _PATCH_N = 16
-"""Rows that the epilogue handles at once: a packed register's of 16-bit numbers."""
+"""Rows in which the epilogue works: as many as a packed register of 16-bit numbers holds."""
 
 
-def obstacle(x_NxD, up_FxD) -> str | None:
-  """Why arguments of these shapes and types cannot take this backend, or None."""
+def obstacle(x_NxD, up_FxD, down_DxF, *, slope: float) -> str | None:
+  """Returns why this backend cannot compute the operation for these shapes and types, or None."""
   if x_NxD.dtype not in (jnp.bfloat16, jnp.float32):
     return f"it needs bfloat16 or float32, not {x_NxD.dtype}"
   f, d = up_FxD.shape
   if x_NxD.shape[0] == 0 or d % _LANES or f % _LANES:
-    return f"it needs a token at least, and D and F divisible by {_LANES}, not N={x_NxD.shape[0]}, D={d} and F={f}"
+    return f"it needs at least one token, and D and F divisible by {_LANES}, not N={x_NxD.shape[0]}, D={d} and F={f}"
   return None
 
 
 @functools.partial(jax.jit, static_argnames="slope")
 def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array, jax.Array]:
-  """See xla.py."""
+  """Returns u = up · x and φ(u); see `with_gradient`."""
   dtype = x_NxD.dtype
 
   def epilogue(acc, rows, u_ref, a_ref):
     u = acc.astype(dtype)
     u_ref[rows] = u
-    # The slope is at most 1, so that the greater of u and slope·u is LeakyReLU.
+    # The slope is at most 1, so LeakyReLU is the greater of u and slope·u.
     leaky = jnp.maximum(u.astype(jnp.float32), slope * u.astype(jnp.float32))
     a_ref[rows] = (leaky * leaky).astype(dtype)
 
@@ -53,7 +55,7 @@ def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array,
 
 @functools.partial(jax.jit, static_argnames="slope")
 def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slope: float) -> jax.Array:
-  """See xla.py."""
+  """Returns the cotangent of u; see `with_gradient`."""
 
   def epilogue(acc, rows, u_ref, du_ref):
     u = u_ref[rows].astype(jnp.float32)
@@ -63,19 +65,19 @@ def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slo
 
 
 def _largest_tile(size: int, most: int) -> int:
-  """The greatest whole number of lanes, at most `most` elements, that divides `size`."""
+  """Returns the greatest multiple of the lanes that divides `size` and is at most `most`."""
   return max(tile for tile in range(_LANES, min(size, most) + 1, _LANES) if size % tile == 0)
 
 
 def _fused_product(x_NxD, w, layout, *operands, outputs, epilogue):
-  """Tiles of x · w, each handed over patch by patch before it is written.
+  """Computes x · w tile by tile and returns what the epilogue writes.
 
   Args:
     w: the matrix, [F, D] where layout is "fd", [D, F] where it is "df".
     operands: further arrays [N, F] that the epilogue reads.
     outputs: how many arrays [N, F] of the type of x the epilogue writes.
-    epilogue: (float32 [_PATCH_N, F tile] sums, rows, blocks of operands and outputs) → None; rows are where in the
-      blocks these sums belong.
+    epilogue: (float32 [_PATCH_N, F tile] sums, rows, blocks of operands and outputs) → None; rows are the place of
+      these sums in the blocks.
   """
   n, d = x_NxD.shape
   f = w.shape[layout.index("f")]
@@ -117,3 +119,6 @@ def _fused_product(x_NxD, w, layout, *operands, outputs, epilogue):
     scratch_shapes=[pltpu.VMEM((tile_n, tile_f), jnp.float32)],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
   )(x_NxD, w, *operands)
+
+
+leaky_relu2_mlp = with_gradient(up, up_gradient)

@@ -1,4 +1,4 @@
-"""The polar-express orthogonalisation as its formula says, for tests to compare with."""
+"""The polar-express orthogonalisation straight from its formula, for comparison."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ COEFFICIENTS = (
 """The odd polynomials a·x + b·x³ + c·x⁵ of the five steps (Amsel et al. 2025, "The Polar Express")."""
 
 
-def polar_express(u_BxMxN: jax.Array, *, steps: int = 5) -> jax.Array:
-  """Five steps X ← aX + (bA + cA²)X with A = XXᵀ on each matrix over its Frobenius norm."""
+def polar_express(u_BxMxN: jax.Array, *, steps: int) -> jax.Array:
+  """Divides each matrix by its Frobenius norm and takes steps X ← aX + (bA + cA²)X with A = XXᵀ."""
   with jax.default_matmul_precision("highest"):
     wide = u_BxMxN.shape[1] <= u_BxMxN.shape[2]
     x = u_BxMxN if wide else u_BxMxN.mT

@@ -1,14 +1,14 @@
 """Segment-confined attention for Hopper GPUs, forward and backward, in Pallas' Mosaic GPU.
 
 A block of 64 queries of one head walks over the blocks of 64 keys from its first query's segment start to itself, so
-that the work grows with the length of segments and not with T. Segments are a few blocks long: too short a loop for
-warp specialisation to pay, so a thread block is a single warpgroup, and the two to four that fit on a multiprocessor
-hide each other's copies, softmax and epilogue.
+that the work grows with the length of segments and not with T. Segments are a few blocks long, and so short a loop does
+not repay warp specialisation. A thread block is therefore a single warpgroup, and the two to four that fit on a
+multiprocessor hide each other's copies, softmax and epilogue.
 
-The backward pass takes two kernels, one by queries (dq) and one by keys (dk, dv). That repeats two of the five
-products, but every sum has one order: gradients are the same to the bit from run to run.
+The gradient takes two kernels, one by queries (dq) and one by keys (dk, dv). They compute two of the five products
+twice, but every sum has one order: gradients are the same to the bit from run to run.
 
-Each kernel is jitted on its own, so that a model of many layers traces and lowers it once.
+Each kernel has a jit around it, so that a model of many layers traces and lowers it once.
 """
 
 import math
@@ -22,16 +22,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pgolf_jax.kernels import hopper
 
 _BLOCK = 64
-"""Rows of a block of queries and of a block of keys: the rows that one warpgroup multiplies at once."""
+"""Rows in a block of queries and in a block of keys: as many as one warpgroup multiplies at once."""
 _STAGES = 2
-"""Blocks of keys (or of queries) in flight: the other thread blocks on the multiprocessor hide the rest."""
+"""Blocks of keys, or of queries, in flight: other thread blocks on the multiprocessor hide the remaining latency."""
 _HEAD_WIDTHS = (64, 128)
 _LOG2E = math.log2(math.e)
 _COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
-def obstacle(q_BxTxHxC) -> str | None:
-  """Why queries of this shape and type cannot take this backend, or None."""
+def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> str | None:
+  """Returns why this backend cannot compute the operation for these shapes and types, or None."""
   if q_BxTxHxC.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it needs bfloat16 or float16, not {q_BxTxHxC.dtype}"
   if q_BxTxHxC.shape[3] not in _HEAD_WIDTHS:
@@ -39,12 +39,17 @@ def obstacle(q_BxTxHxC) -> str | None:
   return None
 
 
-@jax.custom_vjp
 def segment_attention(
-  q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, start_BxT: jax.Array
+  q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, start_BxT: jax.Array, *, max_segment: int
 ) -> jax.Array:
-  """The operation of api.py. Rows of any length: they are padded to whole blocks of 64."""
-  return _forward(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)[0]
+  """Computes the operation of api.py. Rows of any length are padded to whole blocks of 64."""
+  del max_segment  # each block of queries reads from `start_BxT` how far it goes back
+  return _differentiable(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
+
+
+@jax.custom_vjp
+def _differentiable(q, k, v, start):
+  return _forward(q, k, v, start)[0]
 
 
 def _forward(q, k, v, start):
@@ -54,8 +59,8 @@ def _forward(q, k, v, start):
   return y[:, :t], (*padded, y, lse)
 
 
-def _backward(kept, dy):
-  q, k, v, start, y, lse = kept
+def _backward(residuals, dy):
+  q, k, v, start, y, lse = residuals
   t, dy = dy.shape[1], _padded(dy)
   delta = jnp.einsum("bthc,bthc->bht", y, dy, preferred_element_type=jnp.float32)
   dq = _query_gradient(q, k, v, start, dy, lse, delta)
@@ -63,7 +68,7 @@ def _backward(kept, dy):
   return dq[:, :t], dk[:, :t], dv[:, :t], None
 
 
-segment_attention.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -71,10 +76,10 @@ def _padded(x: jax.Array) -> jax.Array:
 
 
 def _padded_start(start: jax.Array) -> jax.Array:
-  """A padded query sees itself alone, so that its softmax has a finite sum."""
+  """Pads starts so that a padded query sees itself alone: its softmax then has a finite sum."""
   t = start.shape[1]
-  own = jnp.broadcast_to(jnp.arange(t, t + -t % _BLOCK, dtype=jnp.int32), (start.shape[0], -t % _BLOCK))
-  return jnp.concatenate([start.astype(jnp.int32), own], axis=1)
+  itself = jnp.broadcast_to(jnp.arange(t, t + -t % _BLOCK, dtype=jnp.int32), (start.shape[0], -t % _BLOCK))
+  return jnp.concatenate([start.astype(jnp.int32), itself], axis=1)
 
 
 def _rows_by(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -110,13 +115,13 @@ def _operand(width: int, dtype) -> plgpu.SMEM:
 
 
 def _visible_keys(start_ref, row, tile):
-  """First block of keys that a block of queries sees, and the position before which its masks are at work."""
+  """Returns the first block of keys that a block of queries sees, and the position before which keys need a mask."""
   first = lax.div(start_ref[row, tile * _BLOCK], _BLOCK)
   return first, start_ref[row, tile * _BLOCK + _BLOCK - 1]
 
 
 def _confined(scores, query_tile, key_tile, start, last_start):
-  """Scores of a block, queries by rows, −∞ where the key is not visible."""
+  """Returns a block's scores, a query in each row, with −∞ where the key is not visible."""
 
   def masked():
     key = _positions(key_tile * _BLOCK, 1)
@@ -128,7 +133,7 @@ def _confined(scores, query_tile, key_tile, start, last_start):
 
 @jax.jit
 def _attend(q, k, v, start):
-  """The outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32."""
+  """Returns the outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32."""
   b, t, h, c = q.shape
   scale = _LOG2E / math.sqrt(c)
 
@@ -145,7 +150,7 @@ def _attend(q, k, v, start):
       scores = _product(q_smem, k_smem.T, (_BLOCK, _BLOCK))
       scores = _confined(scores, tile, first + index[0], start, last_start)
       new_top = jnp.maximum(top, scores.max(axis=1) * scale)
-      # A block may lie wholly before a query's segment: nothing is subtracted until the query has seen a key.
+      # A whole block may lie before a query's segment: nothing is subtracted until the query has seen a key.
       shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
       shrink = jnp.exp2(top - shift)
       p = jnp.exp2(scores * scale - _rows_by(shift, scores.shape))
@@ -234,17 +239,19 @@ def _query_gradient(q, k, v, start, dy, lse, delta):
 
 
 def _seeing_queries(start_BxT: jax.Array) -> jax.Array:
-  """For each block of keys, one past the last block of queries that sees all of it, and one past the last that
-  sees any of it. Starts never fall along a row, so both come from a search."""
+  """Returns, for each block of keys, the ends of the blocks of queries that see all of it and that see any of it.
+
+  An end is one past the last such block. Starts never fall along a row, so both come from a binary search.
+  """
   blocks = start_BxT.reshape(start_BxT.shape[0], -1, _BLOCK)
   position = jnp.arange(blocks.shape[1], dtype=jnp.int32) * _BLOCK
 
   def search(starts, keys):
     return jnp.searchsorted(starts, keys, side="right").astype(jnp.int32)
 
-  all_of_it = jax.vmap(search, (0, None))(blocks[:, :, -1], position)
-  any_of_it = jax.vmap(search, (0, None))(blocks[:, :, 0], position + _BLOCK - 1)
-  return jnp.stack([all_of_it, any_of_it], axis=-1)
+  all_seen_end = jax.vmap(search, (0, None))(blocks[:, :, -1], position)
+  any_seen_end = jax.vmap(search, (0, None))(blocks[:, :, 0], position + _BLOCK - 1)
+  return jnp.stack([all_seen_end, any_seen_end], axis=-1)
 
 
 @jax.jit
@@ -261,7 +268,7 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
     keys = pl.ds(tile * _BLOCK, _BLOCK)
     plgpu.copy_gmem_to_smem(k_ref.at[row, keys, kv_head], k_smem, arrived)
     plgpu.copy_gmem_to_smem(v_ref.at[row, keys, kv_head], v_smem, arrived)
-    all_of_it, any_of_it = seen_ref[row, tile, 0], seen_ref[row, tile, 1]
+    all_seen_end, any_seen_end = seen_ref[row, tile, 0], seen_ref[row, tile, 1]
     plgpu.barrier_wait(arrived)
 
     def step(index, q_smem, dy_smem, lse_smem, delta_smem, carry):
@@ -277,7 +284,7 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
         visible = (key <= _positions(query_tile * _BLOCK, 1)) & (key >= _columns_by(start, square))
         return jnp.where(visible, scores, -jnp.inf)
 
-      scores = lax.cond((query_tile == tile) | (query_tile >= all_of_it), masked, lambda: scores)
+      scores = lax.cond((query_tile == tile) | (query_tile >= all_seen_end), masked, lambda: scores)
       lse = hopper.load(lse_smem, hopper.BY_COLUMN)
       delta = hopper.load(delta_smem, hopper.BY_COLUMN)
       plgpu.commit_smem()  # both have been read before copies may overwrite them
@@ -290,12 +297,12 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
       return tile + i, kv_head * group + j
 
     queries = plgpu.BlockSpec((_BLOCK, None, c), lambda i, j: (*by_head(i, j), 0), transforms=hopper.TILED)
-    of_queries = plgpu.BlockSpec((None, _BLOCK), lambda i, j: by_head(i, j)[::-1])
+    by_query = plgpu.BlockSpec((None, _BLOCK), lambda i, j: by_head(i, j)[::-1])
     zeros = _filled((_BLOCK, c), 0.0, hopper.MATRIX)
     dk, dv = plgpu.emit_pipeline(
       step,
-      grid=(any_of_it - tile, group),
-      in_specs=[queries, queries, of_queries, of_queries],
+      grid=(any_seen_end - tile, group),
+      in_specs=[queries, queries, by_query, by_query],
       max_concurrent_steps=_STAGES,
       init_carry=(zeros, zeros),
     )(q_ref.at[row], dy_ref.at[row], lse_ref.at[row], delta_ref.at[row])

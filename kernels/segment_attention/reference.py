@@ -1,4 +1,4 @@
-"""Segment-confined attention with a dense T×T mask: the definition that every backend is compared with."""
+"""Segment-confined attention straight from its formula, with a dense T×T mask, for comparison."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,11 @@ def segment_attention(
   k_BxTxKxC: Float[Array, "B T K C"],
   v_BxTxKxC: Float[Array, "B T K C"],
   start_BxT: Int[Array, "B T"],
+  *,
+  max_segment: int,
 ) -> Float[Array, "B T H C"]:
-  """softmax(q·kᵀ/√C)·v over keys start[t] ≤ j ≤ t, in float32; memory grows with T²."""
+  """Returns softmax(q·kᵀ/√C)·v over keys start[t] ≤ j ≤ t, in float32. Memory grows with T²."""
+  del max_segment  # the mask needs no bound
   B, T, H, C = q_BxTxHxC.shape
   K = k_BxTxKxC.shape[2]
   q = q_BxTxHxC.astype(jnp.float32).reshape(B, T, K, H // K, C)

@@ -2,7 +2,7 @@
 
 A block of queries visits only the blocks of keys between its earliest segment start and itself, with the running
 maximum and sum of flash attention (https://arxiv.org/abs/2205.14135), so that time grows with the segments' lengths
-and memory with T. The gradient recomputes the probabilities from the kept log-sum-exp.
+and memory with T. The gradient computes the probabilities again from the stored log-sum-exp.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ _MASKED = -1e30  # finite, so that a block with no visible key leaves the runnin
 
 
 class _Blocks(NamedTuple):
-  """Arrays cut into N blocks of S positions, heads before positions; B and the block are leading axes."""
+  """Arrays cut into N blocks of S positions. The block and B lead; heads stand before positions."""
 
   q: jax.Array  # [N, B, K, G, S, C]
   k: jax.Array  # [N, B, K, S, C]
@@ -31,7 +31,7 @@ def _cut(x_BxTxHxC: jax.Array, size: int, kv_heads: int | None = None) -> jax.Ar
 
 
 def _join(x: jax.Array) -> jax.Array:
-  """[N, B, K, (G,) S, C] → [B, N·S, K·G, C]."""
+  """Undoes `_cut`: [N, B, K, (G,) S, C] → [B, N·S, K·G, C]."""
   N, B, *_, S, C = x.shape
   x = x.reshape(N, B, -1, S, C)
   return x.transpose(1, 0, 3, 2, 4).reshape(B, N * S, x.shape[2], C)
@@ -42,7 +42,7 @@ def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _visible(start_BxS: jax.Array, query_block, key_block) -> jax.Array:
-  """[B, 1, 1, S, S]: whether a query of one block may see a key of the other."""
+  """Returns [B, 1, 1, S, S]: whether each query of one block sees each key of the other."""
   S = start_BxS.shape[-1]
   within = jnp.arange(S)
   key = key_block * S + within
@@ -55,7 +55,7 @@ def _first_key_block(start_BxS: jax.Array) -> jax.Array:
 
 
 def _forward(blocks: _Blocks, scale: float) -> tuple[jax.Array, jax.Array]:
-  """→ y [N, B, K, G, S, C] and the log-sum-exp of the scaled scores [N, B, K, G, S]."""
+  """Returns y [N, B, K, G, S, C] and the log-sum-exp of the scaled scores [N, B, K, G, S]."""
 
   def query_block(i):
     q, start = blocks.q[i], blocks.start[i]
@@ -79,7 +79,7 @@ def _forward(blocks: _Blocks, scale: float) -> tuple[jax.Array, jax.Array]:
 
 
 def _backward(blocks: _Blocks, y, lse, dy, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """→ gradients of q, k, v, blocked as they are; k's and v's in float32."""
+  """Returns the gradients of q, k and v, cut into the same blocks; those of k and v in float32."""
   delta = (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(axis=-1)
 
   def query_block(carry, i):
@@ -121,8 +121,8 @@ def _attend_forward(q, k, v, start, size):
   return _join(y), (q, k, v, start, y, lse)
 
 
-def _attend_backward(size, kept, dy):
-  q, k, v, start, y, lse = kept
+def _attend_backward(size, residuals, dy):
+  q, k, v, start, y, lse = residuals
   dy = _cut(dy, size, k.shape[2])
   dq, dk, dv = _backward(_block(q, k, v, start, size), y, lse, dy, q.shape[-1] ** -0.5)
   return _join(dq), _join(dk).astype(k.dtype), _join(dv).astype(v.dtype), None
@@ -132,9 +132,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> jax.Array:
-  """See api.segment_attention."""
+  """Computes the operation of api.py. Rows of any length are padded to whole blocks."""
   T = q_BxTxHxC.shape[1]
-  # Larger blocks waste work at segment starts, smaller ones waste time per block. A row of one block needs no loop.
+  # Larger blocks waste work at segment starts, smaller ones have a higher cost for each block.
   size = min(256, max(16, 1 << (min(max_segment, T) - 1).bit_length()))
   padding = -T % size
   if padding:
@@ -142,6 +142,6 @@ def segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment
       jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BxTxHxC, k_BxTxKxC, v_BxTxKxC)
     )
     # A padded query sees itself alone.
-    own = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BxT.dtype), (start_BxT.shape[0], padding))
-    start_BxT = jnp.concatenate([start_BxT, own], axis=1)
+    itself = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BxT.dtype), (start_BxT.shape[0], padding))
+    start_BxT = jnp.concatenate([start_BxT, itself], axis=1)
   return _attend(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, size)[:, :T]

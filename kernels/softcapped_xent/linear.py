@@ -5,37 +5,44 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pgolf_jax.kernels import target
+from pgolf_jax.kernels import hardware
+from pgolf_jax.kernels.softcapped_xent.vjp import zero_gradient
 
 _BLOCK_LOGITS = 2**25
-"""Logits per block: 4096 tokens of 8192."""
+"""Logits in a block: 4096 tokens of 8192."""
 _GPU_BLOCK_LOGITS = 2**28
-"""The same on GPUs, where 4096 tokens, 64 to a thread block, would leave half of an H100's 132 multiprocessors without
-work and the rest with one thread block, which has no other to hide its latencies behind. 32,768 give each four."""
+"""Logits in a block on GPUs: 32,768 tokens of 8192. With 64 tokens to a thread block they give each of an H100's 132
+multiprocessors four thread blocks, which hide each other's latencies; 4096 would leave half of them without work."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def block_count(tokens: int, vocabulary: int) -> int:
+  """Returns the number of blocks into which the hardware of the current trace divides so many tokens."""
+  logits = _GPU_BLOCK_LOGITS if hardware.target().is_gpu else _BLOCK_LOGITS
+  return -(-tokens // max(1, logits // vocabulary))
+
+
+def block_size(tokens: int, vocabulary: int) -> int:
+  """Returns the number of tokens in each of these blocks, padding included."""
+  return -(-tokens // block_count(tokens, vocabulary))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def in_blocks(
   block_loss: Callable[..., jax.Array],
+  blocks: int,
   x_NxD: jax.Array,
   weight_VxD: jax.Array,
   target_N: jax.Array,
   cap_pos: jax.Array,
   cap_neg: jax.Array,
 ) -> jax.Array:
-  """`block_loss(x, weight, target, cap_pos, cap_neg)` over blocks of tokens, one loss a token.
+  """Computes `block_loss(x, weight, target, cap_pos, cap_neg)`, one loss a token, over `blocks` blocks of tokens.
 
-  The gradient goes through `block_loss` again block by block and adds up the weight's in float32. The last
+  The gradient goes through `block_loss` again block by block and sums the weight's in float32. The last
   block is padded with zero tokens whose losses are dropped.
   """
-  return _forward(block_loss, x_NxD, weight_VxD, target_N, cap_pos, cap_neg)[0]
-
-
-def _blocks(n: int, v: int) -> int:
-  logits = _GPU_BLOCK_LOGITS if target.target().platform in ("gpu", "cuda") else _BLOCK_LOGITS
-  return -(-n // max(1, logits // v))
+  return _forward(block_loss, blocks, x_NxD, weight_VxD, target_N, cap_pos, cap_neg)[0]
 
 
 def _split(blocks: int, a_N: jax.Array) -> jax.Array:
@@ -48,18 +55,16 @@ def _join(a_BxN: jax.Array, n: int) -> jax.Array:
   return a_BxN.reshape(-1, *a_BxN.shape[2:])[:n]
 
 
-def _forward(block_loss, x_NxD, weight_VxD, target_N, cap_pos, cap_neg):
-  split = partial(_split, _blocks(x_NxD.shape[0], weight_VxD.shape[0]))
+def _forward(block_loss, blocks, x_NxD, weight_VxD, target_N, cap_pos, cap_neg):
   loss = jax.lax.map(
     lambda block: block_loss(block[0], weight_VxD, block[1], cap_pos, cap_neg),
-    (split(x_NxD), split(target_N)),
+    (_split(blocks, x_NxD), _split(blocks, target_N)),
   )
   return _join(loss, x_NxD.shape[0]), (x_NxD, weight_VxD, target_N, cap_pos, cap_neg)
 
 
-def _backward(block_loss, kept, d_loss_N):
-  x_NxD, weight_VxD, target_N, cap_pos, cap_neg = kept
-  split = partial(_split, _blocks(x_NxD.shape[0], weight_VxD.shape[0]))
+def _backward(block_loss, blocks, residuals, d_loss_N):
+  x_NxD, weight_VxD, target_N, cap_pos, cap_neg = residuals
 
   def step(d_weight_VxD, block):
     x, target, d_loss = block
@@ -68,16 +73,10 @@ def _backward(block_loss, kept, d_loss_N):
     return d_weight_VxD + d_weight.astype(jnp.float32), dx
 
   start = jnp.zeros(weight_VxD.shape, jnp.float32)
-  d_weight_VxD, dx = jax.lax.scan(step, start, (split(x_NxD), split(target_N), split(d_loss_N)))
-  no_gradient = np.zeros(target_N.shape, jax.dtypes.float0)
-  d_weight_VxD = d_weight_VxD.astype(weight_VxD.dtype)
-  return (
-    _join(dx, x_NxD.shape[0]),
-    d_weight_VxD,
-    no_gradient,
-    jnp.zeros_like(cap_pos),
-    jnp.zeros_like(cap_neg),
-  )
+  inputs = tuple(_split(blocks, a_N) for a_N in (x_NxD, target_N, d_loss_N))
+  d_weight_VxD, dx = jax.lax.scan(step, start, inputs)
+  no_gradients = zero_gradient(target_N), jnp.zeros_like(cap_pos), jnp.zeros_like(cap_neg)
+  return _join(dx, x_NxD.shape[0]), d_weight_VxD.astype(weight_VxD.dtype), *no_gradients
 
 
 in_blocks.defvjp(_forward, _backward)

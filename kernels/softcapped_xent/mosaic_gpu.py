@@ -1,6 +1,6 @@
 """The softcapped cross-entropy's two passes for Hopper GPUs, in Pallas' Mosaic GPU.
 
-Both stream blocks of 64 rows through shared memory and are bound by memory and by the unit for exp2 and 1/√x, three
+Both stream blocks of 64 rows through shared memory. Their bounds are memory and the unit for exp2 and 1/√x, three
 calls a logit. Several thread blocks share a multiprocessor and hide each other's copies.
 """
 
@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import hopper
+from pgolf_jax.kernels.numerics import BySign, softcap_and_tanh
+from pgolf_jax.kernels.softcapped_xent.vjp import with_gradient
 
 _ROWS = 64
 _COLUMNS = 64
@@ -22,8 +24,8 @@ _SHAPE = (_ROWS, _COLUMNS)
 _COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
-def obstacle(z_NxV) -> str | None:
-  """Why logits of this shape and type cannot take this backend, or None."""
+def obstacle(z_NxV, target_N, hint_N, *, cap_pos, cap_neg) -> str | None:
+  """Returns why this backend cannot compute the operation for logits of this shape and type, or None."""
   if z_NxV.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it needs bfloat16 or float16, not {z_NxV.dtype}"
   if z_NxV.shape[0] % _ROWS or z_NxV.shape[1] % _COLUMNS:
@@ -36,27 +38,30 @@ def _by_row(x: jax.Array) -> jax.Array:
 
 
 def _constants(cap_pos: jax.Array, cap_neg: jax.Array) -> jax.Array:
-  """cap·log2 e and 2·log2 e/cap, each for positive and for other logits."""
+  """Returns cap·log2 e and 2·log2 e/cap, each for positive and for other logits."""
   caps = jnp.stack([cap_pos, cap_neg])
   return jnp.concatenate([caps * _LOG2E, 2 * _LOG2E / caps])
 
 
-def _capped(z_smem, constants: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """A block's softcapped logits in units of log 2, and the tanh in them.
+def _tanh(exponent: jax.Array) -> jax.Array:
+  """Returns tanh x for exponent = 2x·log2 e.
 
-  tanh x = 1 − 2/(1 + exp 2x), with 1/y as (1/√y)²: to float32's precision beside 1, where the GPU's own tanh has 11
-  bits and a division takes several instructions more.
+  tanh x = 1 − 2/(1 + exp 2x), with 1/y as (1/√y)², is precise to float32's rounding beside 1. The GPU's own tanh has
+  11 bits, and a division takes several instructions more.
   """
+  root = lax.rsqrt(1 + jnp.exp2(exponent))
+  return 1 - 2 * (root * root)
+
+
+def _capped(z_smem, constants: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Returns a block's softcapped logits in units of log 2, and the tanh in them."""
   z = z_smem[...].astype(jnp.float32)
-  positive = z > 0
-  root = lax.rsqrt(1 + jnp.exp2(z * jnp.where(positive, constants[2], constants[3])))
-  tanh = 1 - 2 * (root * root)
-  return tanh * jnp.where(positive, constants[0], constants[1]), tanh
+  return softcap_and_tanh(z, BySign(*constants[:2]), BySign(*constants[2:]), _tanh)
 
 
 @jax.jit
 def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax.Array:
-  """See xla.py. The sums run beside a running maximum, so that any caps will do."""
+  """Returns log Σ exp of each row; see `with_gradient`. A running maximum keeps the sums finite, whatever the caps."""
   n, v = z_NxV.shape
 
   def kernel(z_ref, constants_ref, lse_ref, lse_smem):
@@ -96,7 +101,7 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
 
 @jax.jit
 def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_pos, cap_neg) -> jax.Array:
-  """See xla.py."""
+  """Returns the cotangent of z; see `with_gradient`."""
   n, v = z_NxV.shape
   hinted = hint_N is not None
   vectors = (lse_N, d_lse_N, target_N, d_target_N, *((hint_N, d_hint_N) if hinted else ()))
@@ -132,3 +137,6 @@ def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_
     grid_names=("rows",),
     compiler_params=_COMPILER,
   )(z_NxV, _constants(cap_pos, cap_neg), *vectors)
+
+
+softcapped_xent = with_gradient(log_sum_exp, gradient)

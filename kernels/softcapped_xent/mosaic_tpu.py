@@ -1,7 +1,7 @@
 """The softcapped cross-entropy's two passes for TPUs, in Pallas' Mosaic TPU.
 
-Both stream blocks of logits through VMEM, each logit once, and are bound by memory. What there is one number a row of
-travels as columns of one array, because a TPU lays a column out as wide as 128 of them.
+Both stream blocks of logits through VMEM, each logit once, and are bound by memory. Vectors with one number for each
+row are stacked as the columns of one array, because a TPU pads an array of one column to 128.
 """
 
 import jax
@@ -10,35 +10,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pgolf_jax.kernels.numerics import BySign, softcap_and_tanh
+from pgolf_jax.kernels.softcapped_xent.vjp import with_gradient
+
 _LANES = 128
 _ROWS = 256
-"""Of a block; the last one may be cut off by the end of the rows."""
+"""Rows in a block; the last block may reach past the end of the rows."""
 _COLUMNS = 2048
-"""Of a block, at most."""
+"""Columns in a block, at most."""
 _PATCH = 16
-"""Rows handled at once: a packed register's of 16-bit numbers."""
+"""Rows computed at once: as many as a packed register of 16-bit numbers holds."""
 
 
-def obstacle(z_NxV) -> str | None:
-  """Why logits of this shape and type cannot take this backend, or None."""
+def obstacle(z_NxV, target_N, hint_N, *, cap_pos, cap_neg) -> str | None:
+  """Returns why this backend cannot compute the operation for logits of this shape and type, or None."""
   if z_NxV.dtype not in (jnp.bfloat16, jnp.float32):
     return f"it needs bfloat16 or float32, not {z_NxV.dtype}"
   n, v = z_NxV.shape
   if n == 0 or v == 0 or v % _LANES:
-    return f"it needs a row at least, and V divisible by {_LANES}, not N={n} and V={v}"
+    return f"it needs at least one row, and V divisible by {_LANES}, not N={n} and V={v}"
   return None
 
 
-def _softcap(z: jax.Array, caps: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """A patch's softcapped logits, and the tanh in them; caps are those of `_call`."""
-  z = z.astype(jnp.float32)
-  positive = z > 0
-  tanh = jnp.tanh(z * jnp.where(positive, caps[2], caps[3]))
-  return tanh * jnp.where(positive, caps[0], caps[1]), tanh
+def _capped(z: jax.Array, caps: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Returns a patch's softcapped logits, and the tanh in them; caps are those of `_call`."""
+  return softcap_and_tanh(z.astype(jnp.float32), BySign(*caps[:2]), BySign(*caps[2:]))
 
 
 def _patches(rows: int):
-  """Runs a function of a slice of rows for each patch of a block."""
+  """Returns a decorator that runs a function of a slice of rows for each patch of a block."""
 
   def run(f):
     @pl.loop(0, rows // _PATCH)
@@ -51,12 +51,12 @@ def _patches(rows: int):
 def _call(kernel, z_NxV, caps, by_row, *, output, scratch=()):
   """Runs kernel(z block, caps, blocks of by_row, block of the output, scratch) on a grid of rows and columns.
 
-  The kernel gets the caps for positive and for other logits, then one over each.
+  The kernel reads four numbers as caps: those for positive and for other logits, then one over each.
 
   Args:
-    by_row: arrays [N, S] of which the kernel sees the block's rows.
-    output: type of an array [N, 1], seen by rows, or [N, V], seen by block.
-    scratch: widths of float32 buffers, each as many rows as a block has.
+    by_row: arrays [N, S] of which each block reads its own rows.
+    output: type of the result: an array [N, 1], written by rows, or [N, V], written by blocks.
+    scratch: widths of float32 buffers with as many rows as a block.
   """
   n, v = z_NxV.shape
   rows = min(_ROWS, pl.cdiv(n, _PATCH) * _PATCH)
@@ -81,7 +81,7 @@ def _call(kernel, z_NxV, caps, by_row, *, output, scratch=()):
 
 @jax.jit
 def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax.Array:
-  """See xla.py. The sums run beside a running maximum, so that any caps will do."""
+  """Returns log Σ exp of each row; see `with_gradient`. A running maximum keeps the sums finite, whatever the caps."""
 
   def kernel(z_ref, caps_ref, lse_ref, top_ref, total_ref):
     @pl.when(pl.program_id(1) == 0)
@@ -93,7 +93,7 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
 
     @_patches(z_ref.shape[0])
     def _(rows):
-      logits, _ = _softcap(z_ref[rows], caps)
+      logits, _ = _capped(z_ref[rows], caps)
       top = top_ref[rows]
       new_top = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
       new = jnp.sum(jnp.exp(logits - new_top), axis=1, keepdims=True)
@@ -110,7 +110,7 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
 
 @jax.jit
 def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_pos, cap_neg) -> jax.Array:
-  """See xla.py."""
+  """Returns the cotangent of z; see `with_gradient`."""
   hinted = hint_N is not None
   numbers_NxS = jnp.stack([lse_N, d_lse_N, d_target_N, *([d_hint_N] if hinted else [])], axis=1)
   places_NxS = jnp.stack([target_N, *([hint_N] if hinted else [])], axis=1).astype(jnp.int32)
@@ -121,7 +121,7 @@ def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_
 
     @_patches(z_ref.shape[0])
     def _(rows):
-      logits, tanh = _softcap(z_ref[rows], caps)
+      logits, tanh = _capped(z_ref[rows], caps)
       numbers, places = numbers_ref[rows], places_ref[rows]
       column = first + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
       d_capped = numbers[:, 1:2] * jnp.exp(logits - numbers[:, 0:1])
@@ -131,3 +131,6 @@ def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_
 
   output = jax.ShapeDtypeStruct(z_NxV.shape, z_NxV.dtype)
   return _call(kernel, z_NxV, (cap_pos, cap_neg), (numbers_NxS, places_NxS), output=output)
+
+
+softcapped_xent = with_gradient(log_sum_exp, gradient)

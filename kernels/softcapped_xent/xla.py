@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from pgolf_jax.kernels.softcapped_xent.reference import softcap
+from pgolf_jax.kernels.numerics import BySign, softcap, softcap_and_tanh
+from pgolf_jax.kernels.softcapped_xent.vjp import with_gradient
 
 
 def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax.Array:
-  """log Σ exp of each row's softcapped logits, float32.
+  """Returns log Σ exp of each row; see `with_gradient`.
 
-  The softcap grows with z, so the greatest capped logit is the capped greatest z, whatever the caps.
+  The softcap rises with z, so the greatest capped logit is the capped greatest z, whatever the caps.
   """
   top_N = softcap(jnp.max(z_NxV, axis=-1).astype(jnp.float32), cap_pos, cap_neg)
   capped_NxV = softcap(z_NxV.astype(jnp.float32), cap_pos, cap_neg)
@@ -27,19 +28,14 @@ def gradient(
   cap_pos: jax.Array,
   cap_neg: jax.Array,
 ) -> jax.Array:
-  """The cotangent of z, in the type of z.
-
-  Args:
-    lse_N: each row's log Σ exp.
-    target_N, hint_N: columns with a cotangent of their own (no hints: None).
-    d_target_N, d_hint_N, d_lse_N: cotangents of the target's and the hint's capped logit and of log Σ exp.
-  """
-  z = z_NxV.astype(jnp.float32)
-  cap = jnp.where(z > 0, cap_pos, cap_neg)
-  tanh = jnp.tanh(z / cap)
-  column = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-  d_capped = d_lse_N[:, None] * jnp.exp(cap * tanh - lse_N[:, None])
+  """Returns the cotangent of z; see `with_gradient`."""
+  capped, tanh = softcap_and_tanh(z_NxV.astype(jnp.float32), BySign(cap_pos, cap_neg))
+  column = jax.lax.broadcasted_iota(jnp.int32, z_NxV.shape, 1)
+  d_capped = d_lse_N[:, None] * jnp.exp(capped - lse_N[:, None])
   d_capped += jnp.where(column == target_N[:, None], d_target_N[:, None], 0)
   if hint_N is not None:
     d_capped += jnp.where(column == hint_N[:, None], d_hint_N[:, None], 0)
   return (d_capped * (1 - tanh * tanh)).astype(z_NxV.dtype)
+
+
+softcapped_xent = with_gradient(log_sum_exp, gradient)

@@ -43,14 +43,14 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, probe_tokens: int = 
   Raises:
     UserError: the run has no artifact.
   """
-  from pgolf_jax.quantize.artifact.format import dequantize
+  from pgolf_jax.quantize import artifact
   from pgolf_jax.scoring.plain import load_validation
 
   if not run.artifact.exists():
     raise UserError(f"{run.path} has no artifact to audit; `pgolf run` makes and scores one.")
   settings = run.settings
   data = load_validation(data_folder)
-  params = dequantize(run.artifact.read_bytes())[1]
+  params = artifact.load(run.artifact)[1]
   yield from probe(settings, params, data, mesh, tokens=probe_tokens, count=count)
   yield from scores(run.scores, data, settings)
   yield from data_checks(data_folder)
@@ -154,10 +154,10 @@ def data_checks(folder: Path) -> Iterator[Check]:
 
 def size(artifact: Path, budget: int) -> Check:
   """Artifact and code within the budget."""
-  from pgolf_jax.submission import accounting
+  from pgolf_jax.submission import bundle
 
   weights = artifact.stat().st_size
-  code = len(accounting.archive(accounting.needed_modules())[0])
+  code = bundle.code().size
   return Check("artifact and code", weights + code <= budget, f"{weights:,} + {code:,} of {budget:,} bytes")
 
 

@@ -9,8 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.artifact.banks import kind
+from pgolf_jax.quantize.artifact.codecs import NAMES
 from pgolf_jax.quantize.artifact.tensors import Grid
+from pgolf_jax.quantize.calibrate import Calibration
+from pgolf_jax.quantize.quantize import quantize
+from pgolf_jax.settings.config import QuantizeConfig
 
 RECORD = {
   "attn.c_q.weight": (512, 512, 13.0),
@@ -29,16 +37,12 @@ def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True) 
   Example: pgolf bench compress --artifact runs/demo/artifact.pgolf
 
   Args:
-    artifact: take its integers; else random matrices of the record's shape, with columns of different size.
-    layers: of the random matrices.
+    artifact: an artifact whose integers are taken; random matrices of the record's shape, with columns of different
+      size, if not given.
+    layers: number of layers of random matrices.
     gptq: time GPTQ of all random matrices too.
   """
-  from rich.console import Console
-  from rich.table import Table
-
-  from pgolf_jax.quantize.artifact import format as artifacts
-
-  tensors = artifacts.read(artifact.read_bytes()).tensors if artifact else _random_grids(layers)
+  tensors = read(artifact.read_bytes()).tensors if artifact else _random_grids(layers)
   console = Console()
   for title, rows in (("whole file", measure_files(tensors)), ("bytes by kind", measure_kinds(tensors))):
     table = Table(title=title, title_justify="left")
@@ -56,18 +60,15 @@ def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True) 
 
 
 def measure_files(tensors: Mapping) -> list[dict[str, str]]:
-  """Bytes and seconds of whole artifacts, by codec."""
-  from pgolf_jax.quantize.artifact import format as artifacts
-  from pgolf_jax.quantize.artifact.codecs import NAMES
-
+  """Measures bytes and seconds of whole artifacts, by codec."""
   rows = []
   for name in NAMES:
     began = time.perf_counter()
-    data = artifacts.write({}, tensors, name)
+    data = writer.write({}, tensors, name)
     encoded = time.perf_counter()
-    found = artifacts.read(data)
+    loaded = read(data)
     decoded = time.perf_counter()
-    found.params()
+    loaded.params()
     done = time.perf_counter()
     rows.append(
       {
@@ -82,28 +83,25 @@ def measure_files(tensors: Mapping) -> list[dict[str, str]]:
 
 
 def measure_kinds(tensors: Mapping) -> list[dict[str, str]]:
-  """Bytes of the integers by kind of matrix: entropy of one histogram, both codecs, ZPAQ.
+  """Measures bytes of the integers by kind of matrix: entropy of one histogram, both codecs, ZPAQ.
 
-  ZPAQ gets the columns one after the other, and, where the reference sorts rows by similarity, the better of sorted
-  (with two bytes a row for the order) and unsorted.
+  ZPAQ gets the columns one after the other. Where the reference sorts rows by similarity, the better of sorted (with
+  two bytes a row for the order) and unsorted counts.
   """
-  from pgolf_jax.quantize.artifact.codecs import codec
-  from pgolf_jax.quantize.artifact.names import kind
-
   groups: dict[str, list[np.ndarray]] = {}
   for name, tensor in tensors.items():
     if isinstance(tensor, Grid):
       groups.setdefault(kind(name), []).append(tensor.q_MxN)
   rows = []
   for name, matrices in groups.items():
-    sizes = {c: len(codec(c).encode("grid", matrices)) for c in ("zstd", "entropy")}
+    sizes = {codec: len(writer.encode_stream(codec, "grid", matrices)) for codec in NAMES}
     zpaq = _zpaq(matrices) if shutil.which("lrzip") else None
     row = {
       "kind": name,
       "values": f"{sum(q.size for q in matrices):,}",
       "histogram": f"{_histogram_bytes(matrices):,.0f}",
     }
-    row |= {c: f"{size:,}" for c, size in sizes.items()}
+    row |= {codec: f"{size:,}" for codec, size in sizes.items()}
     row |= {
       "ZPAQ": f"{zpaq:,}" if zpaq else "no lrzip",
       "entropy/ZPAQ": f"{sizes['entropy'] / zpaq:.4f}" if zpaq else "",
@@ -113,10 +111,7 @@ def measure_kinds(tensors: Mapping) -> list[dict[str, str]]:
 
 
 def measure_gptq(tensors: Mapping[str, Grid]) -> tuple[float, float]:
-  """Seconds of GPTQ over weights of the tensors' shapes: the first time, with compiling, and the second."""
-  from pgolf_jax.quantize.quantize import quantize
-  from pgolf_jax.settings.config import QuantizeConfig
-
+  """Measures seconds of GPTQ over weights of the tensors' shapes: the first time, with compiling, and the second."""
   rng = np.random.default_rng(0)
   weights = {n: rng.standard_normal(t.q_MxN.shape, np.float32) for n, t in tensors.items()}
   hessian, rms = {}, {}
@@ -130,7 +125,7 @@ def measure_gptq(tensors: Mapping[str, Grid]) -> tuple[float, float]:
   seconds = []
   for _ in range(2):
     began = time.perf_counter()
-    quantize(weights, hessian, rms, config)
+    quantize(weights, Calibration(hessian, rms), config)
     seconds.append(time.perf_counter() - began)
   return seconds[0], seconds[1]
 
@@ -141,12 +136,12 @@ def _random_grids(layers: int) -> dict[str, Grid]:
   def grid(rows: int, columns: int, clip: float, levels: int) -> Grid:
     width_N = np.exp(0.2 * rng.standard_normal(columns))
     weight_MxN = (rng.standard_normal((rows, columns)) * width_N).astype(np.float32)
-    scale_M = (clip * weight_MxN.std(axis=1) / levels).astype(np.float16)
-    q_MxN = np.clip(np.rint(weight_MxN / scale_M.astype(np.float32)[:, None]), -levels, levels)
-    return Grid(q_MxN.astype(np.int8), scale_M)
+    step_M = (clip * weight_MxN.std(axis=1) / levels).astype(np.float16)
+    q_MxN = np.clip(np.rint(weight_MxN / step_M.astype(np.float32)[:, None]), -levels, levels)
+    return Grid(q_MxN.astype(np.int8), step_M)
 
-  found = {f"blocks.{i}.{n}": grid(*shape, 31) for i in range(layers) for n, shape in RECORD.items()}
-  return found | {"tok_emb.weight": grid(8192, 512, 14.0, 63)}
+  grids = {f"blocks.{i}.{n}": grid(*shape, 31) for i in range(layers) for n, shape in RECORD.items()}
+  return grids | {"tok_emb.weight": grid(8192, 512, 14.0, 63)}
 
 
 def _histogram_bytes(matrices: list[np.ndarray]) -> float:
@@ -172,7 +167,7 @@ def _lrzip(data: bytes) -> int:
 
 
 def _by_similarity(q_MxN: np.ndarray) -> np.ndarray:
-  """Each row followed by the nearest one (by sum of differences) that is left."""
+  """Returns an order of the rows in which each is followed by the nearest (by sum of differences) of those left."""
   rows_MxN, left = q_MxN.astype(np.float32), np.ones(len(q_MxN), bool)
   order = [0]
   left[0] = False

@@ -15,7 +15,7 @@ from rich.table import Table
 from scipy.special import stdtr
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.peaks import Peaks
+from pgolf_jax.kernels.hardware import Peaks
 
 
 class Work(NamedTuple):
@@ -25,6 +25,7 @@ class Work(NamedTuple):
     amount: in units of `unit`, such as tokens; 1 where no rate is of interest.
     flops: floating-point operations that the result needs.
     num_bytes: bytes that must be read or written for it.
+    model_flops: the part of `flops` that counts as the model's.
     peaks: highest rates of the hardware; None where they are not known.
   """
 
@@ -32,6 +33,7 @@ class Work(NamedTuple):
   unit: str = ""
   flops: float = 0.0
   num_bytes: float = 0.0
+  model_flops: float = 0.0
   peaks: Peaks | None = None
 
   @property
@@ -64,7 +66,7 @@ class Way:
 
   labels: Mapping[str, str]
   prepare: Callable[[], Callable[[], Any]]
-  work: Work = Work()
+  work: Work = dataclasses.field(default_factory=Work)
   wait: Callable[[Any], Any] = jax.block_until_ready
   count_memory: Callable[[], Callable[[], Peak | None]] = lambda: lambda: None
   inspect: Callable[[Any], Any] = lambda result: None
@@ -105,6 +107,12 @@ class Measurement:
   def roofline(self) -> float | None:
     """The least time at the hardware's peak rates, as a share of the median."""
     return self.way.work.floor_s and self.way.work.floor_s / self.median
+
+  @property
+  def mfu(self) -> float | None:
+    """Model FLOPs utilisation: the rate of the model's operations, as a share of the hardware's peak rate."""
+    work = self.way.work
+    return work.model_flops / self.median / work.peaks.flops_per_s if work.peaks and work.model_flops else None
 
   @property
   def ratio(self) -> float | None:
@@ -268,7 +276,7 @@ RATES: Columns = {
   "TFLOP/s": lambda m: figure(m.way.work.flops / m.median or None, 1e12),
   "GB/s": lambda m: figure(m.way.work.num_bytes / m.median or None, 1e9),
 }
-ROOFLINE: Columns = {"roofline": lambda m: percentage(m.roofline)}
+ROOFLINE: Columns = {"MFU": lambda m: percentage(m.mfu), "roofline": lambda m: percentage(m.roofline)}
 PEAK: Columns = {"peak MiB": lambda m: m.peak and f"{'≤ ' if m.peak.is_bound else ''}{m.peak.num_bytes / 2**20:,.0f}"}
 
 

@@ -12,12 +12,13 @@ import numpy as np
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
-from pgolf_jax.kernels import target
+from pgolf_jax.kernels import Choice
+from pgolf_jax.kernels.hardware import peaks, target
 from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
-from pgolf_jax.kernels.peaks import peaks
 from pgolf_jax.kernels.polar_express import api as polar
 from pgolf_jax.kernels.segment_attention import api as attention
 from pgolf_jax.kernels.softcapped_xent import api as xent
+from pgolf_jax.kernels.softcapped_xent import linear
 from pgolf_jax.runtime import distributed
 
 Operation = Literal[
@@ -64,7 +65,7 @@ def measure(
   operations: tuple[Operation, ...], tokens: int | None, max_segment: int, repeats: int, noise: bool = False
 ) -> tuple[list[Measurement], list[str]]:
   """Returns the table's rows, and notes: on the sizes, and on each backend that was left out."""
-  here = target.target()
+  here = target()
   on_cpu = here.platform == "cpu"
   tokens = tokens or (2048 if on_cpu else 98304)
   matrices, dtype = (2, jnp.float32) if on_cpu else (22, jnp.bfloat16)
@@ -90,7 +91,7 @@ def measure(
       except ValueError as e:
         notes.append(str(e))
     for gradient in (False, True) if case.differentiated else (False,):
-      work = Work(1, "", case.flops[gradient], case.num_bytes[gradient], limits)
+      work = Work(flops=case.flops[gradient], num_bytes=case.num_bytes[gradient], peaks=limits)
       labels = {"operation": case.name, "pass": "forward + gradient" if gradient else "forward"}
       ways = [Way({**labels, "by": b}, partial(case.jax_call, b, gradient), work) for b in possible]
       if pytorch is not None:
@@ -121,7 +122,7 @@ class Case:
   name: str
   arguments: tuple[jax.Array, ...]
   call: Callable[..., jax.Array]
-  choose: Callable[..., target.Choice]
+  choose: Callable[..., Choice]
   torch: Callable[..., Any]
   flops: tuple[float, float]
   num_bytes: tuple[float, float]
@@ -171,7 +172,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
     "segment_attention",
     (q, k, v, jnp.asarray(start)[None]),
     partial(attention.segment_attention, max_segment=max_segment),
-    partial(attention.choose, q, k, v, start[None], max_segment=max_segment),
+    partial(attention.OPERATION.choose, q, k, v, start[None], max_segment=max_segment),
     lambda torch, q, k, v, start: torch.segment_attention(q[0], k[0], v[0], lengths),
     (4 * pairs * H * C, 14 * pairs * H * C),
     (num_bytes, 3 * num_bytes),
@@ -183,7 +184,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
     "leaky_relu2_mlp",
     (x, up, down),
     partial(mlp.leaky_relu2_mlp, slope=SLOPE),
-    partial(mlp.choose, x, up, down),
+    partial(mlp.OPERATION.choose, x, up, down, slope=SLOPE),
     lambda torch, *arguments: torch.leaky_relu2_mlp(*arguments, SLOPE),
     (4 * tokens * D * F, 12 * tokens * D * F),
     (num_bytes, 3 * num_bytes),
@@ -194,19 +195,21 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
     "softcapped_xent",
     (z, y_N),
     partial(xent.softcapped_xent, **caps),
-    partial(xent.choose, z),
+    partial(xent.OPERATION.choose, z, y_N, None, **caps),
     lambda torch, *arguments: torch.softcapped_xent(*arguments, CAP),
     (0, 0),
     (size * z.size, 3 * size * z.size),
     (0,),
   )
   weight = normal(V, D, scale=0.05)
+  n = linear.block_size(tokens, V)
+  block = jax.ShapeDtypeStruct((n, V), dtype), jax.ShapeDtypeStruct((n,), y_N.dtype)
   num_bytes = size * (tokens * D + V * D)
   yield Case(
     "linear_softcapped_xent",
     (x, weight, y_N),
     partial(xent.linear_softcapped_xent, **caps),
-    partial(xent.choose, jax.ShapeDtypeStruct((4096, V), dtype)),
+    partial(xent.OPERATION.choose, *block, None, **caps),
     lambda torch, x, weight, y_N: torch.softcapped_xent(x @ weight.T, y_N, CAP),
     (2 * tokens * D * V, 6 * tokens * D * V),
     (num_bytes, 3 * num_bytes),
@@ -217,7 +220,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
     "polar_express",
     (bank,),
     polar.polar_express,
-    partial(polar.choose, bank),
+    partial(polar.OPERATION.choose, bank, steps=5),
     lambda torch, bank: torch.polar_express(bank),
     (5 * matrices * (4 * D * D * F + 2 * D**3), 0),
     (2 * size * bank.size, 0),

@@ -14,8 +14,8 @@ from pgolf_jax.bench import harness, published_ngram
 from pgolf_jax.bench.harness import Measurement, Peak, Way, Work
 from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
+from pgolf_jax.kernels.hardware import Peaks
 from pgolf_jax.kernels.ngram import NgramState, reference
-from pgolf_jax.kernels.peaks import Peaks
 
 CACHE_LINE = 64
 """Bytes."""
@@ -25,7 +25,7 @@ PYTHON_TARGETS = 100_000
 
 
 class Hints(NamedTuple):
-  """What one implementation makes of a stream: [N] hints, 0 where the gate is closed, [N] gates, bytes of its counts."""
+  """An implementation's hints, 0 where the gate is closed, its gates, and the bytes of its counts."""
 
   hint_N: np.ndarray
   gate_N: np.ndarray

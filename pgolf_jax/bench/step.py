@@ -15,7 +15,7 @@ from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement
 from pgolf_jax.bench.step_ways import Case, Pass
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.peaks import Peaks, peaks
+from pgolf_jax.kernels.hardware import Peaks, peaks
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices
@@ -64,20 +64,13 @@ def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) ->
   columns = {
     **harness.MILLISECONDS,
     **harness.rate("tokens"),
-    "MFU": lambda m: harness.percentage(mfu(m)),
     **harness.ROOFLINE,
-    "planned GiB": lambda m: harness.figure(m.facts.planned_bytes, 2**30),
+    "planned GiB": lambda m: harness.figure(m.facts, 2**30),
     **harness.PEAK,
     **harness.COMPARISON,
   }
   measurements, notes = measure(arguments)
   harness.show("training step", measurements, columns, notes)
-
-
-def mfu(m: Measurement) -> float | None:
-  """Model FLOP/s over the peak rate; None where no peak is known."""
-  limits = m.way.work.peaks
-  return None if limits is None else m.facts.model_flops / limits.flops_per_s / m.median
 
 
 def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
@@ -107,7 +100,9 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
     notes += [f"PyTorch was left out: {obstacle}"] if obstacle else []
   schedule = Schedule(t, settings.optimizer, settings.model.num_loops, settings.quantize.reserve_seconds)
   lengths = list(dict.fromkeys(seq_len for seq_len, _ in schedule.shapes()))
-  modes = {"off": [False], "on": [True], "both": [False, True]}[arguments.looping if settings.model.num_loops else "off"]
+  modes = {"off": [False], "on": [True], "both": [False, True]}[arguments.looping]
+  if settings.model.num_loops == 0:
+    modes = [False]
   params, measurements = first_params(settings), []
   for passes in arguments.passes:
     for seq_len in lengths:

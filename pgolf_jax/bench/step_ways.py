@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work
-from pgolf_jax.kernels.peaks import peaks
+from pgolf_jax.kernels.hardware import peaks
+from pgolf_jax.model import flops
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
-from pgolf_jax.plan import work as flops
-from pgolf_jax.plan.plan import memory
+from pgolf_jax.plan.examine import memory
 from pgolf_jax.runtime.mesh import world_size
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.step import argument_shapes, init_state, make_step, place_rows
@@ -29,18 +29,6 @@ Pass = Literal["forward", "gradient", "step"]
 LR_SCALE, MOMENTUM = 1e-3, 0.95
 """Of the timed steps, which all see the same tokens: small, so that the weights stay where they are."""
 TRACED_STEPS = 3
-
-
-class Facts(NamedTuple):
-  """What is known of a way beside its times.
-
-  Attributes:
-    model_flops: of one device, without the optimizer's.
-    planned_bytes: memory of one device, as XLA's compiler counts it; None for PyTorch.
-  """
-
-  model_flops: float
-  planned_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,33 +67,28 @@ class Case:
   def work(self) -> Work:
     """Tokens of all devices; operations and bytes of one."""
     targets = self.tokens_MxT1[:, 1:].size
-    products = self.model_flops
+    devices = self.mesh.size if self.passes == "step" else 1
+    forward = flops.forward(self.settings.model, targets // devices, self.seq_len, looping=self.looping)
+    products = model_flops = forward if self.passes == "forward" else 3 * forward
     if self.passes == "step":
-      products = flops.train_step(self.settings, self.mesh.size, self.seq_len, looping=self.looping)
+      products = flops.train_step(self.settings, devices, self.seq_len, looping=self.looping)
     # A step reads and writes parameters, their average, and Adam's two moments or Muon's one.
     times = {"forward": 1, "gradient": 2, "step": 6}[self.passes]
     num_bytes = times * sum(x.nbytes for x in self.params.values())
-    return Work(targets, "tokens", products, num_bytes, peaks(self.device.device_kind))
-
-  @property
-  def model_flops(self) -> float:
-    """Of one device, without the optimizer's."""
-    targets = self.tokens_MxT1[:, 1:].size // (self.mesh.size if self.passes == "step" else 1)
-    forward = flops.forward(self.settings.model, targets, self.seq_len, looping=self.looping)
-    return forward if self.passes == "forward" else 3 * forward
+    return Work(targets, "tokens", products, num_bytes, model_flops, peaks(self.device.device_kind))
 
   def _labels(self, by: str) -> dict[str, str]:
     looping = "on" if self.looping else "off"
     return {"pass": self.passes, "segments": str(self.seq_len), "looping": looping, "by": by}
 
   def jax_way(self, backend: str) -> Way:
-    """A compiled program: plain XLA for "xla", for "kernels" what a run takes."""
+    """A compiled program: plain XLA for "xla", for "kernels" what a run takes. Its facts are its planned bytes."""
     return Way(
       self._labels(backend),
       functools.partial(self.start, backend),
       self.work,
       count_memory=functools.partial(harness.device_memory, self.device),
-      inspect=lambda _: Facts(self.model_flops, sum(memory(self.compiled(backend)).values()) or None),
+      inspect=lambda _: sum(memory(self.compiled(backend)).values()),
     )
 
   @functools.lru_cache(maxsize=2)  # noqa: B019
@@ -124,13 +107,17 @@ class Case:
   def _micro_batch(self):
     return jax.device_put((self.params, self.tokens_MxT1.astype(np.int32)), self.device)
 
+  def first_step(self) -> tuple:
+    """The arguments of the first step, on the devices; the state is the first of them."""
+    rows = place_rows(self.mesh, self.tokens_MxT1)
+    return init_state(self.settings, self.mesh, self.params), rows, np.float32(LR_SCALE), np.float32(MOMENTUM)
+
   def start(self, backend: str) -> Callable[[], Any]:
     """Places the arguments; returns a function that runs the program once, from the state the last run left."""
     program = self.compiled(backend)
     if self.passes != "step":
       return functools.partial(program, *self._micro_batch())
-    state = init_state(self.settings, self.mesh, self.params)
-    others = place_rows(self.mesh, self.tokens_MxT1), np.float32(LR_SCALE), np.float32(MOMENTUM)
+    state, *others = self.first_step()
 
     def run():
       nonlocal state
@@ -159,7 +146,6 @@ class Case:
       self.work,
       wait=lambda _: pytorch.synchronize(platform),
       count_memory=functools.partial(pytorch.count_memory, platform),
-      inspect=lambda _: Facts(self.model_flops),
     )
 
   def start_torch(self, pytorch: ModuleType, *, compiled: bool) -> Callable[[], Any]:
@@ -170,7 +156,8 @@ class Case:
     tokens_MxT1 = pytorch.tensor(self.tokens_MxT1, platform)
     starts = np.append(np.arange(0, tokens_MxT1.shape[1] - 1, self.seq_len), tokens_MxT1.shape[1] - 1)
     lengths = tuple(np.diff(starts).tolist())
-    loss = functools.partial(torch.compile(model.loss) if compiled else model.loss, lengths=lengths, looping=self.looping)
+    loss = torch.compile(model.loss) if compiled else model.loss
+    loss = functools.partial(loss, lengths=lengths, looping=self.looping)
     if self.passes == "step":
       ranks = world_size(settings, self.mesh) if settings.optimizer.clip_scope == "rank" else 1
       step = pytorch.TorchStep(settings, model, ranks, loss)

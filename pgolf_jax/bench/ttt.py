@@ -3,14 +3,15 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
+from pgolf_jax import stages
+from pgolf_jax.bench import harness
+from pgolf_jax.bench.harness import Way, Work, figure, percentage
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
@@ -18,23 +19,20 @@ from pgolf_jax.scoring import buckets
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import batches, find_documents
 from pgolf_jax.scoring.plain import ValidationData, load_validation
+from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import load
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """What was measured with one method."""
+class Facts(NamedTuple):
+  """What is known of an evaluation besides its time."""
 
-  method: str
   shapes: int  # compiled, for all documents
   useful_share: float  # useful FLOPs over executed, all documents
   one_shape_share: float  # the same if every chunk ran in the largest shape
-  tokens: int  # scored
-  seconds: float
-  outside_share: float  # of the seconds, those in which no scan ran
-  flops_per_second: float  # executed
+  outside_share: float  # of the first timed seconds, those in which no scan ran
+  flops_per_second: float  # executed, while a scan ran
   compile_seconds: float
 
 
@@ -43,6 +41,7 @@ def ttt(
   data: Path | None = None,
   documents: int = 48,
   methods: tuple[Literal["exact", "cached"], ...] = ("exact", "cached"),
+  repeats: int = 1,
 ) -> None:
   """Time score-first test-time training with random weights on the validation documents of a data folder.
 
@@ -56,67 +55,54 @@ def ttt(
     data: folder of shards; the config's if not given.
     documents: how many to score; all if there are fewer.
     methods: which evaluations to time.
+    repeats: timed evaluations of each method.
   """
-  from pgolf_jax import stages  # the verbs' module, loaded where a data folder is not given
-
   distributed.start()
-  loaded = load(config)
-  folder = data or stages.data_folder(loaded)
-  table = Table(title=f"test-time training, {config.stem} on {folder}", title_justify="left")
-  columns = ("method", "shapes", "useful", "one shape", "tokens", "s", "tokens/s", "outside", "GFLOP/s", "compile s")
-  for column in columns:
-    table.add_column(column, justify="left" if column == "method" else "right")
-  for method in methods:
-    row = measure(loaded, folder, method, documents)
-    table.add_row(
-      row.method,
-      str(row.shapes),
-      f"{row.useful_share:.3f}",
-      f"{row.one_shape_share:.3f}",
-      f"{row.tokens:,}",
-      f"{row.seconds:.1f}",
-      f"{row.tokens / row.seconds:,.0f}",
-      f"{row.outside_share:.1%}",
-      f"{row.flops_per_second / 1e9:,.1f}",
-      f"{row.compile_seconds:.0f}",
-    )
-  console = Console()
-  if not console.is_terminal:
-    console.width = 120  # a log file takes the whole table
-  console.print(table)
+  settings = load(config)
+  folder = data or stages.data_folder(settings)
+  validation = load_validation(folder)
+  measurements, notes = harness.measure([way(settings, validation, m, documents) for m in methods], repeats, warmups=0)
+  harness.show(f"test-time training, {config.stem} on {folder}", measurements, _COLUMNS, notes)
 
 
-def measure(settings: Settings, folder: Path, method: str, count: int) -> Row:
-  """Returns one line of the table."""
+def way(settings: Settings, data: ValidationData, method: str, count: int) -> Way:
+  """Returns the evaluation of `count` documents by one method; its time is that of the evaluation's own clock."""
   mesh = data_mesh()
   without_phase = dataclasses.replace(settings.ttt.phase, prefix_docs=0)
   t = dataclasses.replace(settings.ttt, method=method, phase=without_phase)
   settings = dataclasses.replace(settings, ttt=t, eval=dataclasses.replace(settings.eval, doc_fraction=1.0))
-  data = load_validation(folder)
-  documents = find_documents(data.tokens, settings.model.bos_id)
-  costs, cut = buckets.Costs.estimate(settings.model, t), batches(t, documents)
-  work = buckets.plan_work(t, cut, costs, devices=mesh.size)
-  in_one = [call for batch in cut for call in buckets.calls(t, batch, work.shapes[:1], costs, devices=mesh.size)]
+  sample = _sample(data, count, settings.model.bos_id)
+  programs = _TimedPrograms(settings, mesh)
 
-  by_length = sorted(documents, key=lambda d: d.length)
+  def prepare():
+    params = parameters.init(settings.model, jax.random.key(0))
+    return lambda: evaluate(settings, params, sample, mesh, programs=programs)
+
+  def inspect(result: Evaluation) -> Facts:
+    documents = batches(t, find_documents(data.tokens, settings.model.bos_id))
+    costs = buckets.Costs.estimate(settings.model, t)
+    work = buckets.plan_work(t, documents, costs, devices=mesh.size)
+    largest = work.shapes[:1]
+    in_one_shape = [c for batch in documents for c in buckets.calls(t, batch, largest, costs, devices=mesh.size)]
+    return Facts(
+      shapes=len(work.shapes),
+      useful_share=work.useful_flops / work.executed_flops,
+      one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one_shape))),
+      outside_share=1 - programs.seconds / result.clocks.evaluation,
+      flops_per_second=result.executed_flops / programs.seconds,
+      compile_seconds=result.clocks.compilation,
+    )
+
+  work = Work(amount=len(sample.tokens) - 1, unit="tokens")
+  return Way({"method": method}, prepare, work, inspect=inspect, clock=lambda result: result.clocks.evaluation)
+
+
+def _sample(data: ValidationData, count: int, bos_id: int) -> ValidationData:
+  """A stream of documents drawn evenly from the shortest to the longest."""
+  by_length = sorted(find_documents(data.tokens, bos_id), key=lambda d: d.length)
   chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
   parts = [slice(d.start, d.start + d.targets) for d in dict.fromkeys(chosen)]
-  sample = ValidationData(*(np.concatenate([x[part] for part in parts]) for x in data))
-
-  programs = _TimedPrograms(settings, mesh)
-  result = evaluate(settings, parameters.init(settings.model, jax.random.key(0)), sample, mesh, programs=programs)
-  seconds = result.clocks.evaluation
-  return Row(
-    method=method,
-    shapes=len(work.shapes),
-    useful_share=work.useful_flops / work.executed_flops,
-    one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one))),
-    tokens=result.score.targets,
-    seconds=seconds,
-    outside_share=1 - programs.seconds / seconds,
-    flops_per_second=result.executed_flops / programs.seconds,
-    compile_seconds=result.clocks.compilation,
-  )
+  return ValidationData(*(np.concatenate([x[part] for part in parts]) for x in data))
 
 
 class _TimedPrograms(Programs):
@@ -134,5 +120,18 @@ class _TimedPrograms(Programs):
     self.seconds += time.perf_counter() - began
     return result
 
+
+_COLUMNS: harness.Columns = {
+  "shapes": lambda m: str(m.facts.shapes),
+  "useful": lambda m: f"{m.facts.useful_share:.3f}",
+  "one shape": lambda m: f"{m.facts.one_shape_share:.3f}",
+  "tokens": lambda m: figure(m.way.work.amount),
+  **harness.SECONDS,
+  **harness.rate("tokens"),
+  "outside": lambda m: percentage(m.facts.outside_share),
+  "GFLOP/s": lambda m: figure(m.facts.flops_per_second, 1e9),
+  "compile s": lambda m: figure(m.facts.compile_seconds),
+  **harness.COMPARISON,
+}
 
 COMMAND = ttt

@@ -1,13 +1,13 @@
-"""`pgolf bench`: every benchmark of `pgolf_jax.bench`, by its module's name."""
+"""`pgolf bench`: every benchmark, by its module's name."""
 
-import importlib
-import pkgutil
+from pgolf_jax.bench import compress, data, kernels, ngram, start, step, ttt
 
-from pgolf_jax import bench
-
-_MODULES = {
-  found.name: importlib.import_module(f"pgolf_jax.bench.{found.name}")
-  for found in pkgutil.iter_modules(bench.__path__)
-  if not found.name.startswith("_")
+COMMANDS = {
+  "kernels": kernels.COMMAND,
+  "step": step.COMMAND,
+  "start": start.COMMAND,
+  "ttt": ttt.COMMAND,
+  "data": data.COMMAND,
+  "ngram": ngram.COMMAND,
+  "compress": compress.COMMAND,
 }
-COMMANDS = {name: module.COMMAND for name, module in _MODULES.items()}

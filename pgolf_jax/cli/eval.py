@@ -37,6 +37,7 @@ def evaluate(
 
   from pgolf_jax import stages
   from pgolf_jax.errors import UserError
+  from pgolf_jax.quantize import artifact
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.mesh import data_mesh
@@ -52,11 +53,11 @@ def evaluate(
     run = RunFolder(target)
     settings = run.settings
     if weights == "artifact":
-      params = stages.load_artifact(run.artifact)[1]
+      params = artifact.load(run.artifact)[1]
     else:
       params = stages.averaged_params(run, mesh)
   else:
-    settings, params = stages.load_artifact(target)
+    settings, params = artifact.load(target)
     if weights == "averaged":
       raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
   settings = from_env(os.environ, base=settings)

@@ -14,48 +14,35 @@ def generate(
   seed: int = 0,
   tokenizer: Path | None = None,
 ) -> None:
-  """Continue a prompt with an artifact's model, in the terminal, as it comes.
+  """Continue a prompt with an artifact's model, and print each piece as soon as it is certain.
 
   Example: pgolf generate runs/demo/artifact.pgolf --prompt "My fellow citizens," --temperature 0.7
 
   Args:
     artifact: an artifact's file, or the folder of a run or submission that holds one.
     prompt: text to continue.
-    tokens: most tokens to make.
+    tokens: makes at most so many.
     temperature: 0 takes the likeliest token each time; 1 samples as the model says.
     top_p: sample from the fewest tokens that together have this probability.
     seed: the same seed gives the same text.
-    tokenizer: the model's .model file; else tokenizer.model beside the artifact, or the run's.
+    tokenizer: the model's .model file; tokenizer.model beside the artifact, or the run's, if not given.
   """
   import jax.numpy as jnp
 
   from pgolf_jax.data.tokenizer import Tokenizer
-  from pgolf_jax.errors import UserError
   from pgolf_jax.model import generate as generation
-  from pgolf_jax.quantize.artifact.format import dequantize
+  from pgolf_jax.quantize.artifact import load
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.settings.load import from_dict
 
   distributed.start()
   path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
-  try:
-    data = path.read_bytes()
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an artifact.") from error
-  config, params = dequantize(data)
-  settings = from_dict(config, where=f"{path}'s config")
+  settings, params = load(path)
   pieces = generation.generate(
-    settings.model,
+    settings,
     {name: jnp.asarray(value) for name, value in params.items()},
     Tokenizer.load(tokenizer or _tokenizer_beside(path)),
     prompt,
-    tokens=tokens,
-    context=settings.eval.seq_len,
-    temperature=temperature,
-    top_p=top_p,
-    seed=seed,
-    rewritten=settings.data.caseops,
-    dtype=jnp.dtype(settings.train.compute_dtype),
+    generation.Sampling(tokens, temperature, top_p, seed),
   )
   print(prompt, end="", flush=True)
   for piece in pieces:
@@ -64,15 +51,14 @@ def generate(
 
 
 def _tokenizer_beside(path: Path) -> Path:
-  """tokenizer.model next to the artifact, or the tokenizer of the run folder that it lies in."""
+  """Returns tokenizer.model next to the artifact, or the tokenizer of the run whose folder holds it."""
+  from pgolf_jax import stages
   from pgolf_jax.errors import UserError
+  from pgolf_jax.run_folder import RunFolder
 
   if (path.parent / "tokenizer.model").is_file():
     return path.parent / "tokenizer.model"
   if (path.parent / "config.toml").is_file():
-    from pgolf_jax import stages
-    from pgolf_jax.run_folder import RunFolder
-
     settings = RunFolder(path.parent).settings
     return Path(settings.data.tokenizer or stages.data_folder(settings) / "tokenizer.model")
   raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")

@@ -8,7 +8,7 @@ import tyro
 def package(
   run: tyro.conf.Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False
 ) -> None:
-  """Build a submission folder from a run, count its bytes, and score it in a fresh process before saying yes.
+  """Build a submission folder from a run, count its bytes, and score it from itself alone in a fresh process.
 
   Example: pgolf package runs/demo --out submissions/demo
 
@@ -16,7 +16,7 @@ def package(
     run: run folder with an artifact.
     out: the submission folder; RUN/submission if not given.
     data: folder of validation shards; the run's own if not given.
-    ttt: check the score with test-time training too, not only the plain one.
+    ttt: check the score with test-time training as well as the plain one.
   """
   from pgolf_jax import stages
   from pgolf_jax.errors import UserError
@@ -31,21 +31,16 @@ def package(
     raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
   data = data or stages.data_folder(folder.settings)
   tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
-  logs = [
-    p for p in (folder.path / "run.log", folder.path / "results.json", folder.path / "config.toml") if p.is_file()
-  ]
+  logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
   results = folder.results()
-  score = results.get("ttt") or results.get("artifact")
   out = out or folder.path / "submission"
-  found = packaging.build(
-    out,
-    folder.artifact.read_bytes(),
+  contents = packaging.Contents(
+    name=folder.path.resolve().name,
     tokenizer=tokenizer if tokenizer.is_file() else None,
     logs=logs,
-    score=score,
-    name=folder.path.resolve().name,
+    score=results.get("ttt") or results.get("artifact"),
   )
-  print(accounting.table(found))
+  print(accounting.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
   plain = results.get("artifact", {}).get("bpb")
   rescored = packaging.verify(out, data, expected_bpb=plain)
   print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")

@@ -15,39 +15,41 @@ def plan(
   every_shape: bool = False,
   settings: Overrides = Settings(),
 ) -> int:
-  """Compile the train and test-time training steps for hardware that is not there.
+  """Compile the steps of training and of test-time training for hardware that is not there.
 
-  Prints memory a device, work, collectives and the least time at peak rates; exit status 1 if a program does not fit.
-  TPUs need libtpu (pip install 'pgolf_jax[tpu]') and no TPU; H100s JAX's CUDA plugin (pip install 'pgolf_jax[cuda]')
-  and neither a GPU nor a driver. Without the plugin programs for H100s are lowered, not compiled.
+  Prints for each program the memory of one device, its work, its collectives and the least time it takes at the chips'
+  peak rates, and for H100s the machine code of its kernels. The exit status is 1 if a program does not fit. TPUs need
+  libtpu (pip install 'pgolf_jax[tpu]') but no TPU, H100s JAX's CUDA plugin (pip install 'pgolf_jax[cuda]') but no GPU
+  and no driver. Without the plugin, programs for H100s are lowered but not compiled: memory and machine code stay
+  unknown.
 
   Example: pgolf plan configs/v5e_8.toml --topology v5e:2x4
 
   Args:
     config: TOML file of settings.
     topology: h100:1, h100:8, or a TPU topology such as v5e:2x4, v6e:2x4, v5p:2x2x1.
-    every_shape: the train step of every sequence length and looping mode, not only of the last.
+    every_shape: compile the train step of every sequence length and looping mode, not only of the last.
   """
   from pgolf_jax.runtime import xla_options
   from pgolf_jax.settings import check
 
-  # What is planned for need not be here, and what is here must be left alone.
+  # The hardware of the plan need not be here, and the hardware that is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
   if topology.lower().startswith("h100"):
     xla_options.add_gpu_flags(os.environ)
-  from pgolf_jax.plan import hardware as hardwares
-  from pgolf_jax.plan.plan import examine, report
+  from pgolf_jax.plan import hardware
+  from pgolf_jax.plan.examine import examine, report
   from pgolf_jax.plan.programs import programs
 
-  hardware = hardwares.topology(topology)
-  check.check(settings, device_count=hardware.mesh.size)
-  print(f"{hardware.name}: {hardware.mesh.size} × {hardware.kind}", flush=True)
-  if hardware.only_lowers:
-    print(hardware.only_lowers)
+  described = hardware.topology(topology)
+  check.check(settings, device_count=described.mesh.size)
+  print(f"{described.name}: {described.mesh.size} × {described.kind}", flush=True)
+  if described.only_lowers:
+    print(described.only_lowers)
   fits = True
-  for program in programs(settings, hardware.mesh, every_shape=every_shape):
-    finding = examine(program, hardware)
-    print("\n" + report(finding, hardware), flush=True)
+  for program in programs(settings, described.mesh, every_shape=every_shape):
+    finding = examine(program, described)
+    print("\n" + report(finding, described), flush=True)
     fits = fits and finding.fits is not False
   return 0 if fits else 1
 

@@ -16,14 +16,14 @@ def quantize(
   fit: bool = False,
   quantize: QuantizeConfig = QuantizeConfig(),
 ) -> None:
-  """Quantise the averaged weights of a run into an artifact, and say what its bytes are.
+  """Quantise the averaged weights of a run into an artifact, and list its bytes by stream.
 
   Example: pgolf quantize runs/demo --fit --quantize.codec entropy
 
   Args:
     run: run folder with finished training.
     out: the artifact's file; artifact.pgolf in the run folder if not given.
-    fit: search the finest clips with which artifact and code fit the budget.
+    fit: search for the finest clips with which artifact and code fit the budget.
   """
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
@@ -43,17 +43,18 @@ def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
 
 def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
-  from pgolf_jax.quantize import stage
+  from pgolf_jax.quantize.make import make
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.files import write_bytes
   from pgolf_jax.runtime.mesh import data_mesh, world_size
-  from pgolf_jax.submission import accounting, package
+  from pgolf_jax.submission import accounting, bundle
 
   if "train" not in run.results():
-    raise UserError(f"{run.path} has no finished training; `pgolf train` with its config and --out {run.path} goes on.")
+    raise UserError(f"{run.path}: training is not finished; `pgolf train` with its config and --out {run.path} goes on.")
   mesh = data_mesh()
   settings = dataclasses.replace(run.settings, quantize=config)
-  code = package.code()
-  made = stage.make(
+  code = bundle.code()
+  made = make(
     settings,
     stages.averaged_params(run, mesh),
     stages.data_folder(settings),
@@ -61,10 +62,8 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )
   if distributed.is_leader():
-    out.write_bytes(made.data)
-  budget = settings.quantize.budget_bytes
-  parts = {"starter": code.starter, "archive": code.archive, "files": code.files}
-  print(accounting.table(accounting.account(made.data, **parts, tokenizer=0, budget=budget)))
+    write_bytes(out, made.data)
+  print(accounting.table(accounting.account(made.data, code, budget=settings.quantize.budget_bytes)))
   if fit:
     clips = {k: v for k, v in dataclasses.asdict(made.config).items() if k.endswith("clip_sigmas")}
     print("clips: " + ", ".join(f"quantize.{name}={value:g}" for name, value in clips.items()))

@@ -1,7 +1,8 @@
-"""Text from a model, token by token. T positions of a bucket, V vocabulary."""
+"""Text from a model, token by token. Letters: see model/__init__.py."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,78 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.model.context import segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings.config import ModelConfig, Settings
 
-_SMALLEST_BUCKET = 64
+_SMALLEST_BUCKET = 64  # tokens
 _EOS = 2
-_UNFINISHED = "\ufffd"  # what a decoder makes of the first bytes of a character
+_UNFINISHED = "\ufffd"  # a decoder returns it for the first bytes of a character
 
 
-def next_logits(config: ModelConfig, dtype=jnp.bfloat16):
-  """A compiled function (params, tokens_T, count) → evaluation logits [V] after the first `count` tokens.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a continuation is drawn."""
 
-  Lengths are padded to powers of two, so that few programs are compiled. What stands after `count` does not matter.
+  tokens: int = 200  # at most; a bos or eos of the model ends the text sooner
+  temperature: float = 0.8  # 0 takes the likeliest token each time, 1 samples from the model's distribution
+  top_p: float = 0.95  # sample from the fewest tokens that together have this probability
+  seed: int = 0  # the same seed gives the same text
+
+  def __post_init__(self):
+    if self.temperature < 0 or not 0 < self.top_p <= 1 or self.tokens < 0:
+      raise UserError(
+        f"temperature={self.temperature} must be at least 0, top_p={self.top_p} above 0 and at most 1, and "
+        f"tokens={self.tokens} at least 0; change the one that is not."
+      )
+
+
+def generate(
+  settings: Settings, params: Params, tokenizer: Tokenizer, prompt: str, sampling: Sampling
+) -> Iterator[str]:
+  """Yields the continuation of `prompt` in pieces of text, each as soon as later tokens cannot change it.
+
+  Args:
+    settings: of the model; it sees the last `eval.seq_len` tokens. With `data.caseops` the prompt is rewritten for the
+      model, and its output is turned back into ordinary text.
+    tokenizer: the one that the model was trained with.
+    sampling: length, temperature and seed.
+
+  Raises:
+    UserError: the tokenizer's vocabulary is not of the model's size.
+  """
+  vocab_size, context, caseops_text = settings.model.vocab_size, settings.eval.seq_len, settings.data.caseops
+  if tokenizer.vocab_size != vocab_size:
+    raise UserError(
+      f"The tokenizer has {tokenizer.vocab_size} pieces, the model {vocab_size}; give its own with --tokenizer."
+    )
+  logits = next_logits(settings.model, jnp.dtype(settings.train.compute_dtype))
+  rng = np.random.default_rng(sampling.seed)
+  tokens = [BOS, *tokenizer.encode(caseops.encode(prompt) if caseops_text else prompt).tolist()]
+  prompt_tokens = len(tokens)
+
+  def text() -> str:
+    coded = tokenizer.decode(tokens)
+    return caseops.decode(coded, strict=False) if caseops_text else coded
+
+  shown = len(text())
+  for _ in range(sampling.tokens):
+    logits_V = logits(params, np.array(tokens[-context:], np.int32))
+    token = sample(logits_V, rng, temperature=sampling.temperature, top_p=sampling.top_p)
+    if token in (BOS, _EOS):
+      break
+    tokens.append(token)
+    so_far = text()
+    # A marker at the end waits for its letter, and a byte for the rest of its character.
+    if len(so_far) > shown and not so_far.endswith(_UNFINISHED):
+      yield so_far[shown:]
+      shown = len(so_far)
+  if len(tokens) > prompt_tokens and len(text()) > shown:
+    yield text()[shown:]
+
+
+def next_logits(config: ModelConfig, dtype=jnp.bfloat16) -> Callable[[Params, np.ndarray], np.ndarray]:
+  """Returns a function (params, tokens_T) → evaluation logits [V] of the token that comes next.
+
+  Rows are padded to powers of two, so that few programs are compiled.
   """
 
   @functools.partial(jax.jit, static_argnames=("length",))
@@ -44,7 +106,7 @@ def next_logits(config: ModelConfig, dtype=jnp.bfloat16):
 
 
 def sample(logits_V: np.ndarray, rng: np.random.Generator, *, temperature: float, top_p: float) -> int:
-  """One token: the likeliest at temperature 0, else drawn from the fewest that together have probability `top_p`."""
+  """Returns one token: the likeliest at temperature 0, else drawn from the fewest with probability `top_p` in sum."""
   if temperature == 0:
     return int(np.argmax(logits_V))
   scaled_V = (logits_V.astype(np.float64) - logits_V.max()) / temperature
@@ -52,62 +114,5 @@ def sample(logits_V: np.ndarray, rng: np.random.Generator, *, temperature: float
   share_V /= share_V.sum()
   order_V = np.argsort(-share_V, kind="stable")
   before_V = np.cumsum(share_V[order_V]) - share_V[order_V]
-  kept = order_V[before_V < top_p]
-  return int(rng.choice(kept, p=share_V[kept] / share_V[kept].sum()))
-
-
-def generate(
-  config: ModelConfig,
-  params: Params,
-  tokenizer: Tokenizer,
-  prompt: str,
-  *,
-  tokens: int,
-  context: int,
-  temperature: float,
-  top_p: float,
-  seed: int,
-  rewritten: bool,
-  dtype=jnp.bfloat16,
-) -> Iterator[str]:
-  """The continuation of `prompt` in pieces of text, as they become certain.
-
-  Args:
-    tokens: most tokens to make; a bos or eos of the model's ends it sooner.
-    context: tokens at the end that the model sees.
-    temperature, top_p: see `sample`.
-    seed: the same seed gives the same text.
-    rewritten: whether the model knows text as CaseOps writes it; then that is undone.
-
-  Raises:
-    UserError: a number out of its range, or the tokenizer is not the model's.
-  """
-  if temperature < 0 or not 0 < top_p <= 1 or tokens < 0:
-    raise UserError(
-      f"temperature={temperature} must be 0 or more, top_p={top_p} in (0, 1], tokens={tokens} 0 or more; mend that."
-    )
-  if tokenizer.vocab_size != config.vocab_size:
-    raise UserError(
-      f"The tokenizer has {tokenizer.vocab_size} pieces, the model {config.vocab_size}; give its own with --tokenizer."
-    )
-  step, rng = next_logits(config, dtype), np.random.default_rng(seed)
-  known = [BOS, *tokenizer.encode(caseops.encode(prompt) if rewritten else prompt).tolist()]
-  first = len(known)
-
-  def text() -> str:
-    coded = tokenizer.decode(known)
-    return caseops.decode(coded, strict=False) if rewritten else coded
-
-  shown = len(text())
-  for _ in range(tokens):
-    token = sample(step(params, np.array(known[-context:], np.int32)), rng, temperature=temperature, top_p=top_p)
-    if token in (BOS, _EOS):
-      break
-    known.append(token)
-    so_far = text()
-    # A marker at the end waits for its letter and a byte for the rest of its character.
-    if len(so_far) > shown and not so_far.endswith(_UNFINISHED):
-      yield so_far[shown:]
-      shown = len(so_far)
-  if len(known) > first and len(text()) > shown:
-    yield text()[shown:]
+  nucleus = order_V[before_V < top_p]
+  return int(rng.choice(nucleus, p=share_V[nucleus] / share_V[nucleus].sum()))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pgolf_jax.kernels.softcapped_xent.reference import softcap
+from pgolf_jax.kernels.numerics import softcap
 from pgolf_jax.model import rotary
 from pgolf_jax.model.adapters import Adaptation, Adapter, delta
 from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm, scaled

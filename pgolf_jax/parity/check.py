@@ -133,7 +133,7 @@ def _quantize(case: Case, name: str, ours: Arrays, expected: Arrays) -> Row | No
 
 
 def _matrix(params: Arrays, name: str) -> np.ndarray:
-  from pgolf_jax.quantize.artifact.names import unbank
+  from pgolf_jax.quantize.artifact.banks import unbank
 
   return np.asarray(unbank(params)[name], np.float64)
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pgolf_jax.quantize.artifact import format
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.settings.load import from_env
 
@@ -23,6 +24,6 @@ def quantize_case(
     hessian, act_rms: calibration by matrix name.
   """
   settings = from_env(environ)
-  tensors = quantize(params, hessian, act_rms, settings.quantize)
-  data = format.write({}, tensors, settings.quantize.codec)
-  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in format.read(data).tensors.items()}
+  tensors = quantize(params, Calibration(hessian, act_rms), settings.quantize)
+  data = writer.write({}, tensors, settings.quantize.codec)
+  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in read(data).tensors.items()}

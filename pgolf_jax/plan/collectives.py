@@ -1,4 +1,4 @@
-"""Exchanges between devices, counted in a program's text: compiled HLO, or StableHLO where it was only lowered."""
+"""The exchanges between devices, counted in a program's text: compiled HLO, or StableHLO that was only lowered."""
 
 import math
 import re
@@ -8,13 +8,17 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 class Traffic(NamedTuple):
-  """The exchanges of one kind. One inside a loop counts once."""
+  """The exchanges of one kind; an exchange inside a loop counts once.
+
+  Attributes:
+    bytes: size of the whole arrays that are reduced, or that gathering makes.
+  """
 
   count: int
-  bytes: int  # of the whole arrays: of what is reduced, or of what is gathered
+  bytes: int
 
   def sent(self, kind: str, devices: int) -> float:
-    """Bytes that each device sends, on a ring."""
+    """Returns the bytes that each device sends if the devices form a ring."""
     share = (devices - 1) / devices
     return self.bytes * share * (2 if kind == "all-reduce" else 1)
 
@@ -27,13 +31,13 @@ _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]+\d*)>")
 
 
 def in_hlo(text: str, devices: int) -> dict[str, Traffic]:
-  """Kind → traffic of compiled HLO text.
+  """Returns the traffic of compiled HLO text, by kind.
 
-  An asynchronous pair counts once, by its end: what its start's result holds beside it differs by kind and release. On
-  TPUs an exchange that runs beside other work is a chain of fusions with that work, each of which repeats it in the
-  text: a chain counts once.
+  An asynchronous exchange is counted at its end, since the form of the result of its start differs between kinds and
+  releases of XLA. On TPUs an exchange that runs beside other work is a chain of fusions, each of which contains the
+  exchange in its text: a chain counts once.
   """
-  found: dict[str, Traffic] = {}
+  traffic: dict[str, Traffic] = {}
   chains: set[tuple[str, str]] = set()
   for line in text.splitlines():
     match = _HLO.search(line)
@@ -44,36 +48,38 @@ def in_hlo(text: str, devices: int) -> dict[str, Traffic]:
       if (kind, chain[1]) in chains:
         continue
       chains.add((kind, chain[1]))
-    size = sum(_bytes(kind_, dims.split(",")) for kind_, dims in _SHAPE.findall(match["result"]))
-    _add(found, kind, size * (devices if kind == "reduce-scatter" else 1))
-  return found
+    shapes = [(dtype, dims.split(",")) for dtype, dims in _SHAPE.findall(match["result"])]
+    _add(traffic, kind, shapes, devices)
+  return traffic
 
 
 def in_stablehlo(module, devices: int) -> dict[str, Traffic]:
-  """Kind → traffic of a StableHLO module (`Lowered.compiler_ir`)."""
-  found: dict[str, Traffic] = {}
+  """Returns the traffic of a StableHLO module (`Lowered.compiler_ir`), by kind."""
+  traffic: dict[str, Traffic] = {}
 
   def walk(op) -> None:
     kind = op.name.removeprefix("stablehlo.").replace("_", "-")
     if op.name.startswith("stablehlo.") and kind in KINDS:
-      size = sum(
-        _bytes(kind_, dims.split("x")[:-1]) for r in op.results for dims, kind_ in _TENSOR.findall(str(r.type))
-      )
-      _add(found, kind, size * (devices if kind == "reduce-scatter" else 1))
+      tensors = [tensor for result in op.results for tensor in _TENSOR.findall(str(result.type))]
+      _add(traffic, kind, [(dtype, dims.split("x")[:-1]) for dims, dtype in tensors], devices)
     for region in op.regions:
       for block in region.blocks:
         for inner in block.operations:
           walk(inner.operation)
 
   walk(module.operation)
-  return found
+  return traffic
 
 
-def _add(found: dict[str, Traffic], kind: str, size: int) -> None:
-  before = found.get(kind, Traffic(0, 0))
-  found[kind] = Traffic(before.count + 1, before.bytes + size)
+def _add(traffic: dict[str, Traffic], kind: str, results: list[tuple[str, list[str]]], devices: int) -> None:
+  """Adds one exchange with results of these types and dimensions."""
+  size = sum(_bytes(dtype, dims) for dtype, dims in results)
+  if kind == "reduce-scatter":  # the result is one device's part of the array
+    size *= devices
+  before = traffic.get(kind, Traffic(0, 0))
+  traffic[kind] = Traffic(before.count + 1, before.bytes + size)
 
 
-def _bytes(kind: str, dims: list[str]) -> int:
-  bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 32)
+def _bytes(dtype: str, dims: list[str]) -> int:
+  bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 32)
   return math.prod(int(d) for d in dims if d) * bits // 8

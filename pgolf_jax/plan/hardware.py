@@ -1,22 +1,33 @@
-"""Hardware that need not be there: a mesh to lower programs for, and what its chips hold and exchange."""
+"""Descriptions of hardware that need not be there: meshes to compile for, and the memory and links of their chips."""
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+
 from pgolf_jax.errors import UserError
 from pgolf_jax.plan.machine_code import SHARED_MEMORY
+from pgolf_jax.runtime.mesh import AXIS
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What a kind of device holds and sends; its matrix rate and memory bandwidth are in kernels/peaks.py."""
+  """A kind of device; its matrix rate and memory bandwidth are in kernels/peaks.py.
 
-  memory: int  # bytes a device
-  link: float  # bytes/s that a device can send to the others
+  Attributes:
+    memory: bytes.
+    link: bytes/s that one device can send to the others.
+  """
+
+  memory: int
+  link: float
 
 
 # TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: HBM, and half of the (two-way) interchip bandwidth per chip.
@@ -30,8 +41,8 @@ CHIPS = {
 }
 
 _H100 = "NVIDIA H100 80GB HBM3"
-# What XLA's compiler asks of a GPU, as a GpuTargetConfig message. Sizes and limits: NVIDIA H100 data sheet (SXM) and
-# the table of compute capability 9.0 in the CUDA C++ Programming Guide.
+# The properties of a GPU that XLA's compiler asks for, as a GpuTargetConfig message. Sizes and limits: NVIDIA H100 data
+# sheet (SXM) and the table of compute capability 9.0 in the CUDA C++ Programming Guide.
 _H100_TARGET = f"""
 platform_name: "CUDA"
 device_description_str: "{_H100}"
@@ -59,7 +70,7 @@ gpu_device_info {{
 """
 _GPUS_OF_A_HOST = 8
 _EXAMPLES = ("h100:1", "h100:8", "v4:2x2x2", "v5e:2x4", "v5p:2x2x1", "v6e:2x4")
-# libtpu looks for a TPU's surroundings when it is loaded; there are none, and other processes may load it as well.
+# Without these libtpu would look for a TPU's host when it is loaded, and refuse to be loaded by two processes.
 _LIBTPU = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -70,35 +81,37 @@ _LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Devices along the axis `data`.
+  """Devices of one kind along the axis `data`.
 
   Attributes:
-    mesh: a `jax.sharding.Mesh` of described devices, or an `AbstractMesh` where nothing here can compile for them.
-    platform: JAX's name of it for lowering.
+    mesh: of described devices, or abstract where nothing installed here can compile for them.
+    platform: JAX's name for lowering.
     kind: the devices' `device_kind`.
-    only_lowers: why programs are lowered and not compiled, or None.
+    only_lowers: the reason why programs are only lowered, or None where they are compiled.
   """
 
   name: str
-  mesh: object
+  mesh: Mesh | AbstractMesh
   platform: str
   kind: str
   only_lowers: str | None = None
 
   @property
   def chip(self) -> Chip | None:
+    """None for a kind of device that is not listed."""
     return CHIPS.get(self.kind)
 
 
 def topology(name: str) -> Topology:
-  """The devices of that name, such as `v5e:2x4` or `h100:8`.
+  """Returns the devices of that name, such as `v5e:2x4` or `h100:8`.
+
+  Without JAX's CUDA plugin programs for H100s are only lowered.
 
   Raises:
-    UserError: there is no such topology, or libtpu, which describes TPUs, is not installed. H100s without the CUDA
-      plugin are no error: `only_lowers` says so.
+    UserError: there is no such topology, or it is one of TPUs and libtpu is not installed.
   """
-  if found := re.fullmatch(r"h100:(\d+)", name.lower()):
-    return _h100(int(found[1]), name)
+  if match := re.fullmatch(r"h100:(\d+)", name.lower()):
+    return _h100(int(match[1]), name)
   if not re.fullmatch(r"(v\d\w*|tpu7x):\d+(x\d+){1,2}", name.lower()):
     near = difflib.get_close_matches(name, _EXAMPLES, n=1)
     raise UserError(f"Unknown topology {name!r}; {f'did you mean {near[0]}' if near else f'try {_EXAMPLES[3]}'}?")
@@ -107,15 +120,11 @@ def topology(name: str) -> Topology:
 
 def has_libtpu() -> bool:
   """Whether programs can be compiled for TPUs here."""
-  import importlib.util
-
   return importlib.util.find_spec("libtpu") is not None
 
 
 def has_cuda() -> bool:
   """Whether JAX's CUDA plugin is installed, which compiles for NVIDIA GPUs and needs neither a GPU nor a driver."""
-  import importlib.util
-
   return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
@@ -124,11 +133,7 @@ def _h100(count: int, name: str) -> Topology:
     raise UserError("A topology needs at least one device, as in h100:1.")
   if not has_cuda():
     return _lowered_h100(count, name, "nothing here compiles for H100s: lowered for CUDA only")
-  import numpy as np
-  from jax.experimental import topologies
-  from jax.sharding import Mesh
-
-  # The plugin would else refuse to start where there is no driver whose version it could check.
+  # Without this the plugin would refuse to start where there is no driver whose version it could check.
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   hosts = count // _GPUS_OF_A_HOST if count % _GPUS_OF_A_HOST == 0 else 1
   try:
@@ -136,16 +141,14 @@ def _h100(count: int, name: str) -> Topology:
       platform="cuda", topology_name="h100", target_config=_H100_TARGET, topology=f"1x{hosts}x{count // hosts}"
     ).devices
   except Exception as e:
-    why = f"JAX's CUDA plugin does not compile here ({str(e).splitlines()[0]}): lowered for CUDA only"
-    return _lowered_h100(count, name, why)
-  return Topology(name, Mesh(np.asarray(devices), ("data",)), "cuda", devices[0].device_kind)
+    reason = f"JAX's CUDA plugin does not compile here ({str(e).splitlines()[0]}): lowered for CUDA only"
+    return _lowered_h100(count, name, reason)
+  return Topology(name, Mesh(np.asarray(devices), (AXIS,)), "cuda", devices[0].device_kind)
 
 
-def _lowered_h100(count: int, name: str, why: str) -> Topology:
-  from jax.sharding import AbstractDevice, AbstractMesh
-
+def _lowered_h100(count: int, name: str, reason: str) -> Topology:
   device = AbstractDevice(device_kind=_H100, num_cores=132, platform="gpu")
-  return Topology(name, AbstractMesh((count,), ("data",), abstract_device=device), "cuda", _H100, only_lowers=why)
+  return Topology(name, AbstractMesh((count,), (AXIS,), abstract_device=device), "cuda", _H100, only_lowers=reason)
 
 
 def _tpu(name: str) -> Topology:
@@ -153,12 +156,8 @@ def _tpu(name: str) -> Topology:
     raise UserError(f"Compiling for {name} needs libtpu, which is not installed: pip install 'pgolf_jax[tpu]'.")
   for variable, value in _LIBTPU.items():
     os.environ.setdefault(variable, value)
-  import numpy as np
-  from jax.experimental import topologies
-  from jax.sharding import Mesh
-
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
   except Exception as e:
     raise UserError(f"libtpu does not know the topology {name}: {str(e).splitlines()[0]}") from e
-  return Topology(name, Mesh(np.asarray(devices), ("data",)), "tpu", devices[0].device_kind)
+  return Topology(name, Mesh(np.asarray(devices), (AXIS,)), "tpu", devices[0].device_kind)

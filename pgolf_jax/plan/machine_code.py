@@ -1,4 +1,4 @@
-"""What Pallas kernels for NVIDIA GPUs became: registers, spills, tensor-core instructions, shared memory."""
+"""The machine code of Pallas kernels for NVIDIA GPUs: registers, spills, tensor-core instructions, shared memory."""
 
 import ast
 import contextlib
@@ -30,14 +30,14 @@ class Kernel:
   """One kernel's machine code.
 
   Attributes:
-    name: the folder and function in which the kernel is called, such as `segment_attention/_attend`; for a
-      gradient's kernels JAX keeps but the place of the function that is differentiated.
+    name: the folder and function from which the kernel is called, such as `segment_attention/_attend`; for the kernels
+      of a gradient, the function that is differentiated, the only place that JAX records.
     registers: of a thread.
-    spilled: bytes stored to local memory for want of registers, by a thread.
-    products: tensor-core instructions in the text, by shape.
+    spilled: bytes that a thread stores to local memory for want of registers.
+    products: tensor-core instructions in the text: shape, number.
     shared: bytes of shared memory of a thread block, static and dynamic.
     threads: of a thread block.
-    remarks: what the assembler says of lost speed.
+    remarks: the assembler's, on lost speed.
   """
 
   name: str
@@ -51,16 +51,16 @@ class Kernel:
   @property
   def blocks_on_sm(self) -> int:
     """Thread blocks that fit on a multiprocessor at once."""
-    by_warp = -(-self.registers // 8) * 8 * 32  # registers are given out to a warp in units of 256
+    by_warp = -(-self.registers // 8) * 8 * 32  # a warp gets registers in units of 256
     by_registers = _REGISTERS // (by_warp * -(-self.threads // 32))
     return min(by_registers, _SHARED_OF_SM // (self.shared + _SHARED_OF_SYSTEM), _THREADS // self.threads)
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Path]:
-  """A folder to which Mosaic GPU writes what it makes of every kernel that is compiled inside.
+  """Gives a folder to which Mosaic GPU writes the code of every kernel that is compiled inside, for `read`.
 
-  JAX's cache of compiled programs is left aside: a program from there brings no record.
+  JAX's cache of compiled programs is not used inside, since the kernels of a program from the cache are not compiled.
   """
   cached, before = jax.config.jax_enable_compilation_cache, os.environ.get("MOSAIC_GPU_DUMP_TO")
   with tempfile.TemporaryDirectory() as folder:
@@ -77,22 +77,22 @@ def recorded() -> Iterator[Path]:
 
 def _use_cache(yes: bool) -> None:
   jax.config.update("jax_enable_compilation_cache", yes)
-  compilation_cache.reset_cache()  # JAX looks at the setting once, when it first compiles
+  compilation_cache.reset_cache()  # JAX reads the setting only when it first compiles
 
 
 def read(folder: Path) -> dict[Kernel, int]:
-  """The kernels in such a folder, each with how often it was compiled."""
-  found: Counter[Kernel] = Counter()
+  """Returns the kernels in a folder of `recorded`, and how often each was compiled."""
+  kernels: Counter[Kernel] = Counter()
   for ptx in sorted(folder.glob("*.ptx")):
     passes = ptx.with_suffix(".mlir-passes.log")
     sizes = _DYNAMIC.findall(passes.read_bytes()) if passes.exists() else []
     assembler = ptx.with_suffix(".ptxas").read_text(errors="replace")
-    found[kernel(ptx.read_text(errors="replace"), assembler, int(sizes[-1]) if sizes else 0)] += 1
-  return dict(sorted(found.items(), key=lambda item: item[0].name))
+    kernels[kernel(ptx.read_text(errors="replace"), assembler, int(sizes[-1]) if sizes else 0)] += 1
+  return dict(sorted(kernels.items(), key=lambda item: item[0].name))
 
 
 def kernel(ptx: str, assembler: str, dynamic_shared: int) -> Kernel:
-  """A kernel from its PTX, what the assembler said of it, and its bytes of dynamic shared memory."""
+  """Returns a kernel from its PTX, the assembler's output, and its bytes of dynamic shared memory."""
   products = Counter(_PRODUCT.findall(ptx))
   threads = re.search(r"\.maxntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", ptx)
   return Kernel(
@@ -107,12 +107,12 @@ def kernel(ptx: str, assembler: str, dynamic_shared: int) -> Kernel:
 
 
 def _number(pattern: str, text: str) -> int:
-  found = re.search(pattern, text)
-  return int(found[1]) if found else 0
+  match = re.search(pattern, text)
+  return int(match[1]) if match else 0
 
 
 def _place(ptx: str) -> str:
-  """Folder and outermost function of the source line at which the kernel is called; else its entry's name."""
+  """Folder and outermost function of the source line that calls the kernel, or the name of the kernel's entry."""
   files = {number: Path(folder, name) if name else Path(folder) for number, folder, name in _FILE.findall(ptx)}
   place = _PLACE.search(ptx)
   path = files.get(place[1]) if place else None
@@ -125,7 +125,7 @@ def _place(ptx: str) -> str:
 
 
 def table(kernels: dict[Kernel, int]) -> list[str]:
-  """The kernels as lines of text, with the assembler's remarks below."""
+  """Returns the kernels as lines of text, with the assembler's remarks below."""
   lines = [
     f"    {'kernel':<40}{'registers':>10}{'spilled':>9}{'shared':>9}{'blocks/SM':>11}  wgmma",
     *(

@@ -1,11 +1,10 @@
-"""The programs of a run, traced from shapes alone: the train step, the scan of test-time training, its global phase."""
+"""The programs of a run, traced from shapes alone: the train step, the test-time training scan, the global phase."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
@@ -20,17 +19,14 @@ from pgolf_jax.training.step import argument_shapes, make_step
 VALIDATION_TOKENS = 47_853_344
 """Tokens of the official validation split, which lies on every device during an evaluation."""
 
-_EVERYWHERE = P()
-
 
 @dataclasses.dataclass(frozen=True)
 class Program:
   """One program of a run.
 
   Attributes:
-    title: what it is.
     trace: traces it, from shapes alone.
-    flops: of its matrix products on one device, by formula (model/flops.py).
+    flops: of its matrix products on one device, by formula.
   """
 
   title: str
@@ -39,21 +35,21 @@ class Program:
 
 
 def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
-  """What a run of these settings would compile for this mesh.
+  """Returns the programs that a run of these settings compiles for a mesh.
 
   Args:
     mesh: real, described or abstract, with the axis `data`.
-    every_shape: the train step of every sequence length and looping mode, not only the last, which is the largest.
+    every_shape: include the train step of every sequence length and looping mode, not only the last, the largest.
   """
   shapes = Schedule(
     settings.train, settings.optimizer, settings.model.num_loops, settings.quantize.reserve_seconds
   ).shapes()
-  found = [_train_step(settings, mesh, *shape) for shape in (shapes if every_shape else shapes[-1:])]
+  chosen = [_train_step(settings, mesh, *shape) for shape in (shapes if every_shape else shapes[-1:])]
   if settings.ttt.enabled:
-    found.append(_ttt_scan(settings, mesh))
+    chosen.append(_ttt_scan(settings, mesh))
     if settings.ttt.phase.prefix_docs > 0:
-      found.append(_global_phase(settings, mesh))
-  return found
+      chosen.append(_global_phase(settings, mesh))
+  return chosen
 
 
 def _params(settings: Settings, sharding=None, dtype=jnp.float32) -> Params:

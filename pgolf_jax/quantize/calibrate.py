@@ -1,49 +1,76 @@
-"""What the quantiser must know of the data: the second moments of every matrix's inputs (recipe section 4).
+"""Calibration: the second moments of every matrix's inputs, which the quantiser weighs errors by (recipe section 4).
 
-Through the one forward pass, over rows from random places of the training shards. Shape letters: R rows, B rows of one
-step, T positions, N inputs of a matrix.
+They are collected by the model's own forward pass, over rows from random places of the training shards. Letters: B rows
+and T positions as in the model, N inputs of a matrix.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from pgolf_jax.data.shards import read_shard
+from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.context import packed, segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
+from pgolf_jax.runtime.mesh import AXIS, data_mesh, place, replicated
 from pgolf_jax.runtime.progress import progress
-from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.settings.config import Settings
+
+_STEP_TOKENS = 16_384  # that a device takes at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-  """By matrix name; query, key and value of a layer share theirs, each under its own name."""
+class Calibration(NamedTuple):
+  """Moments by matrix name; query, key and value of a layer share theirs, each under its own name."""
 
   hessian: dict[str, Float[np.ndarray, "N N"]]  # Σ xxᵀ over all positions, divided by the number of batches
   act_rms: dict[str, Float[np.ndarray, " N"]]  # root mean square of each input
 
 
+class _Moments(NamedTuple):
+  """Sums over the inputs x of one matrix."""
+
+  gram_NxN: Float[Array, "N N"]  # Σ xxᵀ
+  square_N: Float[Array, " N"]  # Σ x²
+  inputs: Int[Array, ""]
+
+
+def calibrate(settings: Settings, params: Params, data: Path, *, world: int) -> Calibration:
+  """Returns the moments that the settings ask for, over rows of the training shards in `data`.
+
+  Args:
+    world: ranks of the run. With `calibration_scope` "rank0", only the shards that rank 0 would draw from are used,
+      and only its number of rows.
+
+  Raises:
+    UserError: no shard is as long as a row.
+  """
+  shards = list_shards(data, "train")
+  if settings.quantize.calibration_scope == "rank0":
+    shards = shards[::world]
+  count = row_count(settings, world)
+  return moments(settings, params, draw_rows(shards, seq_len=settings.train.seq_len, count=count, seed=settings.seed))
+
+
 def row_count(settings: Settings, world: int) -> int:
-  """Rows that the settings ask for: `calibration_batches` micro-batches for each rank that takes part."""
+  """Returns the number of rows: `calibration_batches` micro-batches for each rank that takes part."""
   per_batch = settings.train.batch_tokens // settings.quantize.calibration_micro_batches // settings.train.seq_len
   ranks = world if settings.quantize.calibration_scope == "all" else 1
   return settings.quantize.calibration_batches * max(per_batch, 1) * ranks
 
 
-def draw_rows(shards: Sequence[Path], *, seq_len: int, count: int, seed: int) -> Int[np.ndarray, "R T"]:
-  """`count` rows of `seq_len` tokens from random places of the shards.
+def draw_rows(shards: Sequence[Path], *, seq_len: int, count: int, seed: int) -> Int[np.ndarray, "B T"]:
+  """Returns `count` rows of `seq_len` tokens from random places of the shards.
 
-  Every shard is cut into rows from a random first token on; rows are drawn from all of them without repetition, and
-  over again, with new first tokens, once all have been drawn.
+  Every shard is cut into rows from a random first token on. Rows are drawn from all of them without repetition; once
+  all have been drawn, the shards are cut again from new first tokens.
 
   Raises:
     UserError: no shard holds as many tokens as a row.
@@ -66,76 +93,61 @@ def draw_rows(shards: Sequence[Path], *, seq_len: int, count: int, seed: int) ->
   return np.stack(rows).astype(np.int32)
 
 
-def calibrate(
-  config: ModelConfig,
-  params: Params,
-  rows_RxT: Int[np.ndarray, "R T"],
-  *,
-  batches: int,
-  respect_documents: bool,
-  dtype=jnp.bfloat16,
-  step_tokens: int = 16_384,
+def moments(
+  settings: Settings, params: Params, rows_BxT: Int[np.ndarray, "B T"], *, step_tokens: int = _STEP_TOKENS
 ) -> Calibration:
-  """Second moments of every matrix's inputs over the rows, looping on, summed in fp32 over all devices.
+  """Returns the second moments of every matrix's inputs over the rows, with looping, summed in fp32 over all devices.
 
-  A layer that runs several times adds up all its uses.
+  A layer that runs several times adds up all its uses. Hessians are divided by `calibration_batches`, which has no
+  effect on the integers. With `calibration_respect_documents` attention stays within a document, otherwise a row is one
+  segment, as in the reference.
 
   Args:
-    batches: what the Hessians are divided by (their size has no effect on the integers).
-    respect_documents: confine attention to documents; else each row is one segment, as in the reference.
-    dtype: of the forward pass.
     step_tokens: tokens that a device takes at a time.
   """
-  count, length = rows_RxT.shape
-  mesh = Mesh(np.array(jax.devices()), ("data",))
-  per_device = max(1, min(step_tokens // length, math.ceil(count / mesh.size)))
-  step_rows = per_device * mesh.size
-  by_row = NamedSharding(mesh, PartitionSpec("data"))
+  count, length = rows_BxT.shape
+  mesh = data_mesh()
+  step_rows = mesh.size * max(1, min(step_tokens // length, math.ceil(count / mesh.size)))
+  form = {"looping": True, "dtype": jnp.dtype(settings.train.compute_dtype)}
 
-  def moments(params, tokens_BxT, weight_B):
-    """Returns, by matrix name, Σ w·xxᵀ, Σ w·x² and the number of inputs x with w = 1."""
-
-    def collect(name: str, x_BxTxN: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def device_moments(params, tokens_BxT, weight_B) -> dict[str, _Moments]:
+    def collect(name: str, x_BxTxN: jax.Array) -> _Moments:
       del name
-      x_KxN = (x_BxTxN * weight_B[:, None, None].astype(x_BxTxN.dtype)).reshape(-1, x_BxTxN.shape[-1])
-      gram_NxN = jnp.matmul(x_KxN.T, x_KxN, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-      square_N = jnp.sum(jnp.square(x_KxN.astype(jnp.float32)), axis=0)
-      return gram_NxN, square_N, jnp.sum(weight_B.astype(jnp.int32)) * length
+      x = (x_BxTxN * weight_B[:, None, None].astype(x_BxTxN.dtype)).reshape(-1, x_BxTxN.shape[-1])
+      gram_NxN = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+      square_N = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
+      return _Moments(gram_NxN, square_N, jnp.sum(weight_B.astype(jnp.int32)) * length)
 
-    if respect_documents:
-      context = packed(tokens_BxT, bos_id=config.bos_id, seq_len=length, looping=True, dtype=dtype)
+    if settings.quantize.calibration_respect_documents:
+      context = packed(tokens_BxT, bos_id=settings.model.bos_id, seq_len=length, **form)
     else:
-      context = segments(jnp.zeros_like(tokens_BxT), max_segment=length, looping=True, dtype=dtype)
-    return bind(config, params)(tokens_BxT, context, collect=collect).collected
+      context = segments(jnp.zeros_like(tokens_BxT), max_segment=length, **form)
+    output = bind(settings.model, params)(tokens_BxT, context, collect=collect)
+    return jax.lax.psum(output.collected, AXIS)
 
-  replicated = PartitionSpec()
   summed = jax.shard_map(
-    lambda *arguments: jax.lax.psum(moments(*arguments), "data"),
-    mesh=mesh,
-    in_specs=(replicated, PartitionSpec("data"), PartitionSpec("data")),
-    out_specs=replicated,
-    check_vma=False,
+    device_moments, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False
   )
   step = jax.jit(lambda total, *arguments: jax.tree.map(jnp.add, total, summed(*arguments)), donate_argnames=("total",))
 
-  params = jax.device_put(params, NamedSharding(mesh, replicated))
+  params = jax.device_put(params, replicated(mesh))
   example = (jax.ShapeDtypeStruct((step_rows, length), jnp.int32), jax.ShapeDtypeStruct((step_rows,), jnp.float32))
   total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(summed, params, *example))
   with progress("calibrating", total=count, unit="rows") as bar:
     for first in range(0, count, step_rows):
-      taken = rows_RxT[first : first + step_rows]
+      taken = rows_BxT[first : first + step_rows]
       tokens_BxT = np.zeros((step_rows, length), np.int32)
       tokens_BxT[: len(taken)] = taken
       weight_B = (np.arange(step_rows) < len(taken)).astype(np.float32)
-      arrays = [
-        jax.make_array_from_callback(value.shape, by_row, value.__getitem__) for value in (tokens_BxT, weight_B)
-      ]
-      total = step(total, params, *arrays)
+      total = step(total, params, place(mesh, tokens_BxT, P(AXIS)), place(mesh, weight_B, P(AXIS)))
       jax.block_until_ready(total)
       bar.advance(len(taken))
+  return _calibration(total, settings.quantize.calibration_batches)
 
-  hessian = {name: np.asarray(gram) / np.float32(batches) for name, (gram, _, _) in total.items()}
-  act_rms = {name: np.sqrt(np.asarray(square) / np.float32(inputs)) for name, (_, square, inputs) in total.items()}
+
+def _calibration(total: dict[str, _Moments], batches: int) -> Calibration:
+  hessian = {name: np.asarray(m.gram_NxN) / np.float32(batches) for name, m in total.items()}
+  act_rms = {name: np.sqrt(np.asarray(m.square_N) / np.float32(m.inputs)) for name, m in total.items()}
   for moment in (hessian, act_rms):
     for name in [n for n in moment if n.endswith("attn.c_q.weight")]:
       for other in ("c_k", "c_v"):

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax.kernels.numerics import softcap
 from pgolf_jax.kernels.softcapped_xent import api as xent
-from pgolf_jax.kernels.softcapped_xent.reference import softcap
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.adapters import Adaptation, Adapters
 from pgolf_jax.model.gpt import bind

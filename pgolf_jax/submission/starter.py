@@ -1,7 +1,7 @@
-"""Scores the artifact in this folder: python evaluate.py --data FOLDER [--ttt]. Needs jax, flax, numpy, constriction.
+"""Scores the artifact in this folder: python -I evaluate.py --data FOLDER [--ttt]. Needs what requirements.txt lists.
 
-It travels as `evaluate.py` beside the archive of the code: it unpacks that, builds the n-gram counter where it is
-needed, and calls `rescore.main`.
+This file travels as `evaluate.py` beside the archive of the code. It unpacks the archive, builds the n-gram counter
+where it is needed, and calls `submission.evaluate.main`.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 
 
 def start(folder: Path, args: list[str]) -> int:
+  """Runs the folder's own code."""
   with tempfile.TemporaryDirectory() as code:
     with tarfile.open(folder / "code.tar.xz") as archive:
       archive.extractall(code, filter="data")
@@ -24,11 +25,11 @@ def start(folder: Path, args: list[str]) -> int:
       headers = f"-I{sysconfig.get_paths()['include']}"
       command = ["cc", *flags, headers, *map(str, ngram.glob("*.c")), "-o", str(ngram / "_ngram.abi3.so")]
       subprocess.run(command, check=True)
-    import pgolf_jax
-    from pgolf_jax.submission.rescore import main
+    import pgolf_jax  # out of the archive
+    from pgolf_jax.submission.evaluate import main
 
     if not (pgolf_jax.__file__ or "").startswith(os.path.realpath(code)):
-      sys.exit("Another pgolf_jax stands in the way of this folder's own code; run it with python -I.")
+      sys.exit("Another pgolf_jax is imported in place of this folder's own code; run python with the option -I.")
     return main(folder, args)
 
 

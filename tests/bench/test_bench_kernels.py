@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pgolf_jax.bench.kernels import cases, measure, segment_starts
-from pgolf_jax.kernels.peaks import peaks
+from pgolf_jax.kernels.hardware import peaks
 
 
 def test_measures_every_pass_of_every_possible_implementation():

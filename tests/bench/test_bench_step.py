@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pgolf_jax.bench import harness, step_ways
 from pgolf_jax.bench import step as bench
+from pgolf_jax.bench.harness import Measurement
+from pgolf_jax.bench.step_ways import Case
 from pgolf_jax.cli import main
-from pgolf_jax.kernels import peaks as chips
+from pgolf_jax.kernels import hardware, prefer
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan.programs import programs
+from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
@@ -34,68 +38,58 @@ LONG = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, s
 
 @pytest.fixture
 def one_device(monkeypatch):
-  monkeypatch.setattr("pgolf_jax.runtime.mesh.usable_devices", lambda settings: jax.devices()[:1])
+  monkeypatch.setattr(bench, "usable_devices", lambda micro_batches: jax.devices()[:1])
 
 
 @pytest.fixture
 def half_a_second(one_device, monkeypatch):
-  """Whatever is timed takes half a second."""
-  monkeypatch.setattr(bench, "_time", lambda makers, *_: dict.fromkeys(makers, (0.5, 1000, 2000, True)))
+  """Nothing is compiled, and every call takes half a second."""
+  seconds = np.array([0.5])
+  monkeypatch.setattr(harness, "measure", lambda ways, *_, **__: ([Measurement(w, seconds, seconds) for w in ways], []))
 
 
 def test_every_shape_is_timed(half_a_second):
   rows, notes = bench.measure(bench.StepArgs(settings=SETTINGS, torch="none", passes=("gradient", "step")))
-  shapes = [(16, False), (16, True), (32, False), (32, True)]
-  assert [(r.passes, r.seq_len, r.looping) for r in rows] == [(p, *s) for p in ("gradient", "step") for s in shapes]
-  assert {(r.passes, r.tokens) for r in rows} == {("gradient", 64), ("step", 128)}
-  assert all(r.by == "xla" and r.mfu is None and r.floor_share is None for r in rows)
+  shapes = [("16", "off"), ("16", "on"), ("32", "off"), ("32", "on")]
+  labels = [tuple(r.way.labels.values()) for r in rows]
+  assert labels == [(p, *shape, "xla") for p in ("gradient", "step") for shape in shapes]
+  assert {(r.way.labels["pass"], r.way.work.amount) for r in rows} == {("gradient", 64), ("step", 128)}
+  assert all(r.mfu is None and r.roofline is None for r in rows)
   assert any("no peak known" in note for note in notes)
   assert any(note.startswith("segment attention: xla (mosaic_gpu not possible") for note in notes)
 
 
 def test_shares_are_of_the_chips_peak(half_a_second, monkeypatch):
-  monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e9, 1e12))
+  monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e9, 1e12))
   arguments = bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward", "gradient", "step"))
   (forward, gradient, step), notes = bench.measure(arguments)
   of_64_tokens = flops.forward(SETTINGS.model, 64, 32, looping=True)
   assert [r.mfu for r in (forward, gradient, step)] == pytest.approx([n * of_64_tokens / 0.5e9 for n in (1, 3, 6)])
-  assert forward.floor_share == pytest.approx(forward.mfu)
-  assert step.floor_share == pytest.approx(flops.train_step(LONG, 1, 32, looping=True) / 0.5e9)
-  assert step.floor_share > step.mfu, "Muon's products are no part of the model's"
+  assert forward.roofline == pytest.approx(forward.mfu)
+  assert step.roofline == pytest.approx(flops.train_step(LONG, 1, 32, looping=True) / 0.5e9)
+  assert step.roofline > step.mfu, "Muon's products are no part of the model's"
   assert any("1 × 0.001e12" in note for note in notes)
 
 
 def test_where_memory_is_the_limit_the_roofline_is_that_of_bytes(half_a_second, monkeypatch):
-  monkeypatch.setitem(chips._BY_KIND, "cpu", chips.Peaks(1e30, 1e6))
+  monkeypatch.setitem(hardware._BY_KIND, "cpu", hardware.Peaks(1e30, 1e6))
   (row,), _ = bench.measure(bench.StepArgs(settings=LONG, torch="none", looping="on", passes=("forward",)))
-  assert row.floor_share == pytest.approx(4 * parameters.count(SETTINGS.model) / 0.5e6)
+  assert row.roofline == pytest.approx(4 * parameters.count(SETTINGS.model) / 0.5e6)
 
 
-def test_pytorch_does_the_same_step(one_device, monkeypatch):
-  """From the same weights, both sides' losses and their weights after one step of a useful size agree."""
-  torch = pytest.importorskip("torch")
-  monkeypatch.setattr(bench, "LR_SCALE", 1.0)
-  from pgolf_jax.runtime.mesh import data_mesh
+def test_pytorch_does_the_same_step(monkeypatch):
+  """From the same weights, losses and weights after one step of a useful size agree."""
+  torch_gpt = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
+  monkeypatch.setattr(step_ways, "LR_SCALE", 1.0)
+  params = bench.first_params(LONG)
+  case = Case(LONG, data_mesh(jax.devices()[:1]), params, "step", 32, True)
+  state, metrics = case.compiled("xla")(*case.first_step())
 
-  made = []
-  steps = bench._Work(LONG, data_mesh(jax.devices()[:1]), bench.first_params(LONG), "step", 32, True)
-  steps.ours()
-  state, others = steps.first_step()
-  state, metrics = steps.program(state, *others)
-
-  from pgolf_jax.bench import _torch_gpt
-
-  class Kept(_torch_gpt.TorchStep):
-    def __init__(self, *arguments):
-      super().__init__(*arguments)
-      made.append(self)
-
-  monkeypatch.setattr(_torch_gpt, "TorchStep", Kept)
-  loss = steps.torch(compiled=False).call()
+  run = case.start_torch(torch_gpt, compiled=False)
+  loss, whole = run(), run.func
+  assert isinstance(whole, torch_gpt.TorchStep)
   assert float(loss) == pytest.approx(float(np.mean(metrics.loss)), abs=2e-6)
-  (whole,) = made
-  assert isinstance(loss, torch.Tensor)
-  for name, first in steps.params.items():
+  for name, first in params.items():
     ours, theirs = np.asarray(state.params[name]) - first, whole.model.params[name].detach().numpy() - first
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max() + 1e-7, err_msg=name)
     ours, theirs = np.asarray(state.average[name]) - first, whole.average[name].numpy() - first
@@ -115,29 +109,9 @@ def test_plain_xla_is_what_its_name_says():
     return step.trace().lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu")
 
   assert kernels() > 0
-  with bench.only_xla():
+  with prefer("xla"):
     assert kernels() == 0
   assert kernels() > 0
-
-
-def test_a_side_that_does_not_fit_is_left_out_with_a_note():
-  class OutOfMemoryError(RuntimeError):
-    pass
-
-  def too_large():
-    raise OutOfMemoryError("CUDA out of memory.")
-
-  notes = []
-  found = bench._time({"small": lambda: bench._Side(lambda: None), "large": too_large}, 1, "step at 32", notes)
-  assert found.keys() == {"small"}
-  assert notes == ["step at 32, large: does not fit in memory (CUDA out of memory.)"]
-
-
-def test_a_peak_counts_as_ones_own_only_where_it_rose():
-  used = iter([100, 300, 300, 300])
-  side = bench._Side(lambda: None, 7, lambda: next(used))
-  found = bench._time({"first": lambda: side, "second": lambda: side}, 1, "", [])
-  assert [f[1:] for f in found.values()] == [(7, 300, True), (7, 300, False)]
 
 
 def test_the_verb_prints_a_table_and_writes_a_trace(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Kernels without their hardware: in an interpreter on the CPU, or lowered for it."""
+"""Kernels without their hardware: run in an interpreter on the CPU, or lowered for the hardware."""
 
 import contextlib
 import dataclasses
@@ -15,22 +15,28 @@ from pgolf_jax.kernels import hopper
 from pgolf_jax.plan import hardware
 
 
-@contextlib.contextmanager
-def _pretend_hopper():
-  """Traces inside take an H100 of 132 multiprocessors for their target."""
-  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-    yield
+def _described(kind: str, cores: int, platform: str):
+  """A context in which traces take a device that is not there for their target."""
+  device = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+  return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def _pretend_hopper(cores: int = 132):
+  return _described("NVIDIA H100 80GB HBM3", cores, "gpu")
+
+
+def _pretend_tpu():
+  return _described("TPU v5 lite", 1, "tpu")
 
 
 _RECENT = hasattr(plgpu, "force_gpu_interpret_mode")
-"""Whether the interpreter is a public one, which finds races and multiplies transposed operands."""
+"""Whether Pallas' GPU interpreter is public, as from JAX 0.11 on. It then looks for races and transposes operands."""
 
 
 def _gpu_interpreter():
   if _RECENT:
     return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
-  from jax._src.pallas.mosaic_gpu.interpret import params
+  from jax._src.pallas.mosaic_gpu.interpret import params  # a private place, which only JAX 0.10 has
 
   return params.force_gpu_interpret_mode(params.InterpretGPUParams())
 
@@ -48,8 +54,10 @@ _wgmma = plgpu.wgmma
 
 
 def _staged_wgmma(sums, a, b):
-  """The interpreter multiplies what lies in shared memory: an operand in registers is put there first, and for an
-  older one a transposed operand too."""
+  """Multiplies as wgmma does, with operands copied to shared memory where the interpreter can read them only there.
+
+  These are operands in registers and, for the interpreter of JAX 0.10, transposed operands.
+  """
   operands, values = [a, b], {}
   if not _is_reference(a):
     values[0] = a
@@ -69,7 +77,7 @@ def _staged_wgmma(sums, a, b):
 
 
 def _run_state(f):
-  """pl.run_state of an f that does nothing to its accumulator but add products to it."""
+  """Does what pl.run_state does for an f that only adds products to its accumulator."""
 
   def run(sums):
     def scoped(acc):
@@ -82,11 +90,11 @@ def _run_state(f):
 
 
 @contextlib.contextmanager
-def _interpreted_mosaic_gpu():
-  """Kernels traced inside run in Pallas' Mosaic GPU interpreter.
+def _interpreted_mosaic_gpu(cores: int = 132):
+  """Runs kernels that are traced inside in Pallas' Mosaic GPU interpreter, as if for a GPU of so many multiprocessors.
 
-  What it does not know is replaced by what means the same: layouts are dropped, registers are operands by way of
-  shared memory, accumulators that start from a value start from zero and have the value added.
+  What the interpreter lacks is replaced by its equal: layouts are dropped, operands in registers are copied to
+  shared memory, and accumulators that start from a value start from zero and have the value added.
   """
   with contextlib.ExitStack() as stack:
     for module, name, substitute in (
@@ -99,21 +107,13 @@ def _interpreted_mosaic_gpu():
     ):
       stack.enter_context(mock.patch.object(module, name, substitute))
     stack.enter_context(_gpu_interpreter())
-    stack.enter_context(_pretend_hopper())
-    yield
-
-
-@contextlib.contextmanager
-def _pretend_tpu():
-  """Traces inside take a TPU v5e for their target."""
-  device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    stack.enter_context(_pretend_hopper(cores))
     yield
 
 
 @contextlib.contextmanager
 def _interpreted_mosaic_tpu():
-  """Kernels traced inside run in Pallas' Mosaic TPU interpreter, where memory is NaN until it is written."""
+  """Runs kernels that are traced inside in Pallas' Mosaic TPU interpreter, where memory is NaN until it is written."""
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")), _pretend_tpu():
     yield
 
@@ -127,20 +127,19 @@ _INTERPRETERS = {
 
 @pytest.fixture(scope="class")
 def run(request):
-  """run(f)(*args): f, jitted once, with the kernels of the test class's `implementation` interpreted.
+  """run(f, static)(…): f, jitted once, with the kernels of the test class's `implementation` interpreted.
 
-  A class whose kernels are told to be interpreted by an argument says so: `interpreted_by_argument`.
+  A class whose kernels need another interpreter has one: `interpreter`.
   """
-  by_argument = getattr(request.cls, "interpreted_by_argument", False)
-  interpreter = contextlib.nullcontext if by_argument else _INTERPRETERS[request.cls.implementation]
+  interpreter = getattr(request.cls, "interpreter", _INTERPRETERS[request.cls.implementation])
 
-  def compiled(f):
-    jitted = jax.jit(f)
+  def compiled(f, static=()):
+    jitted = jax.jit(f, static_argnames=static)
 
-    def call(*arguments):
+    def call(*arguments, **options):
       with interpreter():
         # The interpreter's callbacks compute with JAX: other work dispatched beside them can deadlock.
-        return jax.block_until_ready(jitted(*arguments))
+        return jax.block_until_ready(jitted(*arguments, **options))
 
     return call
 
@@ -149,7 +148,7 @@ def run(request):
 
 @pytest.fixture
 def hopper_kernels():
-  """hopper_kernels(f, *args) → how many Mosaic GPU kernels f holds when lowered for CUDA and an H100."""
+  """hopper_kernels(f, *arguments) → how many Mosaic GPU kernels f holds when lowered for CUDA and an H100."""
 
   def count(f, *arguments) -> int:
     with _pretend_hopper():
@@ -157,12 +156,6 @@ def hopper_kernels():
     return lowered.as_text().count("stablehlo.custom_call @mosaic_gpu")
 
   return count
-
-
-@pytest.fixture
-def pretend_hopper():
-  """A context in which traces take an H100 for their target."""
-  return _pretend_hopper
 
 
 @pytest.fixture
@@ -183,7 +176,7 @@ def tpu_kernels():
 
 @pytest.fixture
 def interpret_gpu():
-  """A context in which Mosaic GPU kernels that are called run in Pallas' interpreter, which looks for races."""
+  """A context in which Mosaic GPU kernels run in Pallas' interpreter, which looks for races."""
   if not _RECENT:
     pytest.skip("this JAX's interpreter does not look for races")
   return _interpreted_mosaic_gpu
@@ -191,8 +184,14 @@ def interpret_gpu():
 
 @pytest.fixture
 def interpret_tpu():
-  """A context in which Mosaic TPU kernels that are called run in Pallas' interpreter."""
+  """A context in which Mosaic TPU kernels run in Pallas' interpreter."""
   return _interpreted_mosaic_tpu
+
+
+@pytest.fixture
+def pretend_hopper():
+  """A context in which traces take an H100 for their target."""
+  return _pretend_hopper
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import flops
 from pgolf_jax.plan import collectives, hardware, machine_code
-from pgolf_jax.plan.plan import examine, report
+from pgolf_jax.plan.examine import examine, report
 from pgolf_jax.plan.programs import Program, programs
 from pgolf_jax.settings.config import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 

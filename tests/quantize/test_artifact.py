@@ -1,4 +1,4 @@
-"""The artifact: what goes in comes out, bit for bit, and whatever else is read is refused."""
+"""The artifact: what was written is read back bit for bit, and anything else is refused."""
 
 import contextlib
 import hashlib
@@ -13,46 +13,46 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact import format
+from pgolf_jax.quantize.artifact import read
+from pgolf_jax.quantize.artifact.banks import unbank
 from pgolf_jax.quantize.artifact.codecs import NAMES
-from pgolf_jax.quantize.artifact.names import unbank
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank
+from pgolf_jax.quantize.artifact.writer import write
 
 VECTORS = Path(__file__).parent / "vectors"
-WHOLE = {name: format.write(CONFIG, sample_tensors(), name) for name in NAMES}
+WHOLE = {name: write(CONFIG, sample_tensors(), name) for name in NAMES}
 both_codecs = pytest.mark.parametrize("name", NAMES)
 
 
 @both_codecs
 def test_everything_comes_back(name):
   tensors = sample_tensors()
-  found = format.read(WHOLE[name])
-  assert found.config == CONFIG and found.codec == name
-  assert list(found.tensors) == list(tensors)
-  assert sum(found.stream_bytes.values()) == len(WHOLE[name])
+  artifact = read(WHOLE[name])
+  assert artifact.config == CONFIG and artifact.codec == name
+  assert list(artifact.tensors) == list(tensors)
+  assert sum(artifact.stream_bytes.values()) == len(WHOLE[name])
   for key, tensor in tensors.items():
-    assert type(found.tensors[key]) is type(tensor)
-    assert np.array_equal(found.tensors[key].dequantize(), tensor.dequantize()), key
+    assert type(artifact.tensors[key]) is type(tensor)
+    assert np.array_equal(artifact.tensors[key].dequantize(), tensor.dequantize()), key
 
 
 @both_codecs
 def test_writing_what_was_read_gives_the_same_file(name):
-  found = format.read(WHOLE[name])
-  assert format.write(found.config, found.tensors, found.codec) == WHOLE[name]
+  artifact = read(WHOLE[name])
+  assert write(artifact.config, artifact.tensors, artifact.codec) == WHOLE[name]
 
 
 @both_codecs
 def test_stored_artifact_decodes_to_the_same_bits(name):
   """`python tests/quantize/vectors/make.py` made these files, once."""
-  wanted = json.loads((VECTORS / "params.json").read_text())
-  _, params = format.dequantize((VECTORS / f"{name}.pgolf").read_bytes())
-  found = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
-  assert found == wanted
+  stored = (VECTORS / f"{name}.pgolf").read_bytes()
+  params = read(stored).params()
+  hashes = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
+  assert hashes == json.loads((VECTORS / "params.json").read_text())
 
 
-def test_dequantise_gives_banks():
-  config, params = format.dequantize(WHOLE["entropy"])
-  assert config == CONFIG
+def test_params_are_in_banks():
+  params = read(WHOLE["entropy"]).params()
   assert params["qo_bank"].shape == (4, 32, 32) and params["mlp_down_bank"].shape == (2, 32, 64)
   assert all(value.dtype == np.float32 for value in params.values())
   for key, value in unbank(params).items():
@@ -71,7 +71,7 @@ def test_low_rank_product_is_a_chain_of_fused_multiply_adds():
 
 def refused(data: bytes, match: str) -> None:
   with pytest.raises(ArtifactError, match=match):
-    format.read(data)
+    read(data)
 
 
 def test_foreign_files_are_refused_by_name():
@@ -87,7 +87,7 @@ def test_foreign_files_are_refused_by_name():
 
 
 def edit(path, value):
-  """A change of the header: the place reached by `path` becomes `value`."""
+  """Returns a change of the header: what lies at `path` becomes `value`."""
 
   def change(header):
     place = header
@@ -154,7 +154,7 @@ def test_oversized_headers_are_refused_before_they_are_unpacked():
 @settings(max_examples=1200, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error(name, data):
-  """Cuts, flips and insertions: without a checksum that fits, nothing else is even looked at."""
+  """Cuts, flips and insertions: unless the checksum matches, nothing else is read."""
   whole = bytearray(WHOLE[name])
   for _ in range(data.draw(st.integers(1, 3))):
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -169,14 +169,14 @@ def test_any_damage_is_an_error(name, data):
         del whole[place]
   if bytes(whole) != WHOLE[name]:
     with pytest.raises(ArtifactError):
-      format.dequantize(bytes(whole))
+      read(bytes(whole)).params()
 
 
 @both_codecs
 @settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 @given(data=st.data())
 def test_damage_under_a_forged_checksum_is_an_error_or_other_weights(name, data):
-  """An ANS coder makes something of any bytes, so that other weights may come out, but of the declared shapes."""
+  """Any bytes decode to some symbols, so other weights may result, but they have the declared shapes."""
   whole = bytearray(WHOLE[name])
   for _ in range(data.draw(st.integers(1, 4))):
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -185,10 +185,10 @@ def test_damage_under_a_forged_checksum_is_an_error_or_other_weights(name, data)
     else:
       whole[place : place + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=6))
   try:
-    found = format.read(sealed(bytes(whole)))
+    artifact = read(sealed(bytes(whole)))
   except ArtifactError:
     return
-  for key, tensor in found.tensors.items():
+  for key, tensor in artifact.tensors.items():
     assert np.isfinite(tensor.dequantize()).all(), key
 
 
@@ -224,7 +224,7 @@ def test_any_header_is_an_error_or_an_artifact(name, data):
         table[a], table[b] = table[b], table[a]
 
   with contextlib.suppress(ArtifactError):
-    format.dequantize(with_header(WHOLE[name], change))
+    read(with_header(WHOLE[name], change)).params()
 
 
 @both_codecs
@@ -240,16 +240,16 @@ def test_any_header_is_an_error_or_an_artifact(name, data):
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_memory_stays_below_twice_what_the_table_declares(name, entry, seed):
-  """A short file whose table asks for much gets what it declares, or an error, and no more."""
+  """A short file whose table declares large tensors takes the memory of those tensors at most, or is an error."""
   streams = 1 if entry[0] == "half" else 2
   body = np.random.default_rng(seed).bytes(64 * streams)
   if name == "entropy":  # a method, where one is named, that reads on past the end
     body = b"\0" * 5 + body[5:]
   forged = with_header(WHOLE[name], lambda _: {"config": {}, "streams": [64] * streams, "tensors": [entry]})
-  header_bytes = len(forged) - len(WHOLE[name]) + format.read(WHOLE[name]).stream_bytes["header"]
+  header_bytes = len(forged) - len(WHOLE[name]) + read(WHOLE[name]).stream_bytes["header"]
   tracemalloc.start()
   with contextlib.suppress(ArtifactError):
-    format.dequantize(sealed(forged[:header_bytes] + body))
+    read(sealed(forged[:header_bytes] + body)).params()
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 2 * 4 * (1 << 22)  # fp32 weights
@@ -264,15 +264,15 @@ def test_memory_of_a_whole_model_stays_below_twice_its_weights():
     for i in range(3)
     for name in ("fc", "proj")
   }
-  data = format.write({}, tensors)
+  data = write({}, tensors)
   tracemalloc.start()
-  _, params = format.dequantize(data)
+  params = read(data).params()
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 2 * sum(value.nbytes for value in params.values())
 
 
-def test_values_that_fp16_cannot_hold_are_refused_on_both_sides():
+def test_values_that_fp16_cannot_hold_are_not_written():
   tensors = {"w": Half(np.array([1.0, np.inf], np.float16))}
   with pytest.raises(ArtifactError, match="w holds values that are not finite"):
-    format.write({}, tensors)
+    write({}, tensors)

@@ -1,4 +1,4 @@
-"""Calibration: the moments are those of the inputs that one forward pass sees."""
+"""Calibration: the moments are those of the inputs of one plain forward pass."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.context import packed, segments
 from pgolf_jax.model.gpt import bind
-from pgolf_jax.quantize.calibrate import calibrate, draw_rows, row_count
+from pgolf_jax.quantize.calibrate import draw_rows, moments, row_count
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,8 @@ def shards(tmp_path_factory):
   return list_shards(folder, "train")
 
 
-def collected(params, rows, respect_documents: bool) -> dict[str, list[np.ndarray]]:
-  """Every matrix's inputs, by one plain forward pass."""
-  inputs: dict[str, list] = {}
+def inputs_of_matrices(params, rows, respect_documents: bool) -> dict[str, list[np.ndarray]]:
+  """Every matrix's inputs, once for each of its uses, in one plain forward pass."""
   length, form = rows.shape[1], {"looping": True, "dtype": jnp.float32}
   if respect_documents:
     context = packed(rows, bos_id=1, seq_len=length, **form)
@@ -32,42 +31,39 @@ def collected(params, rows, respect_documents: bool) -> dict[str, list[np.ndarra
     context = segments(jnp.zeros_like(rows), max_segment=length, **form)
 
   def forward(params):
-    found = {}
-    # Every input itself, so that NumPy adds up; a statistic would be added up by the model.
-    collect = lambda name, x: found.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))  # noqa: E731
+    inputs: dict[str, list] = {}
+    # Collected on the side and returned one by one: the model would add up what the collector returns.
+    collect = lambda name, x: inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))  # noqa: E731
     bind(MODEL, params)(rows, context, collect=collect)
-    return found
+    return inputs
 
-  for name, uses in jax.jit(forward)(params).items():
-    inputs[name] = [np.asarray(x, np.float64) for x in uses]
-  return inputs
+  return {name: [np.asarray(x, np.float64) for x in uses] for name, uses in jax.jit(forward)(params).items()}
 
 
 @pytest.mark.parametrize("respect_documents", [False, True])
 def test_moments_are_those_of_the_inputs(shards, respect_documents):
   params = random_params()
   rows = draw_rows(shards, seq_len=32, count=11, seed=3)  # no multiple of the 8 devices
-  found = calibrate(
-    MODEL, params, rows, batches=5, respect_documents=respect_documents, dtype=jnp.float32, step_tokens=64
-  )
-  wanted = collected(params, jnp.asarray(rows), respect_documents)
-  assert len(wanted["blocks.0.attn.c_q.weight"]) == 2  # a looped layer adds up its uses
-  for name, uses in wanted.items():
+  settings = with_quantize(calibration_respect_documents=respect_documents)
+  calibration = moments(settings, params, rows, step_tokens=64)
+  inputs = inputs_of_matrices(params, jnp.asarray(rows), respect_documents)
+  assert len(inputs["blocks.0.attn.c_q.weight"]) == 2  # a looped layer adds up its uses
+  for name, uses in inputs.items():
     x = np.concatenate(uses)
-    np.testing.assert_allclose(found.hessian[name], x.T @ x / 5, rtol=1e-4, atol=1e-4 * np.abs(x.T @ x / 5).max())
-    np.testing.assert_allclose(found.act_rms[name], np.sqrt(np.mean(x**2, axis=0)), rtol=1e-4)
+    np.testing.assert_allclose(calibration.hessian[name], x.T @ x / 5, rtol=1e-4, atol=1e-4 * np.abs(x.T @ x / 5).max())
+    np.testing.assert_allclose(calibration.act_rms[name], np.sqrt(np.mean(x**2, axis=0)), rtol=1e-4)
   for layer in range(2):
     for other in ("c_k", "c_v"):
-      shared = found.hessian[f"blocks.{layer}.attn.{other}.weight"]
-      assert np.array_equal(shared, found.hessian[f"blocks.{layer}.attn.c_q.weight"])
+      shared = calibration.hessian[f"blocks.{layer}.attn.{other}.weight"]
+      assert np.array_equal(shared, calibration.hessian[f"blocks.{layer}.attn.c_q.weight"])
 
 
 def test_documents_change_the_moments_only_if_respected(shards):
   params = random_params()
   rows = draw_rows(shards, seq_len=32, count=8, seed=0)
   apart, joined = (
-    calibrate(MODEL, params, rows, batches=1, respect_documents=r, dtype=jnp.float32).hessian["tok_emb.weight"]
-    for r in (True, False)
+    moments(with_quantize(calibration_respect_documents=respect), params, rows).hessian["tok_emb.weight"]
+    for respect in (True, False)
   )
   assert not np.allclose(apart, joined, rtol=1e-3)
 
@@ -83,7 +79,7 @@ def test_rows_are_stretches_of_the_shards_without_repetition(shards):
   assert not np.array_equal(rows, draw_rows(shards, seq_len=32, count=20, seed=2))
 
 
-def test_more_rows_than_there_are_come_round_again(shards):
+def test_rows_are_drawn_again_once_all_have_been_drawn(shards):
   assert draw_rows(shards, seq_len=100, count=40, seed=0).shape == (40, 100)
 
 

@@ -1,4 +1,4 @@
-"""Codecs: everything comes back, and at the size that the data allow."""
+"""Codecs: every array comes back, and takes about as many bytes as its entropy."""
 
 import math
 
@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact.codecs import NAMES, codec, grids, laws, means
-from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, put_counted, table, take_counted
+from pgolf_jax.quantize.artifact.codecs import NAMES, laws, search
+from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, distribution, put_counted, take_counted
+from pgolf_jax.quantize.artifact.reader import decode_stream
+from pgolf_jax.quantize.artifact.writer import encode_stream
 
 LAW_44 = [
   780182,
@@ -34,10 +36,9 @@ HALVES = arrays.arrays(np.uint16, arrays.array_shapes(min_dims=0, max_dims=3, mi
 
 
 def assert_returns(name, content, given_arrays):
-  data = codec(name).encode(content, given_arrays)
-  found = codec(name).decode(content, data, [a.shape for a in given_arrays])
-  assert len(found) == len(given_arrays)
-  for a, b in zip(given_arrays, found, strict=True):
+  data = encode_stream(name, content, given_arrays)
+  decoded = decode_stream(name, content, data, [a.shape for a in given_arrays])
+  for a, b in zip(given_arrays, decoded, strict=True):
     assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
   return data
 
@@ -86,7 +87,7 @@ def test_rows_and_columns_that_share_a_mean_take_less():
   drift = rng.standard_normal(128) * 6
   share = (rng.random((900, 1)) < 0.4).astype(float)
   q = rounded_noise(4, (900, 128), np.where(share > 0, 1.0, 4.0), share * drift, limit=63)
-  model = grids.fit(q)
+  model = search.fit(q)
   assert model.mean is not None and len(np.unique(model.row_M)) > 1
   assert len(assert_returns("entropy", "grid", [q])) < 0.77 * entropy_bytes(q)
 
@@ -96,28 +97,28 @@ def test_the_strongest_direction_comes_first_however_it_is_spread():
   peaked, even = np.exp(-np.arange(200) / 6), np.sign(rng.standard_normal(200))
   strengths = 40 * peaked / np.linalg.norm(peaked), 20 * even / np.linalg.norm(even)
   mean = sum(rng.standard_normal((800, 1)) * strength for strength in strengths)
-  found = means.fit(rounded_noise(9, (800, 200), 2.0, mean, limit=63))
-  cosine_K = found.b_KxN @ peaked / np.linalg.norm(found.b_KxN, axis=1) / np.linalg.norm(peaked)
-  assert np.argmax(np.abs(cosine_K)) == 0 and abs(cosine_K[0]) > 0.95
+  basis_RxN = search.fit_mean(rounded_noise(9, (800, 200), 2.0, mean, limit=63)).b_RxN
+  cosine_R = basis_RxN @ peaked / np.linalg.norm(basis_RxN, axis=1) / np.linalg.norm(peaked)
+  assert np.argmax(np.abs(cosine_R)) == 0 and abs(cosine_R[0]) > 0.95
 
 
 def test_wide_matrices_have_a_mean_too():
   rng = np.random.default_rng(5)
   q = rounded_noise(6, (96, 700), 2.0, np.outer(rng.standard_normal(96), 4 * rng.standard_normal(700)))
-  model = grids.fit(q)
+  model = search.fit(q)
   assert model.mean is not None and model.mean.flipped
   assert len(assert_returns("entropy", "grid", [q])) < 0.85 * entropy_bytes(q)
 
 
 def test_noise_has_no_mean():
-  assert grids.fit(rounded_noise(7, (512, 300))).mean is None
+  assert search.fit(rounded_noise(7, (512, 300))).mean is None
 
 
 @pytest.mark.parametrize("shape", [(256, 288), (400, 256)])
 def test_a_few_wide_columns_are_no_mean(shape):
   width = np.where(np.arange(shape[1]) // 32 == 2, 16.0, 4.0)  # an AWQ group on its finer grid
   q = rounded_noise(10, shape, width, limit=127)
-  assert grids.fit(q).mean is None
+  assert search.fit(q).mean is None
   assert len(assert_returns("entropy", "grid", [q])) < 1.01 * (2.047 + np.log2(width)).sum() * shape[0] / 8
 
 
@@ -166,10 +167,10 @@ def test_laws_are_the_same_on_every_machine():
 def test_counted_symbols_come_back(symbols, alphabet):
   writer = Writer()
   put_counted(writer, np.array(symbols, np.int32), alphabet)
-  writer.put(np.array([1, 0, 1]), table(np.ones(2)))
+  writer.put(np.array([1, 0, 1]), distribution(np.ones(2)))
   reader = Reader(writer.finish())
   assert take_counted(reader, len(symbols), alphabet).tolist() == symbols
-  assert reader.take(3, table(np.ones(2))).tolist() == [1, 0, 1]
+  assert reader.take(3, distribution(np.ones(2))).tolist() == [1, 0, 1]
   reader.finish()
 
 
@@ -179,10 +180,10 @@ def test_counted_symbols_come_back(symbols, alphabet):
 @given(data=st.binary(max_size=200), shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=3))
 def test_any_bytes_give_arrays_or_an_error(name, content, data, shapes):
   try:
-    found = codec(name).decode(content, data, shapes)
+    decoded = decode_stream(name, content, data, shapes)
   except ArtifactError:
     return
-  assert [a.shape for a in found] == shapes
+  assert [a.shape for a in decoded] == shapes
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,18 +192,18 @@ def test_any_bytes_give_arrays_or_an_error(name, content, data, shapes):
 def test_damaged_grids_give_arrays_or_an_error(name, data):
   rng = np.random.default_rng(8)
   q = rounded_noise(9, (90, 64), 3.0, np.outer(rng.standard_normal(90), 5 * rng.standard_normal(64)))
-  whole = bytearray(codec(name).encode("grid", [q]))
-  # Near the end lie the words that an ANS coder reads first: the tables.
+  whole = bytearray(encode_stream(name, "grid", [q]))
+  # An ANS coder reads the words near the end first: the parameters of the models.
   place = data.draw(st.integers(0, len(whole) - 1) | st.integers(len(whole) - 24, len(whole) - 1))
   whole[place] ^= data.draw(st.integers(1, 255))
   try:
-    found = codec(name).decode("grid", bytes(whole), [q.shape])
+    (decoded,) = decode_stream(name, "grid", bytes(whole), [q.shape])
   except ArtifactError:
     return
-  assert found[0].shape == q.shape and found[0].dtype == np.int8
+  assert decoded.shape == q.shape and decoded.dtype == np.int8
 
 
 def test_zstd_frames_that_claim_too_much_are_refused():
   frame = zstandard.ZstdCompressor().compress(bytes(1 << 20))
   with pytest.raises(ArtifactError, match="claims 1048576 bytes"):
-    codec("zstd").decode("small", frame, [(8, 8)])
+    decode_stream("zstd", "small", frame, [(8, 8)])

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.errors import UserError
@@ -12,15 +13,20 @@ from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.record import Record
+from pgolf_jax.scoring.record import Record, identity
 from pgolf_jax.scoring.trace import WeightsEvent, find_cycle
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
 
 
-def evaluate(settings, data, *, devices=1, params=None, **options):
-  mesh = data_mesh(jax.devices()[:devices])
-  return ttt.evaluate(settings, params or random_params(), data, mesh, ttt.Options(**options))
+def programs_on(settings, devices):
+  """Programs that evaluations of one shape share, so that they compile once."""
+  return ttt.Programs(settings, data_mesh(jax.devices()[:devices]))
+
+
+def evaluate(settings, data, *, programs=None, params=None, **options):
+  programs = programs or programs_on(settings, 1)
+  return ttt.evaluate(settings, params or random_params(), data, programs.mesh, ttt.Options(**options), programs)
 
 
 def test_every_target_is_scored_once():
@@ -54,7 +60,7 @@ def test_scores_do_not_depend_on_the_number_of_devices(devices):
   data = random_documents(LENGTHS)
   settings = changed(SETTINGS, phase__prefix_docs=5, lora__lr=1e-4)
   one = evaluate(settings, data)
-  many = evaluate(settings, data, devices=devices)
+  many = evaluate(settings, data, programs=programs_on(settings, devices))
   np.testing.assert_allclose(document_means(many, data), document_means(one, data), rtol=0, atol=1e-6)
   np.testing.assert_allclose(many.score.bpb, one.score.bpb, rtol=0, atol=1e-6)
 
@@ -100,12 +106,8 @@ class Killed(Exception):
   pass
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, monkeypatch, after):
-  data = random_documents(LENGTHS)
-  settings = changed(SETTINGS, phase__prefix_docs=5)
-  whole = evaluate(settings, data)
-
+def evaluate_until_killed(settings, data, folder, *, after, **options):
+  """Runs an evaluation that is killed at its save number `after`, counted from 1."""
   saves = []
 
   def save(self, *arguments, original=Record.save):
@@ -114,16 +116,82 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, monkeypatch,
     if len(saves) == after:
       raise Killed
 
-  monkeypatch.setattr(Record, "save", save)
-  with pytest.raises(Killed):
-    evaluate(settings, data, folder=tmp_path, save_seconds=0)
-  monkeypatch.undo()
-  found = evaluate(settings, data, folder=tmp_path, save_seconds=0)
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(Record, "save", save)
+    evaluate(settings, data, folder=folder, save_seconds=0, **options)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, after):
+  data = random_documents(LENGTHS)
+  settings = changed(SETTINGS, phase__prefix_docs=5)
+  programs = programs_on(settings, 1)
+  whole = evaluate(settings, data, programs=programs)
+  evaluate_until_killed(settings, data, tmp_path, after=after, programs=programs)
+  found = evaluate(settings, data, programs=programs, folder=tmp_path, save_seconds=0)
   np.testing.assert_array_equal(found.nll_N, whole.nll_N)
   assert (found.times_N == 1).all()
   assert found.trace == whole.trace
   for name, value in whole.params.items():
     np.testing.assert_array_equal(found.params[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_killed_evaluation_goes_on_with_another_number_of_devices(tmp_path, mean):
+  """8 devices of 3 rows, then 4 of 6: every document goes on with the adapters that it would have had."""
+  lengths = np.random.default_rng(0).integers(9, 34, 96).tolist()
+  data = random_documents(lengths)
+  short = sorted(lengths)[47] + 1  # the third and the fourth batch; a length counts the bos that follows
+  adapters = {"short__lora": True, "short__doc_len": short, "short__rank": 3, "lora__warm_start_mean": mean}
+  settings = changed(SETTINGS, batch_size=24, lora__lr=1e-3, **adapters)
+  eight, four = programs_on(settings, 8), programs_on(settings, 4)
+  whole = evaluate(settings, data, programs=eight)
+  for programs, folder in ((eight, tmp_path / "8"), (four, tmp_path / "4")):  # with a set of each kind to go on with
+    evaluate_until_killed(settings, data, folder, after=3, programs=programs)
+
+  on_8, on_4 = (load_file(tmp_path / devices / "state-3.safetensors") for devices in ("8", "4"))
+  assert {name.split(".")[0] for name in on_8} == {"full", "short", "mean"} - ({"mean"} if not mean else set())
+  assert set(on_8) == set(on_4)
+  for name, rows in on_8.items():
+    np.testing.assert_allclose(on_4[name], rows, rtol=0, atol=1e-5, err_msg=name)
+    assert mean or not np.allclose(rows[..., :1, :, :], rows[..., 1:2, :, :], atol=1e-2), "documents differ"
+
+  found = evaluate(settings, data, programs=four, folder=tmp_path / "8", save_seconds=0)
+  assert found.trace == whole.trace
+  np.testing.assert_allclose(document_means(found, data), document_means(whole, data), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "change"),
+  [
+    ("settings", lambda s, d: (changed(s, lora__lr=0.02), d)),
+    ("settings", lambda s, d: (dataclasses.replace(s, seed=5), d)),
+    ("sidecar", lambda s, d: (s, d._replace(token_bytes=d.token_bytes + 1))),
+    ("tokens", lambda s, d: (s, d._replace(tokens=d.tokens[:-1]))),
+    ("dtype", lambda s, d: (with_train(s, compute_dtype="bfloat16"), d)),
+    ("ranks of a global phase", lambda s, d: (with_train(s, world_size=2), d)),
+  ],
+)
+def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, change):
+  settings, data, params = changed(SETTINGS, phase__prefix_docs=3), random_documents(LENGTHS[:2]), random_params()
+
+  def marks(settings, data, params=params, is_drawn=True):
+    return identity(settings, params, data, settings.train.world_size, is_drawn=is_drawn)
+
+  before, after = marks(settings, data), marks(*change(settings, data))
+  assert [key for key in before if before[key] != after[key]] == [name]
+  assert marks(settings, data, params | {"skip_weights": params["skip_weights"] + 1})["weights"] != before["weights"]
+
+
+def test_the_identity_of_an_evaluation_leaves_out_what_does_not():
+  data, params = random_documents(LENGTHS[:2]), random_params()
+  others = (changed(SETTINGS, enabled=False), with_train(SETTINGS, world_size=2, iterations=7, batch_tokens=1024))
+  first, *rest = (identity(s, params, data, s.train.world_size, is_drawn=True) for s in (SETTINGS, *others))
+  assert all(marks == first for marks in rest)
+
+
+def with_train(settings, **changes):
+  return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 
 
 def test_a_folder_of_another_evaluation_is_refused(tmp_path):

@@ -4,11 +4,11 @@ A table entry is [form, name, shape, …]:
 
   ["half", name, shape]                      fp16 of any shape
   ["rows", name, [M, N]]                     int8 with a step per row
-  ["grid", name, [M, N], wide, low_rank]     int8 on the rows' grids;
-      wide: null or [columns of a group, [first columns]]; low_rank: null or [rank, steps of A, steps of B]
+  ["grid", name, [M, N], fine, low_rank]     int8 on the grids of the rows;
+      fine: null or [columns of a group, [first columns]]; low_rank: null or [rank, steps of A, steps of B]
 
-Arrays of one kind share statistics, so that they share a stream: the integers of a kind of matrix over all layers; all
-steps; large fp16 parameters by kind, the others together.
+Arrays of one kind share statistics and therefore a stream: the integers of one kind of matrix from all layers; all
+steps; large fp16 parameters by kind; all other fp16 parameters.
 """
 
 import dataclasses
@@ -20,19 +20,21 @@ from collections.abc import Mapping
 import numpy as np
 
 from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.banks import kind
 from pgolf_jax.quantize.artifact.codecs import Content
-from pgolf_jax.quantize.artifact.names import kind
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Quantized, Rows
 
-_LARGE = 4096  # fp16 values of one kind from which on they get a stream of their own
+_LARGE = 4096  # fp16 values; a kind with at least as many gets a stream of its own
 _MAX_SIDE = 1 << 20  # rows or columns of a grid
 _MAX_RANK = 64  # of a correction
 _MAX_DIMENSIONS = 4
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,99}")
 
 Entry = list
+"""One line of the table, as JSON has it."""
+
 Array = tuple[str, str, tuple[int, ...]]
-"""(tensor, field of its dataclass with a dot for a nested one, shape)."""
+"""(tensor, field of its dataclass, with a dot for a nested one, shape)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +45,25 @@ class Stream:
 
 
 def describe(name: str, tensor: Quantized) -> Entry:
-  """The table entry of a tensor."""
+  """Returns the table entry of a tensor."""
   match tensor:
     case Half():
       return ["half", name, list(tensor.values.shape)]
     case Rows():
       return ["rows", name, list(tensor.q_MxN.shape)]
     case Grid():
-      low = tensor.low_rank
-      wide = [tensor.wide_size, list(tensor.wide_starts)] if tensor.wide_starts else None
-      low_rank = None if low is None else [low.b_RxN.shape[0], low.a_scale.size, low.b_scale.size]
-      return ["grid", name, list(tensor.q_MxN.shape), wide, low_rank]
+      factors = tensor.low_rank
+      fine = [tensor.fine_size, list(tensor.fine_starts)] if tensor.fine_starts else None
+      low_rank = None if factors is None else [factors.b_RxN.shape[0], factors.a_step.size, factors.b_step.size]
+      return ["grid", name, list(tensor.q_MxN.shape), fine, low_rank]
 
 
 def split(table: list[Entry]) -> list[Stream]:
-  """All arrays of the table's tensors, each in one stream; empty streams are left out."""
-  found: dict[tuple[str, Content], list[Array]] = {}
+  """Returns all arrays of the table's tensors, each in one stream; empty streams are left out."""
+  arrays: dict[tuple[str, Content], list[Array]] = {}
 
   def add(stream: str, content: Content, *array) -> None:
-    found.setdefault((stream, content), []).append(array)
+    arrays.setdefault((stream, content), []).append(array)
 
   half_size: dict[str, int] = {}
   for form, name, shape, *_ in table:
@@ -75,47 +77,47 @@ def split(table: list[Entry]) -> list[Stream]:
       continue
     if form == "rows":
       add("gates", "small", name, "q_MxN", shape)
-      add("steps", "half", name, "scale_M", shape[:1])
+      add("steps", "half", name, "step_M", shape[:1])
       continue
-    wide, low_rank = more
+    fine, low_rank = more
     add(f"grid/{kind(name)}", "grid", name, "q_MxN", shape)
-    add("steps", "half", name, "scale_M", shape[:1])
-    if wide is not None:
-      add("steps", "half", name, "wide_scale_M", shape[:1])
+    add("steps", "half", name, "step_M", shape[:1])
+    if fine is not None:
+      add("steps", "half", name, "fine_step_M", shape[:1])
     if low_rank is not None:
       rank, a_steps, b_steps = low_rank
       add("low_rank/a", "small", name, "low_rank.a_MxR", (shape[0], rank))
       add("low_rank/b", "small", name, "low_rank.b_RxN", (rank, shape[1]))
-      add("low_rank/steps", "half", name, "low_rank.a_scale", (a_steps,))
-      add("low_rank/steps", "half", name, "low_rank.b_scale", (b_steps,))
-  return [Stream(name, content, arrays) for (name, content), arrays in sorted(found.items())]
+      add("low_rank/steps", "half", name, "low_rank.a_step", (a_steps,))
+      add("low_rank/steps", "half", name, "low_rank.b_step", (b_steps,))
+  return [Stream(name, content, members) for (name, content), members in sorted(arrays.items())]
 
 
-def part(tensor: Quantized, field: str) -> np.ndarray:
-  """The array that an `Array`'s field names."""
-  for step in field.split("."):
-    tensor = getattr(tensor, step)
+def field_of(tensor: Quantized, field: str) -> np.ndarray:
+  """Returns the array that an `Array`'s field names."""
+  for name in field.split("."):
+    tensor = getattr(tensor, name)
   return tensor
 
 
-def assemble(entry: Entry, found: Mapping[tuple[str, str], np.ndarray]) -> Quantized:
-  """The tensor of a checked entry out of the decoded arrays by (tensor, field)."""
+def assemble(entry: Entry, arrays: Mapping[tuple[str, str], np.ndarray]) -> Quantized:
+  """Returns the tensor of a checked entry, from decoded arrays by (tensor, field)."""
   form, name, _, *more = entry
   if form == "half":
-    return Half(found[name, "values"])
+    return Half(arrays[name, "values"])
   if form == "rows":
-    return Rows(found[name, "q_MxN"], found[name, "scale_M"])
-  wide, low_rank = more
-  size, starts = (0, []) if wide is None else wide
+    return Rows(arrays[name, "q_MxN"], arrays[name, "step_M"])
+  fine, low_rank = more
+  size, starts = (0, []) if fine is None else fine
   correction = None
   if low_rank is not None:
-    correction = LowRank(*(found[name, f"low_rank.{f.name}"] for f in dataclasses.fields(LowRank)))
-  wide_scale_M = None if wide is None else found[name, "wide_scale_M"]
-  return Grid(found[name, "q_MxN"], found[name, "scale_M"], tuple(starts), size, wide_scale_M, correction)
+    correction = LowRank(*(arrays[name, f"low_rank.{f.name}"] for f in dataclasses.fields(LowRank)))
+  fine_step_M = None if fine is None else arrays[name, "fine_step_M"]
+  return Grid(arrays[name, "q_MxN"], arrays[name, "step_M"], tuple(starts), size, fine_step_M, correction)
 
 
 def parameter_count(entry: Entry) -> int:
-  """Values that the entry's arrays hold in all, steps and factors included."""
+  """Returns the number of values in all of the entry's arrays, steps and factors included."""
   return sum(math.prod(shape) for stream in split([entry]) for *_, shape in stream.arrays)
 
 
@@ -135,18 +137,18 @@ def check_entry(entry: object) -> None:
   require(isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS, f"an impossible shape for {name}")
   require(all(number(size, 1, 2**28) for size in shape), f"an impossible shape for {name}")
   if form == "half":
-    require(not more, f"too much to say of {name}")
+    require(not more, f"too many fields for {name}")
     return
   require(len(shape) == 2, f"an impossible shape for {name}")
   if form == "rows":
-    require(not more, f"too much to say of {name}")
+    require(not more, f"too many fields for {name}")
     return
   require(form == "grid" and len(more) == 2, f"an unknown form for {name}")
   require(max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")
-  (rows, columns), (wide, low_rank) = shape, more
-  if wide is not None:
-    require(isinstance(wide, list) and len(wide) == 2 and isinstance(wide[1], list), f"odd groups for {name}")
-    size, starts = wide
+  (rows, columns), (fine, low_rank) = shape, more
+  if fine is not None:
+    require(isinstance(fine, list) and len(fine) == 2 and isinstance(fine[1], list), f"odd groups for {name}")
+    size, starts = fine
     require(number(size, 1, columns) and 0 < len(starts) <= columns, f"odd groups for {name}")
     require(all(number(start, 0, columns - size) for start in starts), f"odd groups for {name}")
     require(all(a + size <= b for a, b in itertools.pairwise(starts)), f"odd groups for {name}")

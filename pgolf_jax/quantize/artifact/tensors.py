@@ -1,7 +1,7 @@
-"""What the quantiser makes of a parameter, and how it turns back into fp32 weights: the same bits on every machine.
+"""The stored forms of a parameter, and how each becomes fp32 weights again, with the same bits on every machine.
 
-Only NumPy, and of it only elementwise IEEE arithmetic: a matrix product may fuse or reorder its sums, so its last bit
-depends on the machine. M outputs, N inputs, R rank.
+Only NumPy's elementwise IEEE arithmetic is used: a matrix product may fuse or reorder its sums, so its last bit depends
+on the machine. M outputs, N inputs, R rank.
 """
 
 import dataclasses
@@ -23,34 +23,34 @@ class Half:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Integers with one fp16 step per row: what gates are kept in."""
+  """Integers with one fp16 step per row, the form of attention gates."""
 
   q_MxN: np.ndarray  # int8
-  scale_M: np.ndarray  # float16
+  step_M: np.ndarray  # float16
 
   def dequantize(self) -> np.ndarray:
-    return self.q_MxN.astype(np.float32) * self.scale_M.astype(np.float32)[:, None]
+    return self.q_MxN.astype(np.float32) * self.step_M.astype(np.float32)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-  """A·B, added to a matrix of integers (LQER): integers with fp16 steps.
+  """A correction A·B that is added to a matrix on its grids (LQER); both factors are integers with fp16 steps.
 
-  A's steps are one per row, or a single one for all of A; B's lie `b_scale.size` to the flattened matrix, each for
-  B.size / b_scale.size neighbours (a whole row, or a group).
+  A has one step per row, or a single one. The flattened B is cut into `b_step.size` pieces of equal length, a row or a
+  group each, with one step per piece.
   """
 
   a_MxR: np.ndarray  # int8
-  a_scale: np.ndarray  # float16 [M] or [1]
+  a_step: np.ndarray  # float16 [M] or [1]
   b_RxN: np.ndarray  # int8
-  b_scale: np.ndarray  # float16 [R] or [R·N / group]
+  b_step: np.ndarray  # float16 [R] or [R·N / group]
 
   def a(self) -> np.ndarray:
-    return self.a_MxR.astype(np.float32) * self.a_scale.astype(np.float32)[:, None]
+    return self.a_MxR.astype(np.float32) * self.a_step.astype(np.float32)[:, None]
 
   def b(self) -> np.ndarray:
-    groups = self.b_RxN.reshape(self.b_scale.size, -1).astype(np.float32)
-    return (groups * self.b_scale.astype(np.float32)[:, None]).reshape(self.b_RxN.shape)
+    groups = self.b_RxN.reshape(self.b_step.size, -1).astype(np.float32)
+    return (groups * self.b_step.astype(np.float32)[:, None]).reshape(self.b_RxN.shape)
 
   def dequantize(self) -> np.ndarray:
     a_MxR, b_RxN = self.a(), self.b()
@@ -58,7 +58,7 @@ class LowRank:
     rows = max(1, _SLAB // b_RxN.shape[1])
     for first in range(0, len(total_MxN), rows):
       slab = slice(first, first + rows)
-      # One rank after the other, each sum in float64 and rounded to float32: what a fused multiply-add gives.
+      # Each rank is added in float64 and the sum rounded to float32, as a fused multiply-add does.
       for r in range(b_RxN.shape[0]):
         product = np.multiply.outer(a_MxR[slab, r].astype(np.float64), b_RxN[r].astype(np.float64))
         total_MxN[slab] = total_MxN[slab] + product
@@ -67,21 +67,21 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """A matrix on its rows' grids (GPTQ): q · step, with a finer step for the columns of some groups (AWQ)."""
+  """A matrix on the grids of its rows (GPTQ): q · step, with a finer step for the columns of some groups (AWQ)."""
 
   q_MxN: np.ndarray  # int8
-  scale_M: np.ndarray  # float16
-  wide_starts: tuple[int, ...] = ()  # first column of each group with the finer grid
-  wide_size: int = 0  # columns in such a group
-  wide_scale_M: np.ndarray | None = None  # float16; None where there is no such group
+  step_M: np.ndarray  # float16
+  fine_starts: tuple[int, ...] = ()  # first column of each group with the finer step
+  fine_size: int = 0  # columns in such a group
+  fine_step_M: np.ndarray | None = None  # float16; None without such groups
   low_rank: LowRank | None = None
 
   def dequantize(self) -> np.ndarray:
     weight_MxN = self.q_MxN.astype(np.float32)
-    weight_MxN *= self.scale_M.astype(np.float32)[:, None]
-    for start in self.wide_starts:
-      columns = slice(start, start + self.wide_size)
-      weight_MxN[:, columns] = self.q_MxN[:, columns] * self.wide_scale_M.astype(np.float32)[:, None]
+    weight_MxN *= self.step_M.astype(np.float32)[:, None]
+    for start in self.fine_starts:
+      columns = slice(start, start + self.fine_size)
+      weight_MxN[:, columns] = self.q_MxN[:, columns] * self.fine_step_M.astype(np.float32)[:, None]
     if self.low_rank is not None:
       weight_MxN += self.low_rank.dequantize()
     return weight_MxN

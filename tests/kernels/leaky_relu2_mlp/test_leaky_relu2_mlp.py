@@ -1,71 +1,41 @@
-"""Every implementation of the LeakyReLU² MLP, forward and gradient, against the formula in float32."""
+"""Every backend of the LeakyReLU² MLP, forward and gradient, against the formula in float32."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from backend_cases import BackendCases, backends_under_test, distance, with_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels import target
-from pgolf_jax.kernels.leaky_relu2_mlp import api, mosaic_gpu, mosaic_tpu, reference, xla
+from pgolf_jax.kernels.leaky_relu2_mlp import api, mosaic_gpu, mosaic_tpu, xla
 
 
-def arguments(seed, n, d, f, dtype):
-  keys = jax.random.split(jax.random.key(seed), 4)
-  shapes = ((n, d), (f, d), (d, f), (n, d))
-  scales = (1, d**-0.5, f**-0.5, 1)
-  return [
-    (scale * jax.random.normal(key, shape)).astype(dtype)
-    for key, shape, scale in zip(keys, shapes, scales, strict=True)
-  ]
+def draw(seed, n, d, f, dtype):
+  """x, up and down, and the cotangent of the result."""
+  random = np.random.default_rng(seed)
+  scaled_shapes = (1, (n, d)), (d**-0.5, (f, d)), (f**-0.5, (d, f)), (1, (n, d))
+  return [jnp.asarray(scale * random.standard_normal(shape), dtype) for scale, shape in scaled_shapes]
 
 
-def with_gradient(f):
-  def both(x, up, down, dy):
-    y, pull = jax.vjp(f, x, up, down)
-    return y, *pull(dy.astype(y.dtype))
-
-  return both
-
-
-def distance(got, want):
-  return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
-
-
-class Cases:
-  """What every implementation must pass; a class per implementation says for which shapes and types."""
-
-  implementation: str
+class Cases(BackendCases):
+  operation = api.OPERATION
+  results = ("y", "dx", "d_up", "d_down")
+  differentiated = 3
+  static = ("slope",)
   n, d, f = 24, 16, 40
-  dtype = jnp.bfloat16
-  tolerance = 1e-2
-  examples = 3
-  slopes = (0.3, 1.0)
+  slopes = (0.3,)
 
-  @pytest.fixture(scope="class")
   @classmethod
-  def compiled(cls, run):
-    def mlp(slope):
-      return lambda *a: api.leaky_relu2_mlp(*a, slope=slope, implementation=cls.implementation)
+  def cases(cls):
+    def case(seed, slope):
+      *arguments, dy = draw(seed, cls.n, cls.d, cls.f, cls.dtype)
+      return arguments, dy, {"slope": slope}
 
-    return {slope: run(with_gradient(mlp(slope))) for slope in cls.slopes}
-
-  def test_agrees_with_the_formula(self, compiled):
-    @settings(max_examples=self.examples, deadline=None)
-    @given(seed=st.integers(0, 2**31 - 1), slope=st.sampled_from(self.slopes))
-    def check(seed, slope):
-      values = arguments(seed, self.n, self.d, self.f, self.dtype)
-      got = compiled[slope](*values)
-      exact = with_gradient(lambda *a: reference.leaky_relu2_mlp(*a, slope=slope))
-      want = exact(*(a.astype(jnp.float32) for a in values))
-      for name, g, w in zip(("y", "dx", "d_up", "d_down"), got, want, strict=True):
-        assert g.dtype == self.dtype
-        assert distance(g, w) < self.tolerance, name
-
-    check()
+    return st.builds(case, st.integers(0, 2**31 - 1), st.sampled_from(cls.slopes))
 
 
 class TestXla(Cases):
@@ -85,7 +55,6 @@ class TestMosaicGpu(Cases):
   implementation = "mosaic_gpu"
   n, d, f = 100, 256, 256
   examples = 1
-  slopes = (0.3,)
 
 
 class TestMosaicTpu(Cases):
@@ -93,7 +62,6 @@ class TestMosaicTpu(Cases):
 
   implementation = "mosaic_tpu"
   n, d, f = 260, 640, 128
-  slopes = (0.3,)
   examples = 1
 
 
@@ -106,10 +74,14 @@ class TestMosaicTpuFloat32(TestMosaicTpu):
   slopes = (0.7,)
 
 
+def test_every_backend_is_tested():
+  assert backends_under_test(Cases) | {"reference"} == set(api.OPERATION.backends)
+
+
 @pytest.mark.parametrize("d", [64, 256])
 def test_copies_for_the_next_tile_wait_for_the_last_product_of_this_one(interpret_gpu, monkeypatch, d):
-  """The interpreter multiplies at once and finds no race in what is still being read when the product is issued. So the
-  last one is repeated at the latest moment, when its sums are asked for. One block works on both tiles."""
+  """A product reads its operands until its sums are waited for, but the interpreter multiplies when it is issued. The
+  last product is therefore issued once more at the latest moment. One multiprocessor computes both tiles."""
   build = plgpu.emit_pipeline_warp_specialized
 
   def late(step, *, compute_context, **options):
@@ -130,9 +102,8 @@ def test_copies_for_the_next_tile_wait_for_the_last_product_of_this_one(interpre
     return pipeline
 
   monkeypatch.setattr(plgpu, "emit_pipeline_warp_specialized", late)
-  monkeypatch.setattr(mosaic_gpu.target, "target", lambda: target.Target("gpu", "NVIDIA H100", 1))
-  x, up, _, _ = arguments(0, 128, d, 512, jnp.bfloat16)
-  with interpret_gpu():
+  x, up, _, _ = draw(0, 128, d, 512, jnp.bfloat16)
+  with interpret_gpu(cores=1):
     u, _ = jax.block_until_ready(mosaic_gpu.up(x, up, slope=0.3))
   twice = jnp.concatenate([x, x[:, -64:]], axis=1), jnp.concatenate([up, up[:, -64:]], axis=1)
   want, _ = xla.up(*twice, slope=0.3)
@@ -147,7 +118,7 @@ def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
   @settings(max_examples=2, deadline=None)
   @given(n=tokens, d=lanes, f=lanes, dtype=st.sampled_from((jnp.bfloat16, jnp.float32)))
   def check(n, d, f, dtype):
-    x, up, down, dy = arguments(n, n, d, f, dtype)
+    x, up, down, dy = draw(n, n, d, f, dtype)
     with interpret_tpu():
       u, a = mosaic_tpu.up(x, up, slope=0.3)
       du = jax.block_until_ready(mosaic_tpu.up_gradient(dy, down, u, slope=0.3))
@@ -164,10 +135,17 @@ def test_slope_decides_the_negative_side():
   assert jax.grad(lambda x: api.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0])(x)[0, 0] == -1.0
 
 
+def shapes(n, d, f, dtype):
+  return [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (f, d), (d, f), (n, d))]
+
+
+def both_passes(x, up, down, dy):
+  return with_gradient(Cases)((x, up, down), dy, slope=0.3)
+
+
 @pytest.mark.parametrize(("n", "d", "f"), [(98304, 512, 2048), (24 * 3072, 512, 2048), (1000, 64, 256)])
 def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, d, f):
-  shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((n, d), (f, d), (d, f), (n, d))]
-  assert hopper_kernels(with_gradient(lambda *a: api.leaky_relu2_mlp(*a, slope=0.3)), *shapes) == 2
+  assert hopper_kernels(both_passes, *shapes(n, d, f, jnp.bfloat16)) == 2
 
 
 @pytest.mark.parametrize(
@@ -179,18 +157,17 @@ def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, d, f):
   ],
 )
 def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, d, f, dtype):
-  shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (f, d), (d, f), (n, d))]
-  assert tpu_kernels(with_gradient(lambda *a: api.leaky_relu2_mlp(*a, slope=0.3)), *shapes) == 2
+  assert tpu_kernels(both_passes, *shapes(n, d, f, dtype)) == 2
 
 
 def test_chooses_xla_on_a_cpu_and_says_why():
-  name, reason = api.choose(*[jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)] * 3)
+  name, reason = api.OPERATION.choose(*shapes(128, 128, 128, jnp.bfloat16)[:3], slope=0.3)
   assert name == "xla"
   assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
 
 
 def test_refuses_with_the_numbers():
-  x, up, down, _ = arguments(0, 8, 16, 32, jnp.float32)
+  x, up, down, _ = draw(0, 8, 16, 32, jnp.float32)
   with pytest.raises(ValueError, match=r"\(8, 16\).*\(32, 16\).*\(32, 16\)"):
     api.leaky_relu2_mlp(x, up, up, slope=0.3)
   with pytest.raises(ValueError, match="float32, bfloat16 and float32"):
@@ -202,25 +179,30 @@ def test_refuses_with_the_numbers():
 
 
 def test_mosaic_gpu_refuses_what_it_cannot_do(pretend_hopper):
-  x, up, down, _ = arguments(0, 8, 96, 256, jnp.bfloat16)
-  with pretend_hopper(), pytest.raises(ValueError, match="D=96 and F=256"):
-    api.choose(x, up, down, implementation="mosaic_gpu")
+  def insist(d, f, dtype=jnp.bfloat16):
+    return api.OPERATION.choose(*shapes(8, d, f, dtype)[:3], slope=0.3, implementation="mosaic_gpu")
+
+  with pretend_hopper():
+    assert insist(64, 256).name == "mosaic_gpu"
+    with pytest.raises(ValueError, match="D=96 and F=256"):
+      insist(96, 256)
+    with pytest.raises(ValueError, match="not float32"):
+      insist(64, 256, jnp.float32)
   with pytest.raises(ValueError, match="not cpu"):
-    api.choose(x, up, down, implementation="mosaic_gpu")
+    insist(64, 256)
 
 
 def test_mosaic_tpu_refuses_what_it_cannot_do(pretend_tpu):
-  def choose(d, f, dtype, n=8):
-    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (f, d), (d, f))]
-    return api.choose(*shapes, implementation="mosaic_tpu")
+  def insist(d, f, dtype, n=8):
+    return api.OPERATION.choose(*shapes(n, d, f, dtype)[:3], slope=0.3, implementation="mosaic_tpu")
 
   with pretend_tpu():
-    assert choose(128, 256, jnp.bfloat16).name == "mosaic_tpu"
+    assert insist(128, 256, jnp.bfloat16).name == "mosaic_tpu"
     with pytest.raises(ValueError, match="N=8, D=96 and F=256"):
-      choose(96, 256, jnp.bfloat16)
+      insist(96, 256, jnp.bfloat16)
     with pytest.raises(ValueError, match="N=0, D=128 and F=256"):
-      choose(128, 256, jnp.bfloat16, n=0)
+      insist(128, 256, jnp.bfloat16, n=0)
     with pytest.raises(ValueError, match="not float16"):
-      choose(128, 256, jnp.float16)
+      insist(128, 256, jnp.float16)
   with pytest.raises(ValueError, match="it needs a TPU, not cpu"):
-    choose(128, 256, jnp.bfloat16)
+    insist(128, 256, jnp.bfloat16)

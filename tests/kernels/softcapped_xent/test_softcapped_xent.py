@@ -1,4 +1,4 @@
-"""Every implementation of the softcapped cross-entropy, forward and gradient, against the formula in float32."""
+"""Every backend of the softcapped cross-entropy, forward and gradient, against the formula in float32."""
 
 import re
 
@@ -6,74 +6,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backend_cases import BackendCases, backends_under_test, distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.kernels.softcapped_xent import api, linear, mosaic_tpu, reference, xla
+from pgolf_jax.kernels.softcapped_xent import api, linear, mosaic_tpu, xla
+
+CAPS = {"cap_pos": 30.0, "cap_neg": 12.0}
 
 
-def arguments(seed, n, v, scale, dtype):
-  """z, target, hint and the cotangents of both results; some hints are the target."""
-  keys = jax.random.split(jax.random.key(seed), 6)
-  z = (scale * jax.random.normal(keys[0], (n, v))).astype(dtype)
-  target = jax.random.randint(keys[1], (n,), 0, v)
-  hint = jnp.where(jax.random.bernoulli(keys[2], 0.3, (n,)), target, jax.random.randint(keys[3], (n,), 0, v))
-  return z, target, hint, *jax.random.normal(keys[4], (2, n))
+def draw(seed, n, v, scale, dtype):
+  """z, target, hint, and the cotangents of both results; some hints are the target."""
+  random = np.random.default_rng(seed)
+  z = jnp.asarray(scale * random.standard_normal((n, v)), dtype)
+  target, other = random.integers(0, v, (2, n), np.int32)
+  hint = np.where(random.random(n) < 0.3, target, other)
+  d_nll, d_hint = random.standard_normal((2, n), np.float32)
+  return z, *map(jnp.asarray, (target, hint, d_nll, d_hint))
 
 
-def distance(got, want):
-  return float(jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want))
+class Cases(BackendCases):
+  """The cross-entropy with a hint, and that without, of the same logits."""
 
-
-def exact(z, target, hint, d_nll, d_hint, cap_pos, cap_neg):
-  def f(z):
-    return reference.softcapped_xent_with_hint(z, target, hint, cap_pos=cap_pos, cap_neg=cap_neg)
-
-  results, pull = jax.vjp(f, z.astype(jnp.float32))
-  return *results, *pull((d_nll, d_hint)), *pull((d_nll, jnp.zeros_like(d_hint)))
-
-
-class Cases:
-  """What every implementation must pass; a class per implementation says for which shapes and types."""
-
-  implementation: str
+  results = ("nll", "hint_logp", "nll without a hint", "dz", "dz without a hint")
+  differentiated = 2
   n, v = 12, 50
-  dtype = jnp.bfloat16
   tolerance = 5e-3
   examples = 3
 
-  @pytest.fixture(scope="class")
+  @staticmethod
+  def operation(z, same_z, target, hint, **options):
+    with_hint = api.softcapped_xent_with_hint(z, target, hint, **options)
+    return *with_hint, api.softcapped_xent(same_z, target, **options)
+
   @classmethod
-  def compiled(cls, run):
-    def both(z, target, hint, d_nll, d_hint, cap_pos, cap_neg):
-      caps = {"cap_pos": cap_pos, "cap_neg": cap_neg, "implementation": cls.implementation}
-      results, pull = jax.vjp(lambda z: api.softcapped_xent_with_hint(z, target, hint, **caps), z)
-      nll, pull_nll = jax.vjp(lambda z: api.softcapped_xent(z, target, **caps), z)
-      return *results, *pull((d_nll, d_hint)), *pull_nll(d_nll), nll
+  def cases(cls):
+    def case(seed, scale, cap_pos, cap_neg):
+      z, target, hint, d_nll, d_hint = draw(seed, cls.n, cls.v, scale, cls.dtype)
+      options = {"cap_pos": jnp.float32(cap_pos), "cap_neg": jnp.float32(cap_neg)}
+      return (z, z, target, hint), (d_nll, d_hint, d_nll), options
 
-    return run(both)
+    caps = st.sampled_from((5.0, 30.0, 120.0))
+    return st.builds(case, st.integers(0, 2**31 - 1), st.sampled_from((1.0, 20.0, 200.0)), caps, caps)
 
-  def test_agrees_with_the_formula(self, compiled):
-    @settings(max_examples=self.examples, deadline=None)
-    @given(
-      seed=st.integers(0, 2**31 - 1),
-      scale=st.sampled_from((1.0, 20.0, 200.0)),
-      cap_pos=st.sampled_from((5.0, 30.0, 120.0)),
-      cap_neg=st.sampled_from((5.0, 30.0, 120.0)),
-    )
-    def check(seed, scale, cap_pos, cap_neg):
-      values = arguments(seed, self.n, self.v, scale, self.dtype)
-      caps = jnp.float32(cap_pos), jnp.float32(cap_neg)
-      nll, hint_logp, dz, dz_without_hint, nll_alone = compiled(*values, *caps)
-      want = exact(*values, *caps)
-      np.testing.assert_allclose(nll, want[0], atol=1e-4, rtol=1e-5)
-      np.testing.assert_allclose(hint_logp, want[1], atol=1e-4, rtol=1e-5)
-      np.testing.assert_array_equal(nll, nll_alone)
-      assert dz.dtype == self.dtype
-      assert distance(dz, want[2]) < self.tolerance
-      assert distance(dz_without_hint, want[3]) < self.tolerance
-
-    check()
+  def compare(self, got, want):
+    nll, hint_logp, nll_alone, *gradients = got
+    np.testing.assert_allclose(nll, want[0], atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(hint_logp, want[1], atol=1e-4, rtol=1e-5)
+    np.testing.assert_array_equal(nll, nll_alone)
+    for name, g, w in zip(self.results[3:], gradients, want[3:], strict=True):
+      assert g.dtype == self.dtype, name
+      assert distance(g, w) < self.tolerance, name
 
 
 class TestXla(Cases):
@@ -110,6 +93,10 @@ class TestMosaicTpuFloat32(TestMosaicTpu):
   examples = 2
 
 
+def test_every_backend_is_tested():
+  assert backends_under_test(Cases) | {"reference"} == set(api.OPERATION.backends)
+
+
 def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
   """Both passes against XLA's, which the cases above hold to the formula."""
 
@@ -121,7 +108,7 @@ def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
     dtype=st.sampled_from((jnp.bfloat16, jnp.float32)),
   )
   def check(n, v, hinted, dtype):
-    z, target, hint, d_nll, d_hint = arguments(n, n, v, 20.0, dtype)
+    z, target, hint, d_nll, d_hint = draw(n, n, v, 20.0, dtype)
     caps = jnp.float32(30.0), jnp.float32(12.0)
     hints = (hint, d_hint) if hinted else (None, None)
     lse_want = xla.log_sum_exp(z, *caps)
@@ -139,22 +126,32 @@ def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
 @pytest.mark.parametrize("n", [1, 7, 16, 23])
 def test_linear_form_agrees_in_blocks_of_any_number_of_tokens(monkeypatch, n):
   monkeypatch.setattr(linear, "_BLOCK_LOGITS", 8 * 30)
-  keys = jax.random.split(jax.random.key(n), 4)
-  x, weight = jax.random.normal(keys[0], (n, 10)), jax.random.normal(keys[1], (30, 10))
-  target, d_nll = jax.random.randint(keys[2], (n,), 0, 30), jax.random.normal(keys[3], (n,))
-  caps = {"cap_pos": 20.0, "cap_neg": 25.0}
-
-  def both(f):
-    nll, pull = jax.vjp(f, x, weight)
-    return nll, *pull(d_nll)
+  random = np.random.default_rng(n)
+  x, weight, d_nll = (random.standard_normal(shape, np.float32) for shape in ((n, 10), (30, 10), (n,)))
+  target = random.integers(0, 30, n, np.int32)
 
   def dense(x, weight):
     z = jnp.einsum("nd,vd->nv", x, weight, precision="highest")
-    return reference.softcapped_xent_with_hint(z, target, target, **caps)[0]
+    return api.softcapped_xent(z, target, **CAPS, implementation="reference")
 
-  got = jax.jit(lambda: both(lambda x, w: api.linear_softcapped_xent(x, w, target, **caps)))()
-  for g, w in zip(got, both(dense), strict=True):
-    np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
+  def with_gradient(f, x, weight):
+    nll, pull = jax.vjp(f, x, weight)
+    return nll, *pull(d_nll)
+
+  @jax.jit
+  def both(x, weight):
+    in_blocks = with_gradient(lambda *a: api.linear_softcapped_xent(*a, target, **CAPS), x, weight)
+    return in_blocks, with_gradient(dense, x, weight)
+
+  for got, want in zip(*both(x, weight), strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_no_block_of_the_linear_form_is_larger_than_its_bound():
+  for tokens, vocabulary in ((1, 30), (98304, 8192), (65600, 8192), (5, 2**26)):
+    blocks, size = linear.block_count(tokens, vocabulary), linear.block_size(tokens, vocabulary)
+    assert (blocks - 1) * size < tokens <= blocks * size
+    assert size == 1 or size * vocabulary <= 2**25
 
 
 def test_linear_form_never_holds_all_logits():
@@ -163,7 +160,7 @@ def test_linear_form_never_holds_all_logits():
   target = jax.ShapeDtypeStruct((n,), jnp.int32)
 
   def loss(x, weight, target):
-    return api.linear_softcapped_xent(x, weight, target, cap_pos=30.0, cap_neg=30.0).mean()
+    return api.linear_softcapped_xent(x, weight, target, **CAPS).mean()
 
   memory = jax.jit(jax.grad(loss, (0, 1))).lower(x, weight, target).compile().memory_analysis()
   assert memory.temp_size_in_bytes < n * v * 4 / 2
@@ -171,7 +168,7 @@ def test_linear_form_never_holds_all_logits():
 
 def gradient_of_the_head(x, weight, target):
   def loss(x, weight):
-    return api.linear_softcapped_xent(x, weight, target, cap_pos=30.0, cap_neg=30.0).mean()
+    return api.linear_softcapped_xent(x, weight, target, **CAPS).mean()
 
   return jax.grad(loss, (0, 1))(x, weight)
 
@@ -196,15 +193,16 @@ def test_blocks_of_the_linear_form_fill_a_gpu(pretend_hopper):
 
 
 def test_caps_get_no_gradient():
-  z, target, *_ = arguments(0, 3, 5, 1.0, jnp.float32)
-  gradient = jax.grad(lambda cap: api.softcapped_xent(z, target, cap_pos=cap, cap_neg=cap).sum())(30.0)
-  assert gradient == 0
+  z, target, *_ = draw(0, 3, 5, 1.0, jnp.float32)
+  for name in ("xla", "reference"):
+    loss = lambda cap, name=name: api.softcapped_xent(z, target, cap_pos=cap, cap_neg=cap, implementation=name).sum()  # noqa: E731
+    assert jax.jit(jax.grad(loss))(30.0) == 0
 
 
 def test_probabilities_sum_to_one():
-  z = arguments(1, 1, 40, 50.0, jnp.float32)[0]
-  nll = api.softcapped_xent(jnp.tile(z, (40, 1)), jnp.arange(40), cap_pos=30.0, cap_neg=12.0)
-  assert abs(float(jnp.exp(-nll).sum()) - 1) < 1e-5
+  z = draw(1, 1, 40, 50.0, jnp.float32)[0]
+  nll = jax.jit(lambda z: api.softcapped_xent(jnp.tile(z, (40, 1)), jnp.arange(40), **CAPS))(z)
+  assert abs(np.exp(-np.asarray(nll)).sum() - 1) < 1e-5
 
 
 @pytest.mark.parametrize(("n", "v"), [(98304, 8192), (24 * 64, 8192), (64, 1024)])
@@ -213,7 +211,7 @@ def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, v):
   index = jax.ShapeDtypeStruct((n,), jnp.int32)
 
   def loss(z, target, hint):
-    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, cap_pos=30.0, cap_neg=30.0)
+    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, **CAPS)
     return nll.mean() + hint_logp.mean()
 
   assert hopper_kernels(jax.grad(loss), z, index, index) == 2
@@ -226,31 +224,36 @@ def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, v, dtype):
   z, index = jax.ShapeDtypeStruct((n, v), dtype), jax.ShapeDtypeStruct((n,), jnp.int32)
 
   def loss(z, target, hint):
-    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, cap_pos=30.0, cap_neg=30.0)
+    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, **CAPS)
     return nll.mean() + hint_logp.mean()
 
   assert tpu_kernels(jax.grad(loss), z, index, index) == 2
 
 
+def choose(n, v, dtype, implementation=None):
+  index = jax.ShapeDtypeStruct((n,), jnp.int32)
+  return api.OPERATION.choose(jax.ShapeDtypeStruct((n, v), dtype), index, None, **CAPS, implementation=implementation)
+
+
 def test_chooses_xla_on_a_cpu_and_says_why():
-  name, reason = api.choose(jax.ShapeDtypeStruct((8, 128), jnp.bfloat16))
+  name, reason = choose(8, 128, jnp.bfloat16)
   assert name == "xla"
   assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
 
 
 def test_refuses_with_the_numbers(pretend_hopper, pretend_tpu):
-  z, target, *_ = arguments(0, 6, 5, 1.0, jnp.float32)
+  z, target, *_ = draw(0, 6, 5, 1.0, jnp.float32)
   with pytest.raises(ValueError, match=r"\(5,\) of int32 for z_NxV.shape=\(6, 5\)"):
-    api.softcapped_xent(z, target[:5], cap_pos=30.0, cap_neg=30.0)
+    api.softcapped_xent(z, target[:5], **CAPS)
   with pytest.raises(ValueError, match=r"not \(6,\) of int32"):
-    api.softcapped_xent(target, target, cap_pos=30.0, cap_neg=30.0)
+    api.softcapped_xent(target, target, **CAPS)
   with pytest.raises(ValueError, match=r"\(6, 5\).*\(7, 4\)"):
-    api.linear_softcapped_xent(z, jnp.zeros((7, 4)), target, cap_pos=30.0, cap_neg=30.0)
+    api.linear_softcapped_xent(z, jnp.zeros((7, 4)), target, **CAPS)
   with pretend_hopper(), pytest.raises(ValueError, match="N=6 and V=5"):
-    api.choose(z.astype(jnp.bfloat16), implementation="mosaic_gpu")
+    choose(6, 5, jnp.bfloat16, "mosaic_gpu")
   with pretend_tpu():
-    assert api.choose(jax.ShapeDtypeStruct((6, 128), jnp.float32), implementation="mosaic_tpu").name == "mosaic_tpu"
+    assert choose(6, 128, jnp.float32, "mosaic_tpu").name == "mosaic_tpu"
     with pytest.raises(ValueError, match="N=6 and V=5"):
-      api.choose(z, implementation="mosaic_tpu")
+      choose(6, 5, jnp.float32, "mosaic_tpu")
     with pytest.raises(ValueError, match="not float16"):
-      api.choose(jax.ShapeDtypeStruct((6, 128), jnp.float16), implementation="mosaic_tpu")
+      choose(6, 128, jnp.float16, "mosaic_tpu")

@@ -12,12 +12,12 @@ sys.path.insert(0, str(HERE.parent))
 
 from artifact_samples import CONFIG, sample_tensors  # noqa: E402
 
-from pgolf_jax.quantize.artifact import format  # noqa: E402
+from pgolf_jax.quantize.artifact import read, writer  # noqa: E402
 from pgolf_jax.quantize.artifact.codecs import NAMES  # noqa: E402
 
 for name in NAMES:
-  data = format.write(CONFIG, sample_tensors(), name)
+  data = writer.write(CONFIG, sample_tensors(), name)
   (HERE / f"{name}.pgolf").write_bytes(data)
-params = format.dequantize(data)[1]
+params = read(data).params()
 hashes = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
 (HERE / "params.json").write_text(json.dumps(hashes, indent=1) + "\n")

@@ -1,7 +1,8 @@
-"""Symbols to bytes and back through constriction's ANS coder, piece by piece, each piece under one table.
+"""Symbols to bytes and back through constriction's ANS coder, in pieces, each coded under one distribution.
 
-An ANS coder is a stack: pieces are read in one order and written in the other. Hence the writer keeps all pieces until
-the end. Probabilities come as whole numbers in float64, so that the coder's rounding of them is the same everywhere.
+An ANS coder is a stack: what is written last is read first. The writer therefore collects all pieces and codes them in
+reverse, so that they are read in the order in which they were given. Distributions are built from whole numbers held in
+float64: the coder then rounds them the same way on every machine.
 """
 
 import itertools
@@ -14,24 +15,24 @@ import numpy as np
 from pgolf_jax.errors import ArtifactError
 
 _Stack = constriction.stream.stack.AnsCoder
-_Categorical = constriction.stream.model.Categorical
+Distribution = constriction.stream.model.Categorical
 
 _FIRST_CHUNK = 16
 _COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
 
 
-def table(weights: np.ndarray) -> object:
-  """A distribution over 0 … len(weights) − 1 in proportion to whole numbers; no symbol is impossible."""
-  return _Categorical(np.asarray(weights, np.float64), perfect=False)
+def distribution(weights: np.ndarray) -> Distribution:
+  """Returns the distribution over 0 … len(weights) − 1 in proportion to whole numbers; no symbol is impossible."""
+  return Distribution(np.asarray(weights, np.float64), perfect=False)
 
 
 class Writer:
-  """Takes pieces in the order in which `Reader` will give them."""
+  """Collects pieces in the order in which a `Reader` will return them."""
 
   def __init__(self):
-    self._pieces: list[tuple[np.ndarray, object]] = []
+    self._pieces: list[tuple[np.ndarray, Distribution]] = []
 
-  def put(self, symbols: np.ndarray, model: object) -> None:
+  def put(self, symbols: np.ndarray, model: Distribution) -> None:
     self._pieces.append((np.ascontiguousarray(symbols, np.int32).reshape(-1), model))
 
   def finish(self) -> bytes:
@@ -42,7 +43,10 @@ class Writer:
 
 
 class Reader:
-  """Gives back what a Writer took. Any bytes decode to something; `finish` tells whether they were a Writer's."""
+  """Returns the pieces that a Writer collected.
+
+  Any bytes decode to some symbols; `finish` raises ArtifactError if they are not exactly what a Writer wrote.
+  """
 
   def __init__(self, data: bytes):
     if len(data) % 4:
@@ -52,8 +56,8 @@ class Reader:
       raise ArtifactError("A stream of the artifact ends in a word that no encoder writes: it is damaged.")
     self._coder = _Stack(words)
 
-  def take(self, count: int, model: object) -> np.ndarray:
-    """The next `count` symbols, int32."""
+  def take(self, count: int, model: Distribution) -> np.ndarray:
+    """Returns the next `count` symbols, int32."""
     return self._coder.decode(model, count) if count else np.zeros(0, np.int32)
 
   def finish(self) -> None:
@@ -75,12 +79,12 @@ def take_counted(reader: Reader, count: int, alphabet: int) -> np.ndarray:
   return symbols
 
 
-def _counted(seen: np.ndarray, alphabet: int) -> object:
-  return table(1 + _COUNT_WEIGHT * np.bincount(seen, minlength=alphabet))
+def _counted(seen: np.ndarray, alphabet: int) -> Distribution:
+  return distribution(1 + _COUNT_WEIGHT * np.bincount(seen, minlength=alphabet))
 
 
 def _chunks(count: int) -> list[tuple[int, int]]:
-  """Bounds that cut `count` in pieces of which each is as long as a quarter of all before it, at least 16."""
+  """Returns bounds that cut `count` into chunks, each a quarter of all before it, but at least 16."""
   bounds = [0]
   while bounds[-1] < count:
     bounds.append(min(count, bounds[-1] + max(_FIRST_CHUNK, bounds[-1] // 4)))
@@ -88,11 +92,11 @@ def _chunks(count: int) -> list[tuple[int, int]]:
 
 
 def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
-  """All values in one int32 row."""
+  """Returns all values in one int32 row."""
   return np.concatenate([np.zeros(0, np.int32), *arrays]).astype(np.int32)
 
 
 def parts(values: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-  """The row cut into arrays of these shapes."""
+  """Cuts the row into arrays of these shapes."""
   ends = np.cumsum([0, *map(math.prod, shapes)]).tolist()
   return [values[a:b].reshape(shape) for a, b, shape in zip(ends[:-1], ends[1:], shapes, strict=True)]

@@ -1,50 +1,66 @@
-"""The `entropy` codec: an ANS coder under models of what each kind of array holds.
+"""The `entropy` codec: an ANS coder under a model of what each kind of array holds.
 
-Grids under the model of grids.py; fp16 values as a counted high part (sign, exponent, leading digits) and a low part,
-which is as good as noise; small integers counted. Every model is derived from whole numbers alone.
+Grids are coded under the models of grids.py. An fp16 value is split into a high part (sign, exponent, leading digits),
+which is coded under the counts of those before it, and a low part, which is nearly noise and stored as it is. Small
+integers are coded under counts. All distributions are built from whole numbers alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact.codecs import Content, plain
-from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, joined, parts, put_counted, table, take_counted
-from pgolf_jax.quantize.artifact.codecs.grids import put_grids, take_grids
+from pgolf_jax.quantize.artifact.codecs import Content, zstd
+from pgolf_jax.quantize.artifact.codecs.ans import (
+  Reader,
+  Writer,
+  distribution,
+  joined,
+  parts,
+  put_counted,
+  take_counted,
+)
+from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids, take_grids
 
 _LOW_BITS = 6  # of a float16, stored as they are
-_LOW = table(np.ones(1 << _LOW_BITS))
+_LOW = distribution(np.ones(1 << _LOW_BITS))
 _HIGH_ALPHABET = 1 << (16 - _LOW_BITS)
-_COUNTED, _ZSTD = 0, 1  # first byte of a stream that is no grid's
+_COUNTED, _ZSTD = 0, 1  # first byte of a stream that holds no grids
 
 
-def encode(content: Content, arrays: Sequence[np.ndarray]) -> bytes:
+def encode(content: Content, arrays: Sequence[np.ndarray], models: Sequence[Model] = ()) -> bytes:
+  """Encodes the arrays of one stream.
+
+  Args:
+    models: one for each array of content "grid", as `search.fit` chooses them.
+  """
   if content == "grid":
-    return _coded(put_grids, arrays)
-  # A model that has hardly been trained repeats values (rows of equal norm, scales still at 1): Zstandard finds them.
-  coded = bytes([_COUNTED]) + _coded(_put_halves if content == "half" else _put_small, arrays)
-  return min(coded, bytes([_ZSTD]) + plain.encode(content, arrays), key=len)
+    return _written(partial(put_grids, models=models), arrays)
+  # Zstandard is smaller for a model that has hardly been trained: rows of equal norm and scales still at 1 repeat.
+  counted = bytes([_COUNTED]) + _written(_put_halves if content == "half" else _put_small, arrays)
+  return min(counted, bytes([_ZSTD]) + zstd.encode(content, arrays), key=len)
 
 
 def decode(content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+  """Returns arrays of exactly these shapes. Raises ArtifactError if `data` cannot hold them."""
   if content == "grid":
-    return _decoded(take_grids, data, shapes)
+    return _read(take_grids, data, shapes)
   if data[:1] == bytes([_ZSTD]):
-    return plain.decode(content, data[1:], shapes)
+    return zstd.decode(content, data[1:], shapes)
   if data[:1] != bytes([_COUNTED]):
     raise ArtifactError("A stream of the artifact names a method that does not exist: it is damaged.")
-  return _decoded(_take_halves if content == "half" else _take_small, data[1:], shapes)
+  return _read(_take_halves if content == "half" else _take_small, data[1:], shapes)
 
 
-def _coded(put, arrays: Sequence[np.ndarray]) -> bytes:
+def _written(put: Callable, arrays: Sequence[np.ndarray]) -> bytes:
   writer = Writer()
   put(writer, arrays)
   return writer.finish()
 
 
-def _decoded(take, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def _read(take: Callable, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
   reader = Reader(data)
   arrays = take(reader, shapes)
   reader.finish()
@@ -59,7 +75,7 @@ def _put_halves(writer: Writer, arrays: Sequence[np.ndarray]) -> None:
 
 def _take_halves(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
   count = sum(map(math.prod, shapes))
-  # In 16 bits at once, so that no more is held than the values will take as fp32.
+  # Cast to 16 bits before the low part is read, so that no more memory is held than the values take as fp32.
   bits = take_counted(reader, count, _HIGH_ALPHABET).astype(np.uint16)
   bits <<= _LOW_BITS
   bits |= reader.take(count, _LOW).astype(np.uint16)

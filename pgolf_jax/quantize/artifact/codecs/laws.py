@@ -1,7 +1,7 @@
-"""The distributions of rounded weights: generalised normal laws on a ladder of widths, as tables of whole numbers.
+"""The distributions of rounded weights: generalised normal laws on a ladder of widths, in whole numbers.
 
-f(x) ∝ exp(−|x / α|^β) of standard deviation σ; β = 2 is the normal law. Tables are worked out in decimal arithmetic,
-which is specified to the last digit: every machine gets the same ones, where exp of the C library may differ.
+f(x) ∝ exp(−|x / α|^β) with standard deviation σ; β = 2 is the normal law. Values are computed in decimal arithmetic,
+which is specified to the last digit, so they are the same on every machine; `exp` of the C library may differ.
 """
 
 import functools
@@ -25,11 +25,11 @@ SHAPES = (
 _NODES = 16  # samples of the density per unit; a multiple of PHASES
 _TOTAL = 1 << 26
 _DECIMAL = Context(prec=17)
-_FINE = 256  # entries of the master table per unit of |x/α|
+_FINE = 256  # samples of `_master` per unit of |x/α|
 
 
 def sigma(width: int) -> float:
-  """Standard deviation of a class: exact in every octave, a fixed number between (no rounding of a C library)."""
+  """Returns the standard deviation of a class, from a table for one octave, without `exp` of the C library."""
   octave, step = divmod(width - CENTRE, STEPS)
   return _ROOTS[step] * 2.0**octave
 
@@ -49,19 +49,20 @@ _ROOTS = (
 
 @functools.lru_cache(maxsize=1024)
 def weights(width: int, shape: int, phase: int, low: int, high: int) -> np.ndarray:
-  """Whole-number weights of the values low … high under mean phase/PHASES: their share of the density, at least 1.
+  """Returns whole-number weights of the values low … high, at least 1: their share of the density around the mean.
 
   Args:
     width: class of the standard deviation, 0 … CLASSES − 1.
     shape: index into SHAPES.
     phase: mean in units of 1/PHASES, 0 … PHASES − 1.
+    low, high: first and last value.
   """
   density = _density(width, shape)
   reach = (len(density) - 1) // _NODES + 1
-  found = np.ones(high - low + 1, np.float64)
+  weight = np.ones(high - low + 1, np.float64)
   first, last = max(low, -reach), min(high, reach)
   if first > last:
-    return found
+    return weight
   # Trapezoids over [v − ½, v + ½] − mean, in nodes from 0; the density is even.
   centre = np.arange(first, last + 1) * _NODES - phase * (_NODES // PHASES)
   node = np.abs(centre[:, None] + np.arange(-_NODES // 2, _NODES // 2 + 1))
@@ -69,15 +70,15 @@ def weights(width: int, shape: int, phase: int, low: int, high: int) -> np.ndarr
   sample[:, [0, -1]] *= 0.5
   # Sums of _NODES + 1 whole numbers below 2^40: exact in any order.
   mass = sample.sum(axis=1)
-  found[first - low : last - low + 1] += np.floor(mass * (_TOTAL / max(mass.sum(), 1.0)))
-  return found
+  weight[first - low : last - low + 1] += np.floor(mass * (_TOTAL / max(mass.sum(), 1.0)))
+  return weight
 
 
 @functools.lru_cache(maxsize=CLASSES)
 def _density(width: int, shape: int) -> np.ndarray:
   """The density at 0, 1/_NODES, 2/_NODES … until it vanishes, as whole numbers of at most 2^32.
 
-  From the master table by linear interpolation: single IEEE operations, so again the same everywhere.
+  Interpolated linearly in `_master` by single IEEE operations, which give the same bits on every machine.
   """
   master = _master(shape)
   scale = _FINE / (SHAPES[shape][1] * sigma(width) * _NODES)
@@ -90,8 +91,8 @@ def _density(width: int, shape: int) -> np.ndarray:
 def _master(shape: int) -> np.ndarray:
   """2^32 · exp(−t^β) at t = 0, 1/_FINE, 2/_FINE … until it rounds to 0."""
   beta = Decimal(SHAPES[shape][0])
-  found = [1 << 32]
-  while found[-1] > 0:
-    power = _DECIMAL.power(Decimal(len(found)) / _FINE, beta)
-    found.append(int(_DECIMAL.multiply(_DECIMAL.exp(-power), Decimal(1 << 32))))
-  return np.array([*found, 0], np.float64)
+  density = [1 << 32]
+  while density[-1] > 0:
+    power = _DECIMAL.power(Decimal(len(density)) / _FINE, beta)
+    density.append(int(_DECIMAL.multiply(_DECIMAL.exp(-power), Decimal(1 << 32))))
+  return np.array([*density, 0], np.float64)

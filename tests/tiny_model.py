@@ -1,6 +1,7 @@
 """A model of two layers whose matrices are just large enough for GPTQ, its settings, and a little data."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -38,11 +39,13 @@ SETTINGS = Settings(
 )
 
 
+@functools.cache
 def random_params(seed: int = 0) -> dict[str, np.ndarray]:
   """Initial weights plus noise, so that no matrix is zero."""
-  found = parameters.init(MODEL, jax.random.key(seed))
+  initial = jax.jit(functools.partial(parameters.init, MODEL))(jax.random.key(seed))
   rng = np.random.default_rng(seed)
-  return {name: np.asarray(v) + 0.02 * rng.standard_normal(v.shape, np.float32) for name, v in found.items()}
+  noise = {name: 0.02 * rng.standard_normal(shape, np.float32) for name, shape in parameters.shapes(MODEL).items()}
+  return {name: np.asarray(initial[name]) + noise[name] for name in noise}
 
 
 def write_data(folder, seed: int = 0) -> None:
@@ -50,10 +53,10 @@ def write_data(folder, seed: int = 0) -> None:
   rng = np.random.default_rng(seed)
 
   def tokens(count):
-    found = rng.integers(8, MODEL.vocab_size, count)
-    found[:: rng.integers(20, 40)] = 1
-    found[0] = 1
-    return found
+    stream = rng.integers(8, MODEL.vocab_size, count)
+    stream[:: rng.integers(20, 40)] = 1
+    stream[0] = 1
+    return stream
 
   folder.mkdir(parents=True, exist_ok=True)
   for index in range(2):

@@ -4,37 +4,34 @@ import argparse
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 
-def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
-  """Loss and bits per byte of an artifact on the validation split of a data folder.
+from pgolf_jax.errors import UserError
+from pgolf_jax.quantize.artifact import load
+from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.scoring import plain
+
+
+def score(artifact: Path, data: Path, *, ttt: bool) -> dict:
+  """Returns loss and bits per byte of an artifact on the validation split of a data folder.
 
   Args:
-    data: the artifact.
-    folder: shards and byte sidecar.
+    artifact: the file.
+    data: folder of shards and byte sidecar.
     ttt: score with test-time training and hints as the artifact's settings say, rather than plainly.
 
   Raises:
     UserError: the artifact or the data are damaged, or do not fit together.
   """
-  import jax.numpy as jnp
-
-  from pgolf_jax.model import params as parameters
-  from pgolf_jax.quantize.artifact.format import dequantize
-  from pgolf_jax.runtime.mesh import data_mesh
-  from pgolf_jax.scoring import plain
-  from pgolf_jax.settings.load import from_dict
-
-  config, params = dequantize(data)
-  settings = from_dict(config, where="the artifact's config")
-  parameters.check(settings.model, params, where="the artifact")
+  settings, params = load(artifact)
   mesh = data_mesh()
-  validation = plain.load_validation(folder)
+  validation = plain.load_validation(data)
   params = {name: jnp.asarray(value) for name, value in params.items()}
   if ttt:
-    from pgolf_jax.scoring.ttt import evaluate
+    from pgolf_jax.scoring.ttt import evaluate  # its n-gram counter is compiled for --ttt only
 
-    found = evaluate(settings, params, validation, mesh)
-    result, seconds = found.score, {"evaluation_seconds": found.clocks.evaluation}
+    evaluation = evaluate(settings, params, validation, mesh)
+    result, seconds = evaluation.score, {"evaluation_seconds": evaluation.clocks.evaluation}
   else:
     seconds = {}
     result = plain.score(settings, params, validation, mesh)
@@ -43,16 +40,14 @@ def score(data: bytes, folder: Path, *, ttt: bool) -> dict:
 
 def main(folder: Path, args: list[str]) -> int:
   """Prints the score of `folder`'s artifact as JSON. Exit status 0, or 1 with one sentence on what was wrong."""
-  from pgolf_jax.errors import UserError
-
   parser = argparse.ArgumentParser(prog="evaluate.py")
   parser.add_argument(
     "--data", type=Path, required=True, help="folder of fineweb_val_*.bin and fineweb_val_bytes_*.bin"
   )
   parser.add_argument("--ttt", action="store_true", help="with test-time training and hints")
-  found = parser.parse_args(args)
+  options = parser.parse_args(args)
   try:
-    print(json.dumps(score((folder / "artifact.pgolf").read_bytes(), found.data, ttt=found.ttt)))
+    print(json.dumps(score(folder / "artifact.pgolf", options.data, ttt=options.ttt)))
   except UserError as error:
     raise SystemExit(str(error)) from error
   return 0

@@ -1,13 +1,15 @@
-"""Generation: the model's own distribution, streamed, with CaseOps undone."""
+"""Generation: the model's own distribution, in pieces, as ordinary text."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import MODEL, random_params
+from tiny_model import MODEL, SETTINGS, random_params
 
 from pgolf_jax.data import caseops
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.generate import generate, next_logits, sample
+from pgolf_jax.model.generate import Sampling, generate, next_logits, sample
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
 
@@ -35,21 +37,18 @@ def test_logits_are_the_evaluation_distribution(params):
   tokens = np.array([1, 20, 30, 40, 50, 11], np.int32)
   logits = step(params, tokens[:-1])
   nll = packed_nll(bind(MODEL, params), tokens[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32)
-  found = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[-1]]
-  assert found == pytest.approx(float(nll[0, -1]), rel=1e-4)
+  generated_nll = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[-1]]
+  assert generated_nll == pytest.approx(float(nll[0, -1]), rel=1e-4)
 
 
-def run(params, prompt="Go on", **changes):
-  arguments = {
-    "tokens": 30,
-    "context": 256,
-    "temperature": 0.9,
-    "top_p": 0.95,
-    "seed": 5,
-    "rewritten": True,
-    "dtype": jnp.float32,
-  }
-  return list(generate(MODEL, params, Letters(), prompt, **(arguments | changes)))
+def run(params, prompt="Go on", *, context=256, caseops=True, tokenizer=None, **sampling):
+  settings = dataclasses.replace(
+    SETTINGS,
+    eval=dataclasses.replace(SETTINGS.eval, seq_len=context),
+    data=dataclasses.replace(SETTINGS.data, caseops=caseops),
+  )
+  drawn = Sampling(**({"tokens": 30, "temperature": 0.9, "top_p": 0.95, "seed": 5} | sampling))
+  return list(generate(settings, params, tokenizer or Letters(), prompt, drawn))
 
 
 def test_same_seed_same_text(params):
@@ -62,8 +61,8 @@ def test_pieces_make_up_the_text_without_markers(params):
   pieces = run(params, tokens=60)
   assert all(pieces)
   assert not set("".join(pieces)) & set(caseops.MARKERS)
-  raw = "".join(run(params, tokens=60, rewritten=False, prompt="go on"))
-  assert set(raw) & set(caseops.MARKERS)  # without the rewriting undone they show
+  raw = "".join(run(params, tokens=60, caseops=False, prompt="go on"))
+  assert set(raw) & set(caseops.MARKERS)  # as the model wrote them
 
 
 def test_only_the_context_is_seen(params):
@@ -92,4 +91,4 @@ def test_a_tokenizer_of_another_size_is_refused(params):
     vocab_size = 100
 
   with pytest.raises(UserError, match="100 pieces, the model 320"):
-    list(generate(MODEL, params, Other(), "", tokens=1, context=8, temperature=0, top_p=1, seed=0, rewritten=True))
+    run(params, tokenizer=Other())

@@ -1,35 +1,26 @@
-"""Between banks and matrices: the model keeps stacks, the quantiser and the artifact keep single matrices.
-
-Shape letters: L layers, B rows of a stack, M outputs, N inputs.
-"""
+"""Banks and matrices: the model keeps matrices in stacks, the quantiser and the artifact keep them one by one."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-# Each bank's matrices in the order of its first axis: the first L rows are the first name's, and so on.
+# The matrices of each bank in the order of its first axis, every layer of the first before any of the second.
 BANKS = {
   "qo_bank": ("attn.c_q.weight", "attn.proj.weight"),
   "kv_bank": ("attn.c_k.weight", "attn.c_v.weight"),
   "mlp_up_bank": ("mlp.fc.weight",),
   "mlp_down_bank": ("mlp.proj.weight",),
 }
-_BANK_OF = {suffix: (bank, half) for bank, suffixes in BANKS.items() for half, suffix in enumerate(suffixes)}
+_SUFFIXES = {suffix for suffixes in BANKS.values() for suffix in suffixes}
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def num_layers(names) -> int:
-  """The number of layers that `blocks.{i}.…` names run over: one more than the largest i; 0 without any."""
-  found = [int(match[1]) for name in names if (match := _IN_BLOCK.fullmatch(name))]
-  return 1 + max(found, default=-1)
-
-
 def unbank(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Flat parameters with every bank taken apart into `blocks.{i}.…` matrices; the rest under its own name.
+  """Returns flat parameters with every bank taken apart into `blocks.{i}.…` matrices, the rest unchanged.
 
-  Order: the banks' matrices layer by layer, then the other parameters as given; ties in the choice of AWQ groups
-  and LQER matrices fall to the earlier one.
+  The banks' matrices come first, layer by layer, then the other parameters as given. The order decides ties in the
+  choice of AWQ groups and LQER matrices: the earlier one wins.
   """
   matrices = {}
   for bank, suffixes in BANKS.items():
@@ -43,17 +34,17 @@ def unbank(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def rebank(names: Collection[str], value: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-  """The inverse of `unbank`, with one matrix at a time beside the banks.
+  """Returns the parameters that `unbank` took apart, holding only one matrix beside the banks at a time.
 
   Args:
     names: of all matrices and parameters.
-    value: gives the matrix of a name; called once for each.
+    value: returns the matrix of a name; called once for each.
 
   Raises:
-    KeyError: a bank's matrices are not all there.
-    ValueError: they are of different shapes.
+    KeyError: a bank lacks a matrix.
+    ValueError: a bank's matrices differ in shape.
   """
-  layers = num_layers(names)
+  layers = 1 + max((int(match[1]) for name in names if (match := _IN_BLOCK.fullmatch(name))), default=-1)
   params = {}
   for bank, suffixes in BANKS.items():
     parts = [f"blocks.{i}.{suffix}" for suffix in suffixes for i in range(layers)]
@@ -69,16 +60,14 @@ def rebank(names: Collection[str], value: Callable[[str], np.ndarray]) -> dict[s
         raise ValueError(f"{name} is {matrix.shape}, {parts[0]} {params[bank].shape[1:]}")
       params[bank][i] = matrix
       del matrix  # before the next one is made
-  return params | {name: value(name) for name in names if bank_of(name) is None}
-
-
-def bank_of(name: str) -> str | None:
-  """The bank that holds the matrix, or None for a parameter that stands alone."""
-  match = _IN_BLOCK.fullmatch(name)
-  return _BANK_OF[match[2]][0] if match and match[2] in _BANK_OF else None
+  return params | {name: value(name) for name in names if not _in_a_bank(name)}
 
 
 def kind(name: str) -> str:
-  """The name without its layer: the matrices of one kind share statistics and, in the artifact, a stream."""
+  """Returns the name without its layer: matrices of one kind share statistics and, in the artifact, a stream."""
   match = _IN_BLOCK.fullmatch(name)
   return match[2] if match else name
+
+
+def _in_a_bank(name: str) -> bool:
+  return kind(name) != name and kind(name) in _SUFFIXES

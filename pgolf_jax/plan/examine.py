@@ -1,4 +1,4 @@
-"""Compiles a program for hardware that is not there, and says what it would take of it."""
+"""Programs compiled for hardware that need not be there: memory, kernels, collectives, and the least time they take."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from pgolf_jax.kernels.peaks import peaks
+from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.plan import collectives
 from pgolf_jax.plan.collectives import Traffic
 from pgolf_jax.plan.hardware import GIB, Topology
@@ -20,17 +20,19 @@ _TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|[Ee]xceed(s|ed
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What is known about one program.
+  """The examination of one program.
 
   Attributes:
-    memory: bytes a device, by part; empty where the program was not compiled.
-    fits: None where that is not known.
-    kernels: Pallas kernels in the program's text.
+    seconds: spent on tracing, lowering and compiling.
+    memory: bytes of one device, by part; empty where the program was not compiled.
+    fits: whether the memory is enough; None where that is not known.
+    flops: of matrix products on one device, by formula.
+    kernels: number of Pallas kernels in the program's text.
     traffic: by kind of collective.
-    floors: seconds that the program cannot beat, by what limits it.
-    failure: what the compiler said of a program that does not fit.
-    machine_code: of the Pallas kernels, where they were compiled for a GPU, each with how often it was.
-    known_kernels: how many different kernels for GPUs this process had compiled before, which leave no record again.
+    floors: seconds that the program takes at least, by the part of the hardware that limits it.
+    failure: the compiler's message on a program that does not fit.
+    machine_code: of the Pallas kernels, where they were compiled for a GPU, and how often each was.
+    known_kernels: number of kernels for GPUs that this process compiled before, and so not again for this program.
   """
 
   title: str
@@ -47,48 +49,54 @@ class Finding:
 
 
 def examine(program: Program, topology: Topology) -> Finding:
-  """Traces, lowers and, where something can, compiles a program for the topology."""
+  """Traces and lowers a program for the topology, and compiles it where that is possible."""
   began = time.perf_counter()
-  devices = topology.mesh.size
   lowered = program.trace().lower(lowering_platforms=(topology.platform,))
-  memory, fits, failure, moved, machine_code = {}, None, None, None, {}
-  if topology.only_lowers:
-    text = lowered.as_text()
-    traffic = collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), devices)
-  else:
+  compiled, machine_code, failure = None, {}, None
+  if not topology.only_lowers:
     try:
       compiled, machine_code = _compile(lowered, topology)
     except jax.errors.JaxRuntimeError as e:
       if not _TOO_LARGE.search(str(e)):
         raise
-      text = lowered.as_text()
-      traffic = collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), devices)
-      fits, failure = False, _first_words(str(e))
-    else:
-      text = compiled.as_text()
-      traffic = collectives.in_hlo(text, devices)
-      memory = _memory(compiled)
-      fits = topology.chip is None or sum(memory.values()) <= topology.chip.memory
-      moved = (compiled.cost_analysis() or {}).get("bytes accessed")
-  kernels = len(_KERNEL.findall(text))
-  floors = _floors(program.flops, moved, traffic, topology)
-  seconds = time.perf_counter() - began
-  known = 0 if not memory else len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values())
+      failure = _first_words(str(e))
+  if compiled is None:
+    text, parts, fits, num_bytes = lowered.as_text(), {}, False if failure else None, None
+    traffic = collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
+  else:
+    text, parts = compiled.as_text(), memory(compiled)
+    fits = topology.chip is None or sum(parts.values()) <= topology.chip.memory
+    num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
+    traffic = collectives.in_hlo(text, topology.mesh.size)
+  known_kernels = len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values()) if compiled else 0
   return Finding(
-    program.title, seconds, memory, fits, program.flops, kernels, traffic, floors, failure, machine_code, max(0, known)
+    title=program.title,
+    seconds=time.perf_counter() - began,
+    memory=parts,
+    fits=fits,
+    flops=program.flops,
+    kernels=len(_KERNEL.findall(text)),
+    traffic=traffic,
+    floors=_floors(program.flops, num_bytes, traffic, topology),
+    failure=failure,
+    machine_code=machine_code,
+    known_kernels=max(0, known_kernels),
   )
 
 
-def _compile(lowered, topology: Topology):
-  """(compiled program, machine code of its kernels, for GPUs)."""
+def _compile(lowered: jax.stages.Lowered, topology: Topology) -> tuple[jax.stages.Compiled, dict[Kernel, int]]:
+  """Returns the compiled program and, for GPUs, the machine code of its kernels."""
   if topology.platform != "cuda":
     return lowered.compile(), {}
   with recorded() as folder:
     return lowered.compile(), read(folder)
 
 
-def _memory(compiled) -> dict[str, int]:
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+  """Returns the bytes of one device that a program needs, by part; nothing where the backend does not say."""
   m = compiled.memory_analysis()
+  if m is None:
+    return {}
   # Outputs that take the place of donated arguments need no memory of their own.
   return {
     "arguments": m.argument_size_in_bytes,
@@ -98,13 +106,13 @@ def _memory(compiled) -> dict[str, int]:
   }
 
 
-def _floors(flops: float, moved: float | None, traffic: dict[str, Traffic], topology: Topology) -> dict[str, float]:
+def _floors(flops: float, num_bytes: float | None, traffic: dict[str, Traffic], topology: Topology) -> dict[str, float]:
   limits, chip = peaks(topology.kind), topology.chip
   floors = {}
   if limits is not None:
     floors["products"] = flops / limits.flops_per_s
-    if moved:
-      floors["memory"] = moved / limits.bytes_per_s
+    if num_bytes:
+      floors["memory"] = num_bytes / limits.bytes_per_s
   if chip is not None and traffic:
     floors["collectives"] = sum(t.sent(kind, topology.mesh.size) for kind, t in traffic.items()) / chip.link
   return floors
@@ -116,7 +124,7 @@ def _first_words(message: str) -> str:
 
 
 def report(finding: Finding, topology: Topology) -> str:
-  """The finding as lines of text."""
+  """Returns the finding as lines of text."""
   done = "lowered" if topology.only_lowers else "compiled"
   lines = [f"{finding.title}: {done} in {finding.seconds:.0f} s, {finding.kernels} Pallas kernels"]
   if finding.failure:
@@ -124,9 +132,9 @@ def report(finding: Finding, topology: Topology) -> str:
   elif finding.memory:
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in finding.memory.items())
     total = sum(finding.memory.values()) / GIB
-    of = "" if topology.chip is None else f" of {topology.chip.memory / GIB:.1f}"
+    available = "" if topology.chip is None else f" of {topology.chip.memory / GIB:.1f}"
     verdict = "" if topology.chip is None else ", fits" if finding.fits else ", DOES NOT FIT"
-    lines.append(f"  memory        {total:.2f}{of} GiB a device{verdict} ({parts})")
+    lines.append(f"  memory        {total:.2f}{available} GiB a device{verdict} ({parts})")
   else:
     lines.append("  memory        not known without compiling")
   lines.append(f"  work          {finding.flops / 1e12:.2f} TFLOP a device in products, by formula")
@@ -139,5 +147,5 @@ def report(finding: Finding, topology: Topology) -> str:
   if finding.machine_code:
     lines += ["  machine code", *table(finding.machine_code)]
   if finding.known_kernels:
-    lines.append(f"    {finding.known_kernels} more with the machine code that they have in programs above")
+    lines.append(f"    {finding.known_kernels} more, which a program above has too")
   return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The `zstd` codec: every stream's bytes, laid out so that neighbours resemble each other, through Zstandard."""
+"""The `zstd` codec: the bytes of every stream, laid out so that neighbours resemble each other, through Zstandard."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,18 @@ from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content
 
 _LEVEL = 19
-# Rounded noise has no repeats to find: on matrices from the quantiser the fastest level is as small as the slowest,
-# 600 times as fast, and 10 % smaller than those between, which take chance repeats for matches.
+# Rounded noise has no repeats: on matrices from the quantiser the fastest level is as small as the slowest, 600 times
+# as fast, and 10 % smaller than the levels between them, which take chance repeats for matches.
 _GRID_LEVEL = 1
 
 
 def encode(content: Content, arrays: Sequence[np.ndarray]) -> bytes:
+  """Encodes the arrays of one stream."""
   return compress(b"".join(_laid_out(content, a) for a in arrays), _GRID_LEVEL if content == "grid" else _LEVEL)
 
 
 def decode(content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+  """Returns arrays of exactly these shapes. Raises ArtifactError if `data` does not hold them."""
   dtype = np.dtype("<f2") if content == "half" else np.dtype(np.int8)
   sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
   raw = decompress(data, sum(sizes), sum(sizes))
@@ -31,17 +33,18 @@ def decode(content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> 
 
 
 def compress(raw: bytes, level: int = _LEVEL) -> bytes:
+  """Returns one Zstandard frame that states its size and has no checksum."""
   return zstandard.ZstdCompressor(level=level, write_checksum=False).compress(raw)
 
 
 def decompress(data: bytes, least: int, most: int) -> bytes:
-  """Raises ArtifactError unless `data` is one frame that says it holds `least` to `most` bytes, and does."""
+  """Returns what a frame holds. Raises ArtifactError unless it states a size from `least` to `most` and has it."""
   try:
-    # The frame's own claim decides how much memory is taken, so it is looked at first.
-    claimed = zstandard.frame_content_size(data)
-    if not least <= claimed <= most:
+    # The stated size decides how much memory is taken, so it is checked first.
+    stated = zstandard.frame_content_size(data)
+    if not least <= stated <= most:
       raise ArtifactError(
-        f"A part of the artifact claims {claimed} bytes where {least} to {most} can be: it is damaged."
+        f"A part of the artifact claims {stated} bytes where {least} to {most} are possible: it is damaged."
       )
     return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
   except zstandard.ZstdError as error:
@@ -49,7 +52,7 @@ def decompress(data: bytes, least: int, most: int) -> bytes:
 
 
 def _laid_out(content: Content, array: np.ndarray) -> bytes:
-  """Matrices by column, whose values share a size; fp16 as all low bytes, then all high bytes."""
+  """Matrices by column, whose values are of one size; fp16 as all low bytes, then all high bytes."""
   if content == "grid":
     return np.ascontiguousarray(array.T).tobytes()
   if content == "half":

@@ -1,0 +1,212 @@
+"""The search for the model that stores a quantised matrix in the fewest bytes, by estimates from second moments.
+
+Directions of the mean and width classes are found in whole-number arithmetic, done in float64 where that is exact: the
+same matrix gets the same model on every machine, so writing an artifact twice gives the same file. M rows, N columns,
+R directions.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from pgolf_jax.quantize.artifact.codecs import laws
+from pgolf_jax.quantize.artifact.codecs.grids import ROW_STEP, Model
+from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, CLASSES, PHASES
+from pgolf_jax.quantize.artifact.codecs.means import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, Mean
+
+_PATIENCE = 2  # directions that may pass without saving anything
+
+_A_LIMIT, _FACTOR_LIMIT = 2**15 - 1, 2**32 - 1  # with B_LIMIT and MAX_RANK they keep A·B · factor within int64
+_BASIS_LEVEL = 8  # root mean square of B's entries
+_BASIS_BITS = 5.1  # about what an entry of B takes
+_HEADER_BITS = 64  # about what a direction takes beside its coefficients and entries
+_STEP_SIGMAS = 2.5  # step of A's coefficients, in standard deviations of what remains
+_GLANCE, _ROUNDS = 3, 12  # of subspace iteration: to see whether there is a mean at all, and to compute it
+
+_HALF_LOG2E = 0.5 * 1.4426950408889634
+_UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
+_ROUNDING = _UNIT // 12
+# Variance up to which a class is the nearest one: half a class above its own.
+_BOUNDS = np.array([_UNIT * (laws.sigma(c) * 1.0442737824274138) ** 2 for c in range(CLASSES - 1)])
+_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / laws.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
+
+
+def fit_all(arrays: Sequence[np.ndarray]) -> list[Model]:
+  """Returns the model of each int8 matrix."""
+  # Many products of a few megaflops: with more threads they wait for each other and take three times the core-seconds.
+  with threadpool_limits(1, "blas"):
+    return [fit(q_MxN) for q_MxN in arrays]
+
+
+def fit(q_MxN: np.ndarray) -> Model:
+  """Returns the model that stores an int8 matrix in the fewest bytes."""
+  q_MxN = PHASES * q_MxN.astype(np.int32)
+  *classes, least = fit_widths(q_MxN)
+  best = Model(None, *classes)
+  mean = fit_mean(q_MxN // PHASES)
+  # A few wide columns or rows may look like a direction, but classes of their own describe them in fewer bytes.
+  # Directions are therefore added one by one for as long as that helps.
+  for rank in range(1, 1 + (0 if mean is None else mean.rank)):
+    part = dataclasses.replace(mean, a_MxR=mean.a_MxR[:, :rank], b_RxN=mean.b_RxN[:rank])
+    *classes, bits = fit_widths(q_MxN - part.phases().T)
+    bits += _mean_bits(part)
+    if bits < least:
+      best, least = Model(part, *classes), bits
+    elif rank - best.rank == _PATIENCE:
+      break
+  return best
+
+
+def fit_mean(q_MxN: np.ndarray) -> Mean | None:
+  """Returns the leading directions of the matrix that save more than they cost, or None."""
+  flipped = q_MxN.shape[0] < q_MxN.shape[1]
+  tall_MxN = (q_MxN.T if flipped else q_MxN).astype(np.float64)
+  rows, columns = tall_MxN.shape
+  if columns < LEAST_SIDE:
+    return None
+  gram_NxN = np.matmul(tall_MxN.T, tall_MxN)
+  if not gram_NxN.any():
+    return None
+  if not _gain(_leading_directions(gram_NxN, _GLANCE), gram_NxN, rows)[0]:
+    return None
+  basis_RxN = _leading_directions(gram_NxN, _ROUNDS)
+  rank, sigma = _gain(basis_RxN, gram_NxN, rows)
+  if not rank:
+    return None
+  norm_R = np.square(basis_RxN[:rank]).sum(axis=1)
+  basis_RxN = basis_RxN[:rank]
+  # A's unit is a step of `_STEP_SIGMAS` σ along B's direction, the same for all directions.
+  per_unit = _STEP_SIGMAS * sigma / (_BASIS_LEVEL * np.sqrt(columns))
+  factor = int(np.clip(np.rint(per_unit * PHASES * 2**FACTOR_BITS), 1, _FACTOR_LIMIT))
+  a_MxR = np.rint(np.matmul(tall_MxN, basis_RxN.T) / (norm_R * (factor / (PHASES * 2**FACTOR_BITS))))
+  return Mean(np.clip(a_MxR, -_A_LIMIT, _A_LIMIT).astype(np.int32), basis_RxN.astype(np.int32), factor, flipped)
+
+
+def fit_widths(residual_MxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+  """Returns column classes, row classes (added to them in units of ROW_STEP), and about how many bits values then take.
+
+  Rows get classes of their own only where that saves more than it costs. The bits are up to a constant per value.
+
+  Args:
+    residual_MxN: values less their mean, in units of 1/PHASES.
+  """
+  square_MxN = 3.0 * np.square(residual_MxN, dtype=np.int64) - _ROUNDING
+  rows, columns = square_MxN.shape
+  flat_M = np.zeros(rows, np.int32)
+  plain_N = column_N = _class_of(square_MxN.sum(axis=0) / rows)
+  for _ in range(2):
+    weight_N = _inverse_variance(column_N)
+    # In a row whose width is its columns', the mean of square/σ² is _UNIT.
+    relative_M = np.matmul(square_MxN, weight_N) / (2**20 * columns)
+    row_M = (_class_of(relative_M) - CENTRE + ROW_STEP // 2) // ROW_STEP
+    weight_M = _inverse_variance(CENTRE + ROW_STEP * row_M)
+    column_N = _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows))
+  choices = ((_cheapened(square_MxN, plain_N, flat_M), flat_M), (_cheapened(square_MxN, column_N, row_M), row_M))
+  return min(((*classes, _bits(square_MxN, *classes)) for classes in choices), key=lambda choice: choice[-1])
+
+
+def _mean_bits(mean: Mean) -> float:
+  """About what it takes to store the factors."""
+  counts = [np.unique(a_M, return_counts=True)[1] for a_M in mean.a_MxR.T]
+  rows = mean.a_MxR.shape[0]
+  return _BASIS_BITS * mean.b_RxN.size + sum(_HEADER_BITS - float(np.sum(c * np.log2(c / rows))) for c in counts)
+
+
+def _gain(basis_RxN: np.ndarray, gram_NxN: np.ndarray, rows: int) -> tuple[int, float]:
+  """(how many of the directions save more than they cost, standard deviation of what remains after them).
+
+  Normal approximation: a direction shortens every value; its coefficient in each row and its entries must be stored.
+  """
+  columns = gram_NxN.shape[0]
+  total = float(np.trace(gram_NxN))
+  energy_R = (np.matmul(basis_RxN, gram_NxN) * basis_RxN).sum(axis=1) / np.square(basis_RxN).sum(axis=1)
+  left_R = np.maximum(total - np.cumsum(energy_R), total / 1024)
+  sigma_R = np.sqrt(left_R / (rows * columns))
+  saved_R = 0.5 * rows * columns * np.log2(total / left_R)
+  coefficient_R = np.sqrt(energy_R / rows) / (_STEP_SIGMAS * sigma_R)
+  # The last term is what rounding the coefficients adds to the values.
+  per_row_R = 2.05 + 0.5 * np.log2(coefficient_R**2 + 1 / 12) + 0.25
+  cost_R = np.cumsum(rows * per_row_R + columns * _BASIS_BITS + _HEADER_BITS)
+  best = int(np.argmax(saved_R - cost_R))
+  return (best + 1, float(sigma_R[best])) if saved_R[best] > 1.01 * cost_R[best] else (0, 0.0)
+
+
+def _leading_directions(gram_NxN: np.ndarray, rounds: int) -> np.ndarray:
+  """Whole-number directions [MAX_RANK, N] near the leading eigenvectors, by falling eigenvalue, nearly orthogonal.
+
+  Subspace iteration in which the basis is rounded to 15 bits after every product, so that no sum is ever inexact.
+  """
+  columns = gram_NxN.shape[0]
+  # Any start that is not orthogonal to the leading eigenvectors will do: the columns with the largest values.
+  basis_RxN = np.zeros((MAX_RANK, columns))
+  basis_RxN[np.arange(MAX_RANK), np.argsort(-np.diagonal(gram_NxN), kind="stable")[:MAX_RANK]] = 1
+  gram_NxN = np.rint(gram_NxN * (2.0**26 / max(float(np.abs(gram_NxN).max()), 1.0)))
+  for _ in range(rounds):
+    basis_RxN = _orthogonal(np.matmul(basis_RxN, gram_NxN))
+  # Rows differ in length: each has the same largest entry.
+  length_R = np.maximum(np.square(basis_RxN).sum(axis=1), 1)
+  energy_R = (np.matmul(basis_RxN, gram_NxN) * basis_RxN).sum(axis=1) / length_R
+  basis_RxN = basis_RxN[np.argsort(-energy_R, kind="stable")]
+  norm_Rx1 = np.maximum(np.sqrt(np.square(basis_RxN).sum(axis=1, keepdims=True)), 1)
+  coarse_RxN = np.clip(np.rint(basis_RxN * (_BASIS_LEVEL * np.sqrt(columns) / norm_Rx1)), -B_LIMIT, B_LIMIT)
+  coarse_RxN[~coarse_RxN.any(axis=1), 0] = 1
+  return coarse_RxN
+
+
+def _orthogonal(basis_RxN: np.ndarray) -> np.ndarray:
+  """Gram-Schmidt, each row rounded to whole numbers of at most 2^14."""
+  done: list[np.ndarray] = []
+  for row_N in basis_RxN:
+    row_N = _rounded(row_N)
+    for other_N in done:
+      row_N = row_N - np.rint(other_N * (np.dot(row_N, other_N) / max(np.dot(other_N, other_N), 1.0)))
+    done.append(_rounded(row_N))
+  return np.stack(done)
+
+
+def _rounded(row_N: np.ndarray) -> np.ndarray:
+  return np.rint(row_N * (2.0**14 / max(float(np.abs(row_N).max()), 1.0)))
+
+
+def _class_of(variance: np.ndarray) -> np.ndarray:
+  """Width class of values whose variance before rounding is given, in 1/_UNIT; 0 or less is the narrowest."""
+  return np.searchsorted(_BOUNDS, variance).astype(np.int32)
+
+
+def _inverse_variance(classes: np.ndarray) -> np.ndarray:
+  """2^20/σ², whole; σ within 2^-16 … 2^16."""
+  return _INVERSE_VARIANCE[np.clip(classes, -CLASSES, 2 * CLASSES - 1) + CLASSES]
+
+
+def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+  """Column classes after each column may change to a common one: a cheaper name against values that fit less well."""
+  rows = len(row_M)
+  column_square_N = _column_squares(square_MxN, row_M)
+  for _ in range(4):
+    used_U, inverse_N, count_U = np.unique(column_N, return_inverse=True, return_counts=True)
+    name_U = np.log2(len(column_N) / count_U)
+    value_NxU = rows * used_U / laws.STEPS + np.outer(column_square_N, _HALF_LOG2E * _inverse_variance(used_U) / 2**20)
+    chosen_N = np.argmin(value_NxU + name_U, axis=1)
+    if np.array_equal(chosen_N, inverse_N):
+      break
+    column_N = used_U[chosen_N]
+  return column_N
+
+
+def _column_squares(square_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+  """Σ over rows of squares, each in units of its row's variance."""
+  return np.matmul(_inverse_variance(CENTRE + ROW_STEP * row_M), square_MxN) / 2**20 / _UNIT
+
+
+def _bits(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> float:
+  """Bits of normal values under these classes, up to a constant, and of the classes themselves."""
+  columns, rows = len(column_N), len(row_M)
+  widths = (rows * int(column_N.sum()) + columns * ROW_STEP * int(row_M.sum())) / laws.STEPS
+  spread = np.sum(_column_squares(square_MxN, row_M) * _inverse_variance(column_N)) / 2**20
+  names = 0.0
+  for classes in (column_N, row_M):
+    count_U = np.unique(classes, return_counts=True)[1]
+    names -= float(np.sum(count_U * np.log2(count_U / len(classes))))
+  return widths + _HALF_LOG2E * spread + names

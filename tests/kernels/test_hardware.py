@@ -1,0 +1,42 @@
+"""The hardware of a trace, and the peaks of chips."""
+
+import jax
+import pytest
+
+from pgolf_jax.kernels import hardware
+
+
+def test_target_is_the_described_device_then_the_default_device_then_the_first(pretend_hopper, pretend_tpu):
+  assert hardware.target().platform == "cpu" and not hardware.target().is_hopper
+  with jax.default_device(jax.devices()[1]):
+    assert hardware.target() == hardware.target()._replace(platform="cpu")
+    with pretend_hopper(cores=7):
+      assert hardware.target() == hardware.Target("gpu", "NVIDIA H100 80GB HBM3", 7)
+      assert hardware.target().is_gpu and hardware.target().is_hopper
+  with pretend_tpu():
+    assert hardware.target() == hardware.Target("tpu", "TPU v5 lite", 1)
+
+
+@pytest.mark.parametrize(
+  ("platform", "kind", "is_hopper"),
+  [
+    ("cuda", "NVIDIA H200", True),
+    ("gpu", "NVIDIA GH200 480GB", True),
+    ("gpu", "NVIDIA A100-SXM4-80GB", False),
+    ("tpu", "H100", False),
+  ],
+)
+def test_hopper_gpus_are_known_by_name(platform, kind, is_hopper):
+  assert hardware.Target(platform, kind, 1).is_hopper == is_hopper
+
+
+def test_peaks_are_those_of_the_longest_name_that_fits():
+  assert hardware.peaks("NVIDIA H100 80GB HBM3").bytes_per_s == 3.35e12
+  assert hardware.peaks("NVIDIA H100 PCIe").flops_per_s == 756e12
+  assert hardware.peaks("TPU v5 lite").flops_per_s == 197e12
+  assert hardware.peaks("cpu") is None
+
+
+@pytest.mark.parametrize(("flops", "num_bytes", "seconds"), [(989e12, 1, 1.0), (1, 3.35e12, 1.0)])
+def test_floor_is_the_longer_of_the_two_times(flops, num_bytes, seconds):
+  assert hardware.peaks("H100").floor_s(flops, num_bytes) == pytest.approx(seconds)

@@ -1,0 +1,58 @@
+"""Each place where releases of JAX differ, and what breaks there without its guard."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pgolf_jax.kernels import hardware, hopper
+from pgolf_jax.kernels.segment_attention import api as attention
+from pgolf_jax.kernels.segment_attention import mosaic_tpu
+
+
+def load_0_10(ref, idx, *, layout=None, optimized=True):
+  return ref, idx, layout, optimized
+
+
+def load_0_11(ref, *, layout=None, optimized=True):
+  return ref, None, layout, optimized
+
+
+def load_with_an_optional_index(ref, idx=None, *, layout=None, optimized=True):
+  return ref, idx, layout, optimized
+
+
+@pytest.mark.parametrize(
+  ("load", "index"), [(load_0_10, ()), (load_0_11, None), (load_with_an_optional_index, None)], ids=lambda f: str(f)
+)
+def test_pallas_load_needs_an_index_in_jax_0_10_and_refuses_one_later(load, index):
+  """Without it, all kernels for Hopper GPUs fail with a TypeError when they are traced."""
+  with mock.patch.object(plgpu, "load", load):
+    assert hopper.load("ref", "layout") == ("ref", index, "layout", False)
+
+
+def test_without_splash_attention_tpus_take_another_backend(pretend_tpu):
+  """It is in jax.experimental: where an import at the top of the module failed, no TPU program could be traced."""
+  q, start = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  with pretend_tpu(), mock.patch.object(mosaic_tpu, "splash", None):
+    name, reason = attention.OPERATION.choose(q, q, q, start, max_segment=8)
+  assert name == "xla"
+  assert f"JAX {jax.__version__} has no jax.experimental.pallas.ops.tpu.splash_attention" in reason
+
+
+def test_a_mesh_without_a_described_device_leaves_the_default_one():
+  """`abstract_device` is not on all of JAX's meshes: read plainly, it would be an AttributeError in every operation."""
+  with mock.patch.object(jax.sharding, "get_abstract_mesh", lambda: object()):
+    assert hardware.target().platform == "cpu"
+
+
+def test_a_device_that_does_not_say_its_cores_has_one():
+  """CPU devices have no `core_count`, nor have TPUs in every release."""
+
+  class Device:
+    platform, device_kind = "tpu", "TPU v4"
+
+  with mock.patch.object(jax, "devices", lambda *_: [Device()]):
+    assert hardware.target() == hardware.Target("tpu", "TPU v4", 1)
