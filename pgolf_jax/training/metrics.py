@@ -16,15 +16,21 @@ class MetricsWriter:
     jsonl: path of metrics.jsonl.
     tensorboard: folder of the event files.
     first_step: steps done so far; later lines are dropped.
+    writes: whether this is the process that writes; the others drop what they are given.
   """
 
-  def __init__(self, jsonl: Path, tensorboard: Path, *, first_step: int):
+  def __init__(self, jsonl: Path, tensorboard: Path, *, first_step: int, writes: bool):
+    self._writes = writes
+    if not writes:
+      return
     write_json_lines(jsonl, (line for line in read_metrics(jsonl) if line["step"] <= first_step))
     self._file = jsonl.open("a", encoding="utf-8")
     self._events = SummaryWriter(str(tensorboard), purge_step=first_step + 1, flush_secs=30)
 
   def write(self, line: dict) -> None:
     """Writes the metrics of one step; `line["step"]` counts from 1."""
+    if not self._writes:
+      return
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     for name, value in line.items():
@@ -33,5 +39,6 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Closes both files."""
-    self._file.close()
-    self._events.close()
+    if self._writes:
+      self._file.close()
+      self._events.close()

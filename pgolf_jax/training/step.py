@@ -74,11 +74,14 @@ class TrainStep:
     self._params = {
       name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameters.shapes(settings.model).items()
     }
-    is_muon = lambda x: isinstance(x, MuonState)  # noqa: E731
+
+    def specs(part):
+      """Muon's momentum is sharded along its stacks; all else lies everywhere."""
+      return jax.tree.map(lambda _: P(AXIS) if isinstance(part, MuonState) else P(), part)
+
     opt_state = jax.eval_shape(self.optimizer.init, self._params)
-    by_stack = jax.tree.map(lambda x: jax.tree.map(lambda _: P(AXIS), x) if is_muon(x) else P(), opt_state, is_leaf=is_muon)
-    everywhere = jax.tree.map(lambda _: P(), self._params)
-    self.specs = TrainState(everywhere, by_stack, everywhere)
+    by_stack = jax.tree.map(specs, opt_state, is_leaf=lambda x: isinstance(x, MuonState))
+    self.specs = TrainState(specs(self._params), by_stack, specs(self._params))
     self.shardings = shardings(mesh, self.specs)
 
   @functools.cached_property
