@@ -7,13 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pgolf_jax.audit.audit import audit
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.validation import ValidationData, load_validation
-from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
@@ -57,9 +55,9 @@ def _train(run: RunFolder, mesh: Mesh) -> dict:
 def averaged_params(run: RunFolder, mesh: Mesh) -> Params:
   """The averaged weights of a trained run."""
   from pgolf_jax.training.checkpoint import Checkpoints
+  from pgolf_jax.training.step import TrainStep
 
-  shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in parameters.shapes(run.settings.model).items()}
-  checkpoints = Checkpoints(run.checkpoints, run.settings, mesh, shapes)
+  checkpoints = Checkpoints(run.checkpoints, TrainStep(run.settings, mesh))
   try:
     return checkpoints.restore_average(run.results()["train"]["steps"])
   finally:

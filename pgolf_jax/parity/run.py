@@ -81,7 +81,7 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
   @jax.jit
   def step(params, state, grads, lr_scale, momentum):
     norm = optax.tree.norm(grads)
-    grads = jax.tree.map(lambda g: g * optimizers.clip_factor(norm, config.grad_clip_norm), grads)
+    grads = optimizers.clip(grads, norm, config.grad_clip_norm)
     updates, state = optimizer.update(grads, state, params, lr_scale=lr_scale, momentum=momentum)
     return optax.apply_updates(params, updates), state, norm
 
