@@ -15,7 +15,7 @@ from rich.table import Table
 from scipy.special import stdtr
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.hardware import Peaks
+from pgolf_jax.kernels.hardware import Peaks, peaks
 
 
 class Work(NamedTuple):
@@ -257,16 +257,9 @@ def percentage(x: float | None) -> str | None:
   return None if x is None else f"{x:.1%}"
 
 
-SECONDS: Columns = {
-  "n": lambda m: f"{len(m.seconds)}",
-  "s": lambda m: f"{m.median:,.2f}",
-  "±": lambda m: percentage(m.deviation),
-}
-MILLISECONDS: Columns = {
-  "n": lambda m: f"{len(m.seconds)}",
-  "ms": lambda m: f"{m.median * 1e3:,.3f}",
-  "±": lambda m: percentage(m.deviation),
-}
+_TURNS: Columns = {"n": lambda m: f"{len(m.seconds)}", "±": lambda m: percentage(m.deviation)}
+SECONDS: Columns = {"s": lambda m: f"{m.median:,.2f}", **_TURNS}
+MILLISECONDS: Columns = {"ms": lambda m: f"{m.median * 1e3:,.3f}", **_TURNS}
 CORES: Columns = {"core s": lambda m: f"{np.median(m.core_seconds):,.2f}"}
 COMPARISON: Columns = {
   "÷ first": lambda m: m.ratio and f"{m.ratio:.3f}",
@@ -283,6 +276,14 @@ PEAK: Columns = {"peak MiB": lambda m: m.peak and f"{'≤ ' if m.peak.is_bound e
 def rate(unit: str, scale: float = 1.0) -> Columns:
   """The column of the amount of work a second, over `scale`."""
   return {f"{unit}/s": lambda m: figure(m.way.work.amount / m.median, scale)}
+
+
+def describe_peaks(kind: str) -> str:
+  """A note on the peak rates of a kind of device, and on the columns that compare with them."""
+  if (limits := peaks(kind)) is None:
+    return f"{kind}: no peak known, so no MFU and no roofline"
+  rates = f"{limits.flops_per_s / 1e12:g}e12 FLOP/s, dense bfloat16, and {limits.bytes_per_s / 1e12:g} TB/s"
+  return f"roofline: the least time at the chip's peak rates, {rates}, as a share of the time"
 
 
 def show(title: str, measurements: Sequence[Measurement], columns: Columns, notes: Sequence[str] = ()) -> None:

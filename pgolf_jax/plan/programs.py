@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
@@ -52,17 +51,10 @@ def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
   return chosen
 
 
-def _params(settings: Settings, sharding=None, dtype=jnp.float32) -> Params:
-  """Shapes of the parameters; the softcaps are float32 in any case."""
-  return {
-    name: jax.ShapeDtypeStruct(shape, jnp.float32 if name in SOFTCAPS else dtype, sharding=sharding)
-    for name, shape in parameters.shapes(settings.model).items()
-  }
-
-
 def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Program:
+  params = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in parameters.shapes(settings.model).items()}
+
   def trace():
-    params = _params(settings)
     step = make_step(settings, mesh, params, seq_len=seq_len, looping=looping)
     return step.trace(*argument_shapes(settings, mesh, params))
 
