@@ -47,7 +47,7 @@ def scores(folder: Path, data: ValidationData, settings: Settings) -> Iterator[C
   yield Check("bytes of the score", scored == wanted, f"{scored:,} counted, the sidecar adds up to {wanted:,}")
 
 
-def acyclic(events: Sequence[dict], documents: int) -> Check:
+def acyclic(events: Sequence[trace.Event], documents: int) -> Check:
   """One order of documents explains the trace, and every document was scored once."""
   name = "one order explains every score"
   times = trace.times_scored(events)

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
-from ttt_case import SETTINGS, changed, random_documents, random_params
+from ttt_case import SETTINGS, changed
 
 from pgolf_jax.audit import evidence
 from pgolf_jax.audit.audit import one_config
@@ -14,48 +13,10 @@ from pgolf_jax.data.shards import read_shard, shard_path, write_shard
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import checks as outcomes
 from pgolf_jax.runtime.checks import Check
-from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring import ttt
-
-DATA = random_documents([40, 31, 52])
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("scores")
-  settings = changed(SETTINGS, phase__prefix_docs=0)
-  ttt.evaluate(settings, random_params(), DATA, data_mesh(jax.devices()[:1]), ttt.Options(folder=folder))
-  return folder
 
 
 def by_name(checks):
   return {check.name: check.passed for check in checks}
-
-
-def test_scores_of_a_run_hold(scored):
-  assert set(by_name(evidence.scores(scored, DATA, SETTINGS)).values()) == {True}
-
-
-def test_a_target_scored_twice_in_the_run_is_caught(scored, tmp_path):
-  copy(scored, tmp_path)
-  times = np.load(tmp_path / "times.npy")
-  times[11] = 2
-  np.save(tmp_path / "times.npy", times)
-  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["every target scored exactly once"]
-
-
-def test_a_wrong_sidecar_is_caught_by_the_bytes_of_the_score(scored):
-  data = DATA._replace(token_bytes=DATA.token_bytes + (np.arange(len(DATA.tokens)) == 9))
-  assert not by_name(evidence.scores(scored, data, SETTINGS))["bytes of the score"]
-
-
-def test_a_trace_with_a_later_document_in_the_counts_is_caught(scored, tmp_path):
-  copy(scored, tmp_path)
-  events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-  score = next(event for event in events if event["event"] == "score")
-  weights = {"event": "weights", "version": 1, "documents": score["documents"]}
-  (tmp_path / "trace.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{**score, "weights": 1}, weights]))
-  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["one order explains every score"]
 
 
 def copy(folder, to):

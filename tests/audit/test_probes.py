@@ -1,14 +1,17 @@
-"""Every rule of scoring, with an evaluator that breaks it: our own with one line changed."""
+"""Every rule of scoring, with an evaluator that breaks it (our own with one line changed) or scores that do."""
 
 import dataclasses
+import json
+import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.audit import probes
+from pgolf_jax.audit import evidence, probes
 from pgolf_jax.audit.evidence import acyclic
 from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.context import Context
@@ -26,10 +29,11 @@ FUTURE, TARGET, NORMAL, ONCE = range(4)
 
 def make_evaluate(settings=None):
   settings = settings or changed(SETTINGS, phase__prefix_docs=3, batch_size=2)
-  mesh, params, options = data_mesh(jax.devices()[:1]), random_params(), ttt.Options(distributions=True)
+  mesh, params = data_mesh(jax.devices()[:1]), random_params()
   programs = ttt.Programs(settings, mesh, distributions=True)
 
-  def evaluate(tokens):
+  def evaluate(tokens, folder=None):
+    options = ttt.Options(folder, distributions=True)
     return ttt.evaluate(settings, params, ValidationData(tokens, DATA.token_bytes), mesh, options, programs)
 
   return evaluate
@@ -38,6 +42,14 @@ def make_evaluate(settings=None):
 @pytest.fixture(scope="module")
 def compiled():
   return make_evaluate()
+
+
+@pytest.fixture(scope="module")
+def scored(compiled, tmp_path_factory):
+  """A run's folder of scores, by the evaluator that is compiled already."""
+  folder = tmp_path_factory.mktemp("scores")
+  compiled(DATA.tokens, folder)
+  return folder
 
 
 def run(evaluate):
@@ -151,3 +163,33 @@ def test_weights_that_saw_a_document_before_its_score_are_caught():
   score = ScoreEvent(batch=0, documents=(0,), weights=1, adapters="0", carried=0)
   trained = WeightsEvent(version=1, documents=(0,))
   assert "weights 1" in acyclic([trained, score], 1).finding
+
+
+def by_name(checks):
+  return {check.name: check.passed for check in checks}
+
+
+def test_scores_of_a_run_hold(scored):
+  assert set(by_name(evidence.scores(scored, DATA, SETTINGS)).values()) == {True}
+
+
+def test_a_target_scored_twice_in_the_run_is_caught(scored, tmp_path):
+  shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+  times = np.load(tmp_path / "times.npy")
+  times[11] = 2
+  np.save(tmp_path / "times.npy", times)
+  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["every target scored exactly once"]
+
+
+def test_a_wrong_sidecar_is_caught_by_the_bytes_of_the_score(scored):
+  data = DATA._replace(token_bytes=DATA.token_bytes + (np.arange(len(DATA.tokens)) == 9))
+  assert not by_name(evidence.scores(scored, data, SETTINGS))["bytes of the score"]
+
+
+def test_a_trace_with_a_later_document_in_the_counts_is_caught(scored, tmp_path):
+  shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+  events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+  score = next(event for event in events if event["event"] == "score")
+  weights = {"event": "weights", "version": 1, "documents": score["documents"]}
+  (tmp_path / "trace.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{**score, "weights": 1}, weights]))
+  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["one order explains every score"]
