@@ -3,13 +3,11 @@
 import dataclasses
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement
@@ -98,7 +96,9 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
   backends = ("kernels", "xla") if any(not choice.startswith("xla ") for choice in taken.values()) else ("xla",)
   pytorch = None
   if arguments.torch != "none":
-    pytorch, obstacle = _pytorch(settings, mesh)
+    pytorch, obstacle = harness.pytorch(device.platform)
+    if mesh.size > 1:
+      pytorch, obstacle = None, f"its step is for one device, not {mesh.size}"
     notes += [f"PyTorch was left out: {obstacle}"] if obstacle else []
   schedule = Schedule(settings)
   lengths = list(dict.fromkeys(seq_len for seq_len, _ in schedule.shapes()))
@@ -129,13 +129,6 @@ def first_params(settings: Settings) -> dict[str, np.ndarray]:
   random = np.random.default_rng(0)
   first = jax.device_get(jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed)))
   return {k: v if v.any() else random.normal(scale=0.02, size=v.shape).astype(v.dtype) for k, v in first.items()}
-
-
-def _pytorch(settings: Settings, mesh: Mesh) -> tuple[ModuleType | None, str | None]:
-  pytorch, obstacle = harness.pytorch(mesh.devices.flat[0].platform)
-  if pytorch is not None:
-    obstacle = f"its step is for one device, not {mesh.size}" if mesh.size > 1 else pytorch.obstacle(settings.model)
-  return (None, obstacle) if obstacle else (pytorch, None)
 
 
 def _read_config(path: Path | None) -> dict[str, StepArgs]:
