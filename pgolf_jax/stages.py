@@ -7,18 +7,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pgolf_jax.audit import audit as audits
+from pgolf_jax.audit.audit import audit
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.validation import ValidationData, load_validation
-from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime import checks, distributed
 from pgolf_jax.runtime.files import write_bytes
 from pgolf_jax.runtime.lock import locked
 from pgolf_jax.runtime.log import log, log_to
@@ -57,9 +55,9 @@ def _train(run: RunFolder, mesh: Mesh) -> dict:
 def averaged_params(run: RunFolder, mesh: Mesh) -> Params:
   """The averaged weights of a trained run."""
   from pgolf_jax.training.checkpoint import Checkpoints
+  from pgolf_jax.training.step import TrainStep
 
-  shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in parameters.shapes(run.settings.model).items()}
-  checkpoints = Checkpoints(run.checkpoints, run.settings, mesh, shapes)
+  checkpoints = Checkpoints(run.checkpoints, TrainStep(run.settings, mesh))
   try:
     return checkpoints.restore_average(run.results()["train"]["steps"])
   finally:
@@ -94,11 +92,11 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
-  """Audits the run; every check with its evidence. The table goes to the log."""
-  checks = list(audits.audit(run, locate_prepared(run.settings), mesh))
-  log.info("audit:\n%s", audits.table(checks))
-  broken = [check.name for check in checks if check.passed is False]
-  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in checks]}
+  """Audits the run; the table goes to the log, every check with its evidence to the results."""
+  made = list(audit(run, locate_prepared(run.settings), mesh))
+  log.info("audit:\n%s", checks.table(made))
+  broken = [check.name for check in made if check.passed is False]
+  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in made]}
 
 
 STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
@@ -168,8 +166,7 @@ def table(run: RunFolder) -> str:
     note = f"{ttt['order']} order, {ttt['method']}; without hints {ttt['bpb_without_hints']:.5f}"
     rows.append(("test-time training", f"{ttt['bpb']:.5f}", ttt["seconds"], note))
   if audit := results.get("audit"):
-    broken = audit["broken"]
-    note = f"broken: {', '.join(broken)}" if broken else f"all {len(audit['checks'])} checks pass or do not apply"
+    note = checks.summary([checks.Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
   head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
   return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])

@@ -20,7 +20,7 @@ from pgolf_jax.training.loop import Trainer
 
 
 def start(config: tyro.conf.Positional[Path], repeats: int = 5) -> None:
-  """Time a process from its start to its first training step, all programs compiled and warmed up before that step.
+  """Time a process as far as its first training step, with an empty compile cache and with a full one.
 
   Example: pgolf bench start configs/demo.toml
 

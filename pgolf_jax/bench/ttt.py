@@ -41,7 +41,7 @@ def ttt(
   data: Path | None = None,
   documents: int = 48,
   methods: tuple[Literal["exact", "cached"], ...] = ("exact", "cached"),
-  repeats: int = 1,
+  repeats: int = 5,
 ) -> None:
   """Time score-first test-time training with random weights on the validation documents of a data folder.
 
@@ -53,9 +53,9 @@ def ttt(
   Args:
     config: TOML file of settings.
     data: folder of shards; the config's if not given.
-    documents: how many to score; all if there are fewer.
+    documents: number of documents to score, or all if there are fewer.
     methods: which evaluations to time.
-    repeats: timed evaluations of each method.
+    repeats: timed evaluations of each method, in turn with the others.
   """
   distributed.start()
   settings = load(config)
@@ -98,7 +98,7 @@ def way(settings: Settings, data: ValidationData, method: str, count: int) -> Wa
 
 
 def _sample(data: ValidationData, count: int, bos_id: int) -> ValidationData:
-  """A stream of documents drawn evenly from the shortest to the longest."""
+  """Returns a stream of documents drawn evenly from the shortest to the longest."""
   by_length = sorted(find_documents(data.tokens, bos_id), key=lambda d: d.length)
   chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
   parts = [slice(d.start, d.start + d.targets) for d in dict.fromkeys(chosen)]

@@ -24,6 +24,7 @@ from pgolf_jax.data.shards import (
 )
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.checks import Check
 from pgolf_jax.runtime.progress import progress
 
 
@@ -91,15 +92,6 @@ def _opening(folder: Path, tokenizer: Tokenizer, characters: int = 200) -> str |
   coded = tokenizer.decode(first.tokens_N[1:characters])
   text = caseops.decode(coded, strict=False) if tokenizer.has_caseops else coded
   return text[:characters]
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-  """The result of one check; `passed` is None where it could not be made."""
-
-  name: str
-  passed: bool | None
-  finding: str
 
 
 class _FailedError(Exception):
