@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from pgolf_jax.audit import evidence
 from pgolf_jax.audit.sample import probe
+from pgolf_jax.data.validation import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize import artifact
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.checks import Check
-from pgolf_jax.scoring.plain import load_validation
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import to_dict
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from pgolf_jax.audit import probes
 from pgolf_jax.data.loader import Loader
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.data.verify import verify
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind
@@ -19,7 +20,6 @@ from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.checks import Check
 from pgolf_jax.scoring import trace
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.submission import bundle
 

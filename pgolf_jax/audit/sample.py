@@ -6,11 +6,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import probes
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.checks import Check
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import Settings
 
 

@@ -100,7 +100,7 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
   if arguments.torch != "none":
     pytorch, obstacle = _pytorch(settings, mesh)
     notes += [f"PyTorch was left out: {obstacle}"] if obstacle else []
-  schedule = Schedule(t, settings.optimizer, settings.model.num_loops, settings.quantize.reserve_seconds)
+  schedule = Schedule(settings)
   lengths = list(dict.fromkeys(seq_len for seq_len, _ in schedule.shapes()))
   modes = {"off": [False], "on": [True], "both": [False, True]}[arguments.looping]
   if settings.model.num_loops == 0:

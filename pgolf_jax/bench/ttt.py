@@ -9,16 +9,16 @@ import jax
 import numpy as np
 import tyro
 
-from pgolf_jax import stages
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work, figure, percentage
+from pgolf_jax.data.folder import locate_prepared
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import buckets
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import batches, find_documents
-from pgolf_jax.scoring.plain import ValidationData, load_validation
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings.config import Settings
@@ -59,7 +59,7 @@ def ttt(
   """
   distributed.start()
   settings = load(config)
-  folder = data or stages.data_folder(settings)
+  folder = data or locate_prepared(settings)
   validation = load_validation(folder)
   measurements, notes = harness.measure([way(settings, validation, m, documents) for m in methods], repeats, warmups=0)
   harness.show(f"test-time training, {config.stem} on {folder}", measurements, _COLUMNS, notes)

@@ -24,9 +24,9 @@ def audit(
     probes: perturbations of each kind; each is an evaluation of a small stream.
     probe_tokens: tokens of that stream.
   """
-  from pgolf_jax import stages
   from pgolf_jax.audit.audit import audit as audit_run
   from pgolf_jax.audit.audit import one_config
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.checks import table
@@ -37,7 +37,7 @@ def audit(
   folders = [RunFolder(path) for path in runs]
   made = []
   for run in folders:
-    data_folder = data or stages.data_folder(run.settings)
+    data_folder = data or locate_prepared(run.settings)
     checks = list(audit_run(run, data_folder, mesh, probe_tokens=probe_tokens, count=probes))
     print(f"{run.path}\n{table(checks)}")
     made += checks

@@ -50,7 +50,7 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax.submission import accounting, bundle
 
   if "train" not in run.results():
-    raise UserError(f"{run.path}: training is not finished; `pgolf train` with its config and --out {run.path} resumes.")
+    raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
   mesh = data_mesh()
   settings = dataclasses.replace(run.settings, quantize=config)
   code = bundle.code()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.sidecar import token_bytes
+from pgolf_jax.data.encode import token_bytes
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.parity.case import Case

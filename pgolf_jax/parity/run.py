@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from pgolf_jax.data.validation import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed
@@ -80,7 +81,7 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
   @jax.jit
   def step(params, state, grads, lr_scale, momentum):
     norm = optax.tree.norm(grads)
-    grads = jax.tree.map(lambda g: g * optimizers.clip_factor(norm, config.grad_clip_norm), grads)
+    grads = optimizers.clip(grads, norm, config.grad_clip_norm)
     updates, state = optimizer.update(grads, state, params, lr_scale=lr_scale, momentum=momentum)
     return optax.apply_updates(params, updates), state, norm
 
@@ -112,7 +113,7 @@ def _e2e(case: Case, mesh: Mesh) -> Arrays:
   """Trains, quantises and adapts; each part starts from the reference's weights, so that errors do not add up."""
   trained = _train(case, mesh)
   artifact = quantize.artifact_params(case.settings, case.expected_under("params_ema/"), case.data)
-  validation = plain.load_validation(case.data)
+  validation = load_validation(case.data)
   inputs = {f"params/{name}": value for name, value in case.expected_under("params_dequantized/").items()}
   inputs |= {"tokens": validation.tokens, "token_bytes": validation.token_bytes}
   adapted = ttt.run_case(case.settings, inputs, mesh, dtype=case.types.compute)
@@ -149,7 +150,7 @@ def _params(case: Case) -> parameters.Params:
 def _plain_score(case: Case, mesh: Mesh, params, name: str) -> Arrays:
   """`val_loss_{name}` and `val_bpb_{name}` of parameters on the validation shards of the case."""
   params = {k: jnp.asarray(v) for k, v in params.items()}
-  validation = plain.load_validation(case.data)
+  validation = load_validation(case.data)
   score = plain.score(case.settings, params, validation, mesh, description=f"scoring {name}")
   return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
 

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.errors import UserError
 from pgolf_jax.parity.case import Arrays
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.adapter_sets import Draw
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import Settings
 
 # The reference's name of each kind of adapter → ours.

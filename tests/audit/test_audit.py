@@ -26,7 +26,7 @@ def copy(folder, to):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  from pgolf_jax.data.default_text import ensure_default_data
+  from pgolf_jax.data.folder import ensure_default_data
 
   return ensure_default_data(tmp_path_factory.mktemp("data"), 600, is_caseops=True)
 

@@ -13,6 +13,7 @@ from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import evidence, probes
 from pgolf_jax.audit.evidence import acyclic
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.context import Context
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.runtime import checks as outcomes
@@ -20,7 +21,6 @@ from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import buckets, scan, ttt
 from pgolf_jax.scoring.context import Window
 from pgolf_jax.scoring.hints import HintStream
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.trace import ScoreEvent, WeightsEvent
 
 DATA = random_documents([40, 31, 52, 36, 45])
