@@ -25,7 +25,7 @@ from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import check
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.settings.load import departures
-from pgolf_jax.submission import accounting, bundle
+from pgolf_jax.submission import bundle, package
 
 
 def plain_score(
@@ -76,8 +76,8 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
   code = bundle.code()
-  account = accounting.account(made.data, code, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", accounting.table(account))
+  account = package.count(made.data, code, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", package.table(account))
   score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
   return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
 
