@@ -13,7 +13,7 @@ from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.plain import ValidationData
-from pgolf_jax.scoring.record import Record, identity
+from pgolf_jax.scoring.record import Record, identify
 from pgolf_jax.scoring.trace import WeightsEvent, find_cycle
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
@@ -132,6 +132,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, after):
   np.testing.assert_array_equal(found.nll_N, whole.nll_N)
   assert (found.times_N == 1).all()
   assert found.trace == whole.trace
+  assert found.recompilations == 0
   for name, value in whole.params.items():
     np.testing.assert_array_equal(found.params[name], value, err_msg=name)
 
@@ -158,6 +159,7 @@ def test_a_killed_evaluation_goes_on_with_another_number_of_devices(tmp_path, me
 
   found = evaluate(settings, data, programs=four, folder=tmp_path / "8", save_seconds=0)
   assert found.trace == whole.trace
+  assert found.recompilations == 0
   np.testing.assert_allclose(document_means(found, data), document_means(whole, data), rtol=0, atol=1e-6)
 
 
@@ -176,7 +178,7 @@ def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, chang
   settings, data, params = changed(SETTINGS, phase__prefix_docs=3), random_documents(LENGTHS[:2]), random_params()
 
   def marks(settings, data, params=params, is_drawn=True):
-    return identity(settings, params, data, settings.train.world_size, is_drawn=is_drawn)
+    return identify(settings, params, data, settings.train.world_size, is_drawn=is_drawn)
 
   before, after = marks(settings, data), marks(*change(settings, data))
   assert [key for key in before if before[key] != after[key]] == [name]
@@ -186,7 +188,7 @@ def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, chang
 def test_the_identity_of_an_evaluation_leaves_out_what_does_not():
   data, params = random_documents(LENGTHS[:2]), random_params()
   others = (changed(SETTINGS, enabled=False), with_train(SETTINGS, world_size=2, iterations=7, batch_tokens=1024))
-  first, *rest = (identity(s, params, data, s.train.world_size, is_drawn=True) for s in (SETTINGS, *others))
+  first, *rest = (identify(s, params, data, s.train.world_size, is_drawn=True) for s in (SETTINGS, *others))
   assert all(marks == first for marks in rest)
 
 
