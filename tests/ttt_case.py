@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model import params as parameters
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings import load
 from pgolf_jax.settings.config import (
   EvalConfig,

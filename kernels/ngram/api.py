@@ -1,4 +1,4 @@
-"""The n-gram counts as one streaming object over NumPy arrays."""
+"""The n-gram counts as an object that takes a stream in NumPy arrays."""
 
 from typing import Literal
 
@@ -13,26 +13,28 @@ Mode = Literal["exact", "reference"]
 
 
 class NgramState:
-  """What followed each context of a token stream, and the hints that this gives.
+  """Counts of what followed each context of a token stream, and the hints that they give.
 
-  The context of a token is the `order - 1` tokens before it. `update` takes the next tokens of the stream and
-  returns for each the token that had most often followed its context so far (of several, the one that was first
-  to reach that count), and whether it had done so often enough: count / total ≥ `threshold`, in fp32. A token is
-  counted after its hint is fixed. However a stream is cut into updates, and for any number of threads, the results
-  are the same bits.
+  The context of a token is the `order - 1` tokens before it. `update` takes the next tokens of the stream. For each it
+  returns a hint, which is the token that has most often followed this context so far (of several, the one that was
+  first to reach that count), and a gate, which is open if count / total ≥ `threshold` in fp32. A token is counted
+  after its hint is fixed. The results are the same bits for every division of the stream into updates and for any
+  number of threads.
 
-  There is no snapshot: the stream itself is one. Replaying it takes well under a second for ten million tokens.
+  To restore a state, replay its stream: ten million tokens take well under a second.
 
   Args:
-    order: 1 to 32; tokens of a context plus one.
+    order: tokens of a context plus one, 1 to 32.
     threshold: lowest confidence that opens the gate.
-    mode: "exact" compares contexts token by token. "reference" compares the published 64-bit keys of contexts and
-      pairs and nothing else, so that a few different contexts share their counts.
-    vocab_size: tokens are in [0, vocab_size). With several threads in mode "reference" the work is shared out evenly
-      only if this is not far above the largest token.
-    expected: targets in the whole stream, if known. It sizes the tables so that they need not grow past it; more
-      may come.
+    mode: "exact" compares contexts token by token. "reference" compares only the published 64-bit keys of contexts
+      and pairs, so a few different contexts share their counts.
+    vocab_size: tokens are in [0, vocab_size). If it is far above the largest token, several threads in mode
+      "reference" have unequal work.
+    expected: targets in the whole stream, if known. It sizes the tables; a longer stream makes them grow.
     threads: threads that share the work of a large update.
+
+  Raises:
+    ValueError: an argument is out of range.
   """
 
   def __init__(
@@ -52,7 +54,7 @@ class NgramState:
     self._state = _ngram.State(order - 1, mode == "exact", threshold, vocab_size, expected, threads)
 
   def seed(self, tokens: Integer[np.ndarray, "S"]) -> None:
-    """Appends tokens that later ones have in their context, but that are not counted themselves."""
+    """Appends tokens that are part of later contexts but are not counted."""
     self._state.seed(tokens)
 
   def update(
@@ -63,20 +65,20 @@ class NgramState:
     gate: Bool[np.ndarray, "N"] | None = None,
     confidence: Float32[np.ndarray, "N"] | None = None,
   ) -> tuple[UInt32[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
-    """Hints for the next tokens of the stream, which are then counted.
+    """Returns hints for the next tokens of the stream, and counts these tokens.
 
     Args:
       tokens: contiguous, of any integer type of 16, 32 or 64 bits; read in place.
-      hint: array for the result, of any integer type of 32 bits; made where absent.
-      gate: array for the result, bool; made where absent.
-      confidence: if given, receives count / total of each hint.
+      hint: array for the result, of any integer type of 32 bits; allocated if None.
+      gate: array for the result, bool; allocated if None.
+      confidence: array that receives count / total of each hint, if not None.
 
     Returns:
-      `(hint, gate)`. Where the context is new or not yet full, the hint is 0, its confidence 0 and the gate shut.
+      `(hint, gate)`. Where the context is new or not yet full, hint and confidence are 0 and the gate is closed.
 
     Raises:
-      MemoryError: memory ran out. A state whose counts were left incomplete takes no more updates.
-      ValueError: a token is not in [0, vocab_size), or an array is of the wrong kind; nothing was taken.
+      MemoryError: memory ran out. If counts are incomplete as a result, the state refuses further updates.
+      ValueError: a token is not in [0, vocab_size), or an array is of the wrong kind. The state has not changed.
     """
     n = len(tokens)
     hint = np.empty(n, np.uint32) if hint is None else hint

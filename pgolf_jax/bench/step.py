@@ -3,19 +3,16 @@
 import dataclasses
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement
 from pgolf_jax.bench.step_ways import Case, Pass
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.hardware import Peaks, peaks
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices
@@ -55,6 +52,7 @@ def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) ->
   can have.
 
   Example: pgolf bench step configs/record_1xgpu.toml --repeats 20 --profile traces
+
   On a CPU: pgolf bench step --train.compute-dtype float32 --train.batch-tokens 4096 --train.micro-batches 1
             --train.seq-schedule 1024@1.0 --looping on --passes forward gradient step --repeats 5
   """
@@ -85,20 +83,24 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
   mesh = data_mesh(usable_devices(t.micro_batches))
   check.check(settings, device_count=mesh.size)
   device = mesh.devices.flat[0]
-  limits = peaks(device.device_kind)
   taken = chosen(settings)
   notes = [
     f"{mesh.size} × {device.device_kind}, jax {jax.__version__}, {t.compute_dtype}: steps of {t.batch_tokens:,} tokens,"
     f" micro-batches of {t.batch_tokens // t.micro_batches:,}; medians of {arguments.repeats}",
-    _formula(limits, mesh),
+    harness.describe_peaks(device.device_kind),
+    "MFU: model FLOPs over the time at the peak rate of all devices; model FLOPs are 3 × 2 × tokens × (positions × "
+    "(matrices + D·(segment + 1)) + V·D), all as dense products, and a third of that for `forward`. The roofline "
+    "counts Muon's products too, and the bytes of state that are read and written.",
     *(f"{operation}: {choice}" for operation, choice in taken.items()),
   ]
   backends = ("kernels", "xla") if any(not choice.startswith("xla ") for choice in taken.values()) else ("xla",)
   pytorch = None
   if arguments.torch != "none":
-    pytorch, obstacle = _pytorch(settings, mesh)
+    pytorch, obstacle = harness.pytorch(device.platform)
+    if mesh.size > 1:
+      pytorch, obstacle = None, f"its step is for one device, not {mesh.size}"
     notes += [f"PyTorch was left out: {obstacle}"] if obstacle else []
-  schedule = Schedule(t, settings.optimizer, settings.model.num_loops, settings.quantize.reserve_seconds)
+  schedule = Schedule(settings)
   lengths = list(dict.fromkeys(seq_len for seq_len, _ in schedule.shapes()))
   modes = {"off": [False], "on": [True], "both": [False, True]}[arguments.looping]
   if settings.model.num_loops == 0:
@@ -127,25 +129,6 @@ def first_params(settings: Settings) -> dict[str, np.ndarray]:
   random = np.random.default_rng(0)
   first = jax.device_get(jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed)))
   return {k: v if v.any() else random.normal(scale=0.02, size=v.shape).astype(v.dtype) for k, v in first.items()}
-
-
-def _formula(limits: Peaks | None, mesh: Mesh) -> str:
-  count = "3 × 2 × tokens × (positions × (matrices + D·(segment + 1)) + V·D), all as dense products"
-  if limits is None:
-    kind = mesh.devices.flat[0].device_kind
-    return f"{kind}: no peak known, so no MFU and no roofline (model FLOPs would be {count})."
-  return (
-    f"MFU: model FLOPs ÷ ({mesh.size} × {limits.flops_per_s / 1e12:g}e12 × seconds), the dense bfloat16 peak; model "
-    f"FLOPs are {count}; a third of that for `forward`. Roofline: the larger of all products (with those of Muon) at "
-    f"that peak and the bytes of state read and written at {limits.bytes_per_s / 1e12:g} TB/s, over the time."
-  )
-
-
-def _pytorch(settings: Settings, mesh: Mesh) -> tuple[ModuleType | None, str | None]:
-  pytorch, obstacle = harness.pytorch(mesh.devices.flat[0].platform)
-  if pytorch is not None:
-    obstacle = f"its step is for one device, not {mesh.size}" if mesh.size > 1 else pytorch.obstacle(settings.model)
-  return (None, obstacle) if obstacle else (pytorch, None)
 
 
 def _read_config(path: Path | None) -> dict[str, StepArgs]:

@@ -22,7 +22,7 @@ from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.plan.examine import memory
 from pgolf_jax.runtime.mesh import world_size
 from pgolf_jax.settings.config import Settings
-from pgolf_jax.training.step import argument_shapes, init_state, make_step, place_rows
+from pgolf_jax.training.step import StepInputs, TrainState, TrainStep
 
 Pass = Literal["forward", "gradient", "step"]
 
@@ -97,8 +97,7 @@ class Case:
     settings, shape = self.settings, {"seq_len": self.seq_len, "looping": self.looping}
     with kernels.prefer(*["xla"] * (backend == "xla")):
       if self.passes == "step":
-        step = make_step(settings, self.mesh, self.params, **shape)
-        return step.lower(*argument_shapes(settings, self.mesh, self.params)).compile()
+        return TrainStep(settings, self.mesh).lower(**shape).compile()
       dtype = jnp.dtype(settings.train.compute_dtype)
       loss = lambda p, rows: packed_nll(bind(settings.model, p), rows, dtype=dtype, **shape).mean()  # noqa: E731
       f = jax.jit(loss if self.passes == "forward" else jax.value_and_grad(loss))
@@ -107,21 +106,21 @@ class Case:
   def _micro_batch(self):
     return jax.device_put((self.params, self.tokens_MxT1.astype(np.int32)), self.device)
 
-  def first_step(self) -> tuple:
-    """The arguments of the first step, on the devices; the state is the first of them."""
-    rows = place_rows(self.mesh, self.tokens_MxT1)
-    return init_state(self.settings, self.mesh, self.params), rows, np.float32(LR_SCALE), np.float32(MOMENTUM)
+  def first_step(self) -> tuple[TrainState, StepInputs]:
+    """The arguments of the first step, on the devices."""
+    step = TrainStep(self.settings, self.mesh)
+    return step.init(self.params), step.inputs(self.tokens_MxT1, LR_SCALE, MOMENTUM)
 
   def start(self, backend: str) -> Callable[[], Any]:
     """Places the arguments; returns a function that runs the program once, from the state the last run left."""
     program = self.compiled(backend)
     if self.passes != "step":
       return functools.partial(program, *self._micro_batch())
-    state, *others = self.first_step()
+    state, inputs = self.first_step()
 
     def run():
       nonlocal state
-      state, metrics = program(state, *others)
+      state, metrics = program(state, inputs)
       return metrics
 
     return run

@@ -43,6 +43,7 @@ def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
 
 def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.quantize.make import make
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.files import write_bytes
@@ -50,14 +51,14 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax.submission import accounting, bundle
 
   if "train" not in run.results():
-    raise UserError(f"{run.path}: training is not finished; `pgolf train` with its config and --out {run.path} resumes.")
+    raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
   mesh = data_mesh()
   settings = dataclasses.replace(run.settings, quantize=config)
   code = bundle.code()
   made = make(
     settings,
     stages.averaged_params(run, mesh),
-    stages.data_folder(settings),
+    locate_prepared(settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )

@@ -83,6 +83,7 @@ def generate(
     yield text()[shown:]
 
 
+@functools.cache
 def next_logits(config: ModelConfig, dtype=jnp.bfloat16) -> Callable[[Params, np.ndarray], np.ndarray]:
   """Returns a function (params, tokens_T) → evaluation logits [V] of the token that comes next.
 

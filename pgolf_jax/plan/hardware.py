@@ -19,7 +19,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A kind of device; its matrix rate and memory bandwidth are in kernels/peaks.py.
+  """A kind of device; its matrix rate and memory bandwidth are in kernels/hardware.py.
 
   Attributes:
     memory: bytes.

@@ -1,20 +1,18 @@
 """The programs of a run, traced from shapes alone: the train step, the test-time training scan, the global phase."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from pgolf_jax.model import flops
-from pgolf_jax.model import params as parameters
-from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.schedule import Schedule
-from pgolf_jax.training.step import argument_shapes, make_step
+from pgolf_jax.training.step import TrainStep
 
 VALIDATION_TOKENS = 47_853_344
 """Tokens of the official validation split, which lies on every device during an evaluation."""
@@ -41,9 +39,7 @@ def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
     mesh: real, described or abstract, with the axis `data`.
     every_shape: include the train step of every sequence length and looping mode, not only the last, the largest.
   """
-  shapes = Schedule(
-    settings.train, settings.optimizer, settings.model.num_loops, settings.quantize.reserve_seconds
-  ).shapes()
+  shapes = Schedule(settings).shapes()
   chosen = [_train_step(settings, mesh, *shape) for shape in (shapes if every_shape else shapes[-1:])]
   if settings.ttt.enabled:
     chosen.append(_ttt_scan(settings, mesh))
@@ -52,20 +48,8 @@ def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
   return chosen
 
 
-def _params(settings: Settings, sharding=None, dtype=jnp.float32) -> Params:
-  """Shapes of the parameters; the softcaps are float32 in any case."""
-  return {
-    name: jax.ShapeDtypeStruct(shape, jnp.float32 if name in SOFTCAPS else dtype, sharding=sharding)
-    for name, shape in parameters.shapes(settings.model).items()
-  }
-
-
 def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Program:
-  def trace():
-    params = _params(settings)
-    step = make_step(settings, mesh, params, seq_len=seq_len, looping=looping)
-    return step.trace(*argument_shapes(settings, mesh, params))
-
+  trace = functools.partial(TrainStep(settings, mesh).trace, seq_len, looping)
   title = f"train step, segments up to {seq_len}, looping {'on' if looping else 'off'}"
   return Program(title, trace, flops.train_step(settings, mesh.size, seq_len, looping=looping))
 

@@ -11,18 +11,31 @@ from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, is_durable: bool = False) -> Iterator[Path]:
   """Gives a path to write to; what was written there takes the place of `path` at the block's end.
 
   If the block raises, `path` stays as it was.
+
+  Args:
+    path: the file to replace.
+    is_durable: waits until the contents are on disk, so that they outlive a power cut if their name does.
   """
   partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
   try:
     yield partial
+    if is_durable:
+      with partial.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
+
+
+def remove_partials(folder: Path) -> None:
+  """Deletes what killed processes left of files that they were writing in `folder`; no process may be writing there."""
+  for partial in folder.glob(".*.partial"):
+    partial.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.errors import UserError
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.settings.config import TTTConfig
 
 

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pgolf_jax
 import pgolf_jax.kernels
+from pgolf_jax.kernels.operation import BACKENDS
 from pgolf_jax.submission import starter
 
 ENTRY = "pgolf_jax.submission.evaluate"
 """The module that evaluates from a submission folder."""
 
 _SOURCES = (".c", ".h")
-# Text: the literal before a byte tells more than its position does.
+_C_LITERAL_OR_COMMENT = re.compile(r'''"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])+'|/\*.*?\*/|//[^\n]*''', re.DOTALL)
+# For text: more of a byte follows from the byte before it than from its place in a word.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
 
 
@@ -63,11 +65,10 @@ def needed_modules(entry: str = ENTRY) -> list[str]:
       continue
     needed.add(name)
     waiting += [name.rsplit(".", 1)[0]] if "." in name else []
-    if name.startswith("pgolf_jax.kernels.") and path.name == "__init__.py":
-      # Kernels pick the module of their backend by name.
-      waiting += [f"{name}.{module.stem}" for module in path.parent.glob("*.py") if module != path]
     for module, members in _imports(path):
       waiting += [module, *(f"{module}.{member}" for member in members)]
+      if "Operation" in members:  # imports its backends by name, from its own folder
+        waiting += [f"{name.rsplit('.', 1)[0]}.{backend}" for backend in BACKENDS]
   return sorted(needed)
 
 
@@ -94,7 +95,7 @@ def requirements(modules: Iterable[str]) -> list[str]:
 
 
 def archive(modules: Iterable[str]) -> tuple[bytes, int]:
-  """Returns the modules, minified, with the C sources beside them, as a .tar.xz; and its number of files."""
+  """Returns (the modules, minified, with the C sources beside them, as a .tar.xz; its number of files)."""
   files: dict[str, bytes] = {}
   for name in modules:
     path = _path(name)
@@ -103,7 +104,7 @@ def archive(modules: Iterable[str]) -> tuple[bytes, int]:
     if path.name == "__init__.py":
       for source in path.parent.iterdir():
         if source.suffix in _SOURCES:
-          files[f"{name.replace('.', '/')}/{source.name}"] = source.read_bytes()
+          files[f"{name.replace('.', '/')}/{source.name}"] = minified_c(source.read_text(encoding="utf-8")).encode()
   buffer = io.BytesIO()
   with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
     for place in sorted(files):
@@ -127,6 +128,13 @@ def minified(text: str, name: str) -> str:
     remove_class_attribute_annotations=False,
   )
   return minify(text, filename=name, remove_literal_statements=True, remove_annotations=annotations)
+
+
+def minified_c(text: str) -> str:
+  """Returns C source without comments, indentation and empty lines."""
+  text = _C_LITERAL_OR_COMMENT.sub(lambda match: " " if match[0][0] == "/" else match[0], text)
+  lines = (line.strip() for line in text.splitlines())
+  return "".join(f"{line}\n" for line in lines if line)
 
 
 def _imports(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -1,58 +1,58 @@
 """Checkpoints by Orbax: asynchronous and atomic, independent of the number of devices.
 
-Kept: parameters, moving average, optimizer state, and as JSON the step, the clock, the loader's cursor and the
-schedule's memory. Randomness needs no state of its own: after initialisation a run draws none.
+A checkpoint holds parameters, moving average, optimizer state, and as JSON the step, the clock, the loader's cursor and
+the schedule's memory. Randomness needs no state of its own: after initialisation a run draws none.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.params import Params
-from pgolf_jax.settings.config import Settings
-from pgolf_jax.training import optimizer
+from pgolf_jax.model import params as parameters
+from pgolf_jax.model.params import BANKS, Params
+from pgolf_jax.runtime.mesh import replicated
 from pgolf_jax.training.muon import MuonState
-from pgolf_jax.training.step import TrainState, shardings, state_shapes, state_specs
+from pgolf_jax.training.optimizer import pad_stack
+from pgolf_jax.training.step import TrainState, TrainStep
 
 
 class Checkpoints:
   """The checkpoints of one run.
 
+  On disk Muon's momentum has the length of its bank; on a mesh it is padded to a multiple of the devices.
+
   Args:
-    folder: where they are kept.
-    settings, mesh, params: the layout of the state; `params` may be shapes.
-    keep: how many of the newest are kept.
+    folder: where they lie.
+    step: declares the state.
+    newest: how many are kept.
   """
 
-  def __init__(self, folder: Path, settings: Settings, mesh: Mesh, params: Params, *, keep: int = 2):
+  def __init__(self, folder: Path, step: TrainStep, *, newest: int = 2):
     # A checkpoint appears under its name by one rename; what a kill left half-written is removed on opening.
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=newest, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
-    self._lengths = {name: value.shape[0] for name, value in params.items() if optimizer.group(name) == "bank"}
-    self._mesh = mesh
-    replicated = NamedSharding(mesh, P())
-    specs = state_specs(settings, mesh, params)
-    abstract = jax.eval_shape(
-      lambda p: TrainState(p, optimizer.make(settings.optimizer).init(p), p),
-      jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params),
-    )
-    self._abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract)
+    self._step = step
+    shapes, devices = parameters.shapes(step.settings.model), step.mesh.size
+    self._lengths = {name: shapes[name][0] for name in BANKS}
     # Both make new arrays: what is being written must not be donated to the next step, nor what Orbax restored.
-    self._unpad_jitted = jax.jit(lambda s: self._with_stacks(s, lambda x, n: x[:n]), out_shardings=replicated)
-    self._padded = state_shapes(settings, mesh, params)
+    self._unpad = jax.jit(lambda s: self._with_stacks(s, lambda m, n: m[:n]), out_shardings=replicated(step.mesh))
     self._pad = jax.jit(
-      lambda s: jax.tree.map(jax.numpy.copy, self._with_stacks(s, lambda x, n: optimizer.pad_stack(x, mesh.size))),
-      out_shardings=shardings(mesh, specs),
+      lambda s: jax.tree.map(jnp.copy, self._with_stacks(s, lambda m, n: pad_stack(m, devices))),
+      out_shardings=step.shardings,
+    )
+    everywhere = replicated(step.mesh)
+    self._abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(self._unpad, step.abstract)
     )
 
-  def _with_stacks(self, state: TrainState, change) -> TrainState:
-    """The state with `change(momentum, length of the unpadded stack)` made to every Muon momentum."""
+  def _with_stacks(self, state: TrainState, change: Callable[[jax.Array, int], jax.Array]) -> TrainState:
+    """Returns the state with `change(momentum, length of the bank)` in place of every Muon momentum."""
 
     def apply(x):
       if not isinstance(x, MuonState):
@@ -63,25 +63,22 @@ class Checkpoints:
     opt_state = jax.tree.map(apply, state.opt_state, is_leaf=lambda x: isinstance(x, MuonState))
     return state._replace(opt_state=opt_state)
 
-  def _host_copy(self, state: TrainState) -> TrainState:
-    # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.
-    return jax.tree.map(np.asarray, self._unpad(state))
-
   @functools.cached_property
-  def _unpad(self):
-    return self._unpad_jitted.lower(self._padded).compile()
+  def _unpad_compiled(self) -> jax.stages.Compiled:
+    return self._unpad.lower(self._step.abstract).compile()
 
   def warm_up(self) -> None:
     """Compiles what `save` runs, so that it may be called while the clock runs."""
-    _ = self._unpad
+    _ = self._unpad_compiled
 
   def latest(self) -> int | None:
-    """Steps done at the newest whole checkpoint."""
+    """Returns the steps done at the newest whole checkpoint."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, progress: dict) -> None:
     """Begins to write; returns once the state has been copied to the host."""
-    whole = self._host_copy(state)
+    # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.
+    whole = jax.tree.map(np.asarray, self._unpad_compiled(state))
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(whole.params),
       average=ocp.args.StandardSave(whole.average),
@@ -91,7 +88,11 @@ class Checkpoints:
     self._manager.save(step, args=items, force=True)
 
   def restore(self, step: int) -> tuple[TrainState, dict]:
-    """The state and progress after `step` steps. Raises UserError if the checkpoint does not fit the settings."""
+    """Returns the state and the progress after `step` steps.
+
+    Raises:
+      UserError: the checkpoint does not fit the settings.
+    """
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(self._abstract.params),
       average=ocp.args.StandardRestore(self._abstract.average),
@@ -99,17 +100,17 @@ class Checkpoints:
       progress=ocp.args.JsonRestore(),
     )
     try:
-      found = self._manager.restore(step, args=items)
+      restored = self._manager.restore(step, args=items)
     except (ValueError, KeyError, FileNotFoundError) as e:
       raise UserError(f"The checkpoint of step {step} does not fit this run: {str(e).splitlines()[0]}") from e
-    return self._pad(TrainState(found.params, found.optimizer, found.average)), found.progress
+    return self._pad(TrainState(restored.params, restored.optimizer, restored.average)), restored.progress
 
   def restore_average(self, step: int) -> Params:
-    """The averaged weights alone."""
+    """Returns the averaged weights alone."""
     items = ocp.args.Composite(average=ocp.args.StandardRestore(self._abstract.average))
     return self._manager.restore(step, args=items).average
 
   def close(self) -> None:
-    """Waits until what was begun is written."""
+    """Waits until everything is written."""
     self._manager.wait_until_finished()
     self._manager.close()

@@ -117,6 +117,12 @@ def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_s
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def clip_factor(norm: jax.Array, limit: float) -> jax.Array:
-  """min(1, limit / (norm + 1e-6)); 1 where limit is 0."""
-  return jnp.minimum(1.0, limit / (norm + 1e-6)) if limit > 0 else jnp.ones_like(norm)
+def clip(grads: optax.Updates, norm: jax.Array, limit: float) -> optax.Updates:
+  """Returns the gradients times min(1, limit / (norm + 1e-6)), or as they are where limit is 0.
+
+  `optax.clip_by_global_norm` takes the norm of the arrays it is given; here it may be one over several devices.
+  """
+  if limit <= 0:
+    return grads
+  factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+  return jax.tree.map(lambda g: g * factor, grads)

@@ -1,23 +1,27 @@
 """One training step over a mesh: gradients, clipping, averaging, update, moving average. Recipe section 3.
 
 The step runs under `jax.shard_map` over the mesh axis `data`. Parameters and averages are replicated; Muon's momentum
-is sharded along each bank's (padded) stack, rows of the batch over the devices.
+is sharded along each bank's (padded) stack, rows of the batch over the devices. Letters beside those of the model:
+G ranks of a device, M micro-batches of a rank.
 """
 
-from functools import partial
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
+from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime.mesh import AXIS, place, shardings, world_size
+from pgolf_jax.runtime.mesh import AXIS, place, replicated, shardings, world_size
 from pgolf_jax.settings.config import Settings
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.muon import MuonState
@@ -31,146 +35,174 @@ class TrainState(NamedTuple):
   average: Params  # exponential moving average of params, float32
 
 
+class StepInputs(NamedTuple):
+  """What one step is given beside the state."""
+
+  tokens_BxT1: jax.Array  # integers, all rows of the step; those of a rank stand side by side
+  lr_scale: jax.Array | np.float32  # the schedule's factor on every learning rate
+  momentum: jax.Array | np.float32  # Muon's μ
+
+
 class StepMetrics(NamedTuple):
-  loss: jax.Array  # [world], nats per token: each rank's mean over its micro-batches
-  grad_norm: jax.Array  # [world], before clipping; with clip_scope "global" the same for all
+  """What one step reports."""
+
+  loss: jax.Array  # [ranks], nats per token: each rank's mean over its micro-batches
+  grad_norm: jax.Array  # [ranks], before clipping; with clip_scope "global" one number
 
 
-def _optimizer(settings: Settings, mesh: Mesh):
-  return optimizers.make(settings.optimizer, axis=AXIS, axis_size=mesh.size)
+Loss = Callable[[Params, jax.Array], jax.Array]
+"""(parameters, tokens of one row) → mean loss."""
 
 
-def state_specs(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
-  """PartitionSpecs of a TrainState for these parameters (arrays or shapes)."""
-  opt_state = jax.eval_shape(partial(_optimizer(settings, mesh).init), params)
-  is_muon = lambda x: isinstance(x, MuonState)  # noqa: E731
-  specs = jax.tree.map(lambda x: jax.tree.map(lambda _: P(AXIS), x) if is_muon(x) else P(), opt_state, is_leaf=is_muon)
-  return TrainState(jax.tree.map(lambda _: P(), params), specs, jax.tree.map(lambda _: P(), params))
+class TrainStep:
+  """The step of one run on one mesh: its state, and its programs, one for each sequence length and looping mode.
 
-
-def _first_state(settings: Settings, mesh: Mesh, specs: TrainState):
-  """The function from parameters to the state before the first step."""
-
-  @partial(jax.shard_map, mesh=mesh, in_specs=(P(),), out_specs=specs, check_vma=False)
-  def init(params):
-    return TrainState(params, _optimizer(settings, mesh).init(params), jax.tree.map(jnp.copy, params))
-
-  return jax.jit(init)
-
-
-def init_state(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
-  """The state before the first step; the moving average starts at the parameters."""
-  specs = state_specs(settings, mesh, params)
-  return _first_state(settings, mesh, specs)(jax.device_put(params, NamedSharding(mesh, P())))
-
-
-def state_shapes(settings: Settings, mesh: Mesh, params: Params) -> TrainState:
-  """A TrainState's shapes, types and shardings, from parameters or their shapes."""
-  specs = state_specs(settings, mesh, params)
-  shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-  found = jax.eval_shape(_first_state(settings, mesh, specs), shapes)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), found, shardings(mesh, specs))
-
-
-def argument_shapes(settings: Settings, mesh: Mesh, params: Params) -> tuple:
-  """What `make_step`'s function is called with, as shapes: enough to lower it, on a mesh that need not be there."""
-  rows = settings.train.micro_batches
-  span = settings.train.batch_tokens // rows + 1
-  tokens = jax.ShapeDtypeStruct((rows, span), np.uint16, sharding=batch_sharding(mesh))
-  scalar = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, P()))
-  return state_shapes(settings, mesh, params), tokens, scalar, scalar
-
-
-def make_step(settings: Settings, mesh: Mesh, params: Params, *, seq_len: int, looping: bool):
-  """The jitted step for one sequence length and looping mode.
+  Nothing is computed before `init`: with a mesh that is only described, `abstract` and `trace` work all the same.
 
   Args:
-    params: arrays or shapes, for the state's layout.
+    settings: of the run.
+    mesh: real, described or abstract, with the axis `data`.
 
-  Returns:
-    step(state, tokens [rows, n+1] of integers sharded over `data`, lr_scale, momentum) → (state, StepMetrics).
-    The state is donated. Rows of a rank stand side by side, as `Loader.step` gives them.
+  Attributes:
+    specs: a PartitionSpec for every array of the state.
+    shardings: the same on the mesh.
   """
-  world = world_size(settings, mesh)
-  opt = _optimizer(settings, mesh)
-  limit = settings.optimizer.grad_clip_norm
-  per_rank = settings.optimizer.clip_scope == "rank" and (world > 1 or mesh.size == 1)
-  dtype = jnp.dtype(settings.train.compute_dtype)
-  decay = settings.train.ema_decay
 
-  def loss_and_grad(params, tokens_T1):
-    nll = lambda p: packed_nll(  # noqa: E731
-      bind(settings.model, p), tokens_T1[None].astype(jnp.int32), looping=looping, seq_len=seq_len, dtype=dtype
-    ).mean()
-    return jax.value_and_grad(nll)(params)
+  def __init__(self, settings: Settings, mesh: Mesh):
+    self.settings, self.mesh = settings, mesh
+    self.optimizer = optimizers.make(settings.optimizer, axis=AXIS, axis_size=mesh.size)
+    self._params = {
+      name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameters.shapes(settings.model).items()
+    }
 
-  def mean_over_rows(params, tokens_RxT1):
-    """Mean loss and gradient of a rank's rows on this device."""
-    rows = tokens_RxT1.shape[0]
-    if rows == 1:
-      return loss_and_grad(params, tokens_RxT1[0])
+    def specs(part):
+      """Muon's momentum is sharded along its stacks; all else lies everywhere."""
+      return jax.tree.map(lambda _: P(AXIS) if isinstance(part, MuonState) else P(), part)
 
-    def add(total, row):
-      loss, grads = loss_and_grad(params, row)
-      return jax.tree.map(lambda t, x: t + x / rows, total, (loss, grads)), None
+    opt_state = jax.eval_shape(self.optimizer.init, self._params)
+    by_stack = jax.tree.map(specs, opt_state, is_leaf=lambda x: isinstance(x, MuonState))
+    self.specs = TrainState(specs(self._params), by_stack, specs(self._params))
+    self.shardings = shardings(mesh, self.specs)
 
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
-    return jax.lax.scan(add, zeros, tokens_RxT1)[0]
+  @functools.cached_property
+  def abstract(self) -> TrainState:
+    """The state's shapes, types and shardings."""
+    shapes = jax.eval_shape(self._init, self._params)
+    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(with_sharding, shapes, self.shardings)
 
-  def clipped_ranks(params, tokens):
-    """Of this device's ranks: losses, norms, and the mean of the clipped gradients in the type they travel in."""
-    ranks = max(1, world // mesh.size)
-    tokens = tokens.reshape(ranks, -1, tokens.shape[-1])
+  @functools.cached_property
+  def abstract_inputs(self) -> StepInputs:
+    """The shapes, types and shardings of a step's other arguments."""
+    t = self.settings.train
+    by_row, everywhere = shardings(self.mesh, P(AXIS)), replicated(self.mesh)
+    tokens = jax.ShapeDtypeStruct((t.micro_batches, t.batch_tokens // t.micro_batches + 1), np.uint16, sharding=by_row)
+    number = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
+    return StepInputs(tokens, number, number)
 
-    def one(row):
-      loss, grads = mean_over_rows(params, row)
-      norm = optax.tree.norm(grads)
-      return loss, norm, jax.tree.map(lambda g: g * optimizers.clip_factor(norm, limit), grads)
+  def init(self, params: Params) -> TrainState:
+    """Returns the state before the first step; the moving average starts at the parameters."""
+    return self._init(jax.device_put(params, replicated(self.mesh)))
 
-    if ranks == 1:
-      loss, norm, grads = one(tokens[0])
-      return loss[None], norm[None], grads
+  def inputs(self, tokens_BxT1: np.ndarray, lr_scale: float, momentum: float) -> StepInputs:
+    """Places a step's rows on their devices; every process holds all rows and places those of its devices."""
+    return StepInputs(place(self.mesh, tokens_BxT1, P(AXIS)), np.float32(lr_scale), np.float32(momentum))
 
-    def add(total, row):
-      loss, norm, grads = one(row)
-      return jax.tree.map(lambda t, g: t + g / ranks, total, grads), (loss, norm)
+  def trace(self, seq_len: int, looping: bool) -> jax.stages.Traced:
+    """Traces step(state, inputs) → (state, metrics) from shapes alone; the state is donated."""
+    mean_loss = functools.partial(self._mean_loss, seq_len=seq_len, looping=looping)
+    metrics = P(AXIS) if self._clips_by_rank else P()
+    sharded = jax.shard_map(
+      functools.partial(self._step, mean_loss),
+      mesh=self.mesh,
+      in_specs=(self.specs, StepInputs(P(AXIS), P(), P())),
+      out_specs=(self.specs, StepMetrics(metrics, metrics)),
+      check_vma=False,
+    )
+    # Every process reports the whole step, so the few metrics go to all.
+    everywhere = replicated(self.mesh)
+    layout = self.shardings, StepMetrics(everywhere, everywhere)
+    step = jax.jit(sharded, donate_argnums=0, out_shardings=layout)
+    return step.trace(self.abstract, self.abstract_inputs)
 
-    grads, (losses, norms) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), tokens)
-    return losses, norms, grads
+  def lower(self, seq_len: int, looping: bool) -> jax.stages.Lowered:
+    """Lowers what `trace` traces; `.compile()` gives the program."""
+    return self.trace(seq_len, looping).lower()
 
-  def step(state: TrainState, tokens, lr_scale, momentum):
-    if per_rank:
-      losses, norms, grads = clipped_ranks(state.params, tokens)
-      travelling = jnp.dtype(settings.optimizer.muon_dtype)
-      grads = {name: g.astype(travelling) if optimizers.group(name) == "bank" else g for name, g in grads.items()}
-      grads = optimizers.scatter_stacks(grads, AXIS, mesh.size)
+  @property
+  def _world(self) -> int:
+    return world_size(self.settings, self.mesh)
+
+  @property
+  def _clips_by_rank(self) -> bool:
+    return self.settings.optimizer.clip_scope == "rank" and (self._world > 1 or self.mesh.size == 1)
+
+  @functools.cached_property
+  def _init(self):
+    def init(params):
+      return TrainState(params, self.optimizer.init(params), jax.tree.map(jnp.copy, params))
+
+    return jax.jit(jax.shard_map(init, mesh=self.mesh, in_specs=(P(),), out_specs=self.specs, check_vma=False))
+
+  def _mean_loss(self, params: Params, tokens_T1: Int[Array, "T1"], *, seq_len: int, looping: bool) -> Float[Array, ""]:
+    model, dtype = bind(self.settings.model, params), jnp.dtype(self.settings.train.compute_dtype)
+    row = tokens_T1[None].astype(jnp.int32)
+    return packed_nll(model, row, seq_len=seq_len, looping=looping, dtype=dtype).mean()
+
+  def _step(self, mean_loss: Loss, state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
+    """Runs on each device with its rows."""
+    limit = self.settings.optimizer.grad_clip_norm
+    if self._clips_by_rank:
+      tokens = inputs.tokens_BxT1
+      tokens_GxMxT1 = tokens.reshape(max(1, self._world // self.mesh.size), -1, tokens.shape[-1])
+      grads, metrics = _mean_of_clipped_ranks(mean_loss, state.params, tokens_GxMxT1, limit)
+      travels = jnp.dtype(self.settings.optimizer.muon_dtype)
+      grads = {name: g.astype(travels) if optimizers.group(name) == "bank" else g for name, g in grads.items()}
+      grads = optimizers.scatter_stacks(grads, AXIS, self.mesh.size)
     else:
-      loss, grads = mean_over_rows(state.params, tokens)
-      grads = optimizers.scatter_stacks(grads, AXIS, mesh.size)
+      loss, grads = _mean_of_rows(mean_loss, state.params, inputs.tokens_BxT1)
+      grads = optimizers.scatter_stacks(grads, AXIS, self.mesh.size)
       norm = optimizers.scattered_norm(grads, AXIS)
-      grads = jax.tree.map(lambda g: g * optimizers.clip_factor(norm, limit), grads)
-      losses, norms = jax.lax.pmean(loss, AXIS)[None], norm[None]
-    updates, opt_state = opt.update(grads, state.opt_state, state.params, lr_scale=lr_scale, momentum=momentum)
+      grads = optimizers.clip(grads, norm, limit)
+      metrics = StepMetrics(jax.lax.pmean(loss, AXIS)[None], norm[None])
+    schedule = {"lr_scale": inputs.lr_scale, "momentum": inputs.momentum}
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, **schedule)
     params = optax.apply_updates(state.params, updates)
-    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
-    return TrainState(params, opt_state, average), StepMetrics(losses, norms)
-
-  specs = state_specs(settings, mesh, params)
-  metric_specs = StepMetrics(P(AXIS), P(AXIS)) if per_rank else StepMetrics(P(), P())
-  sharded = jax.shard_map(
-    step, mesh=mesh, in_specs=(specs, P(AXIS), P(), P()), out_specs=(specs, metric_specs), check_vma=False
-  )
-  # Every process reports the whole step, so the few metrics go to all.
-  everywhere = NamedSharding(mesh, P())
-  layout = shardings(mesh, specs), StepMetrics(everywhere, everywhere)
-  return jax.jit(sharded, donate_argnums=0, out_shardings=layout)
+    average = optax.incremental_update(params, state.average, 1 - self.settings.train.ema_decay)
+    return TrainState(params, opt_state, average), metrics
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """How the rows of a step lie on the mesh."""
-  return NamedSharding(mesh, P(AXIS))
+def _mean_of_rows(mean_loss: Loss, params: Params, tokens_MxT1: Int[Array, "M T1"]) -> tuple[jax.Array, Params]:
+  """Returns the mean loss and gradient of rows that are computed one after another."""
+  rows = tokens_MxT1.shape[0]
+  loss_and_grad = jax.value_and_grad(mean_loss)
+  if rows == 1:
+    return loss_and_grad(params, tokens_MxT1[0])
+
+  def add(total, row):
+    return jax.tree.map(lambda t, x: t + x / rows, total, loss_and_grad(params, row)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+  return jax.lax.scan(add, zeros, tokens_MxT1)[0]
 
 
-def place_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-  """The step's rows on their devices; every process holds all rows and keeps its own."""
-  return place(mesh, rows, P(AXIS))
+def _mean_of_clipped_ranks(
+  mean_loss: Loss, params: Params, tokens_GxMxT1: Int[Array, "G M T1"], limit: float
+) -> tuple[Params, StepMetrics]:
+  """Returns the mean of the ranks' clipped gradients, and each rank's loss and norm."""
+  ranks = tokens_GxMxT1.shape[0]
+
+  def clipped(tokens_MxT1):
+    loss, grads = _mean_of_rows(mean_loss, params, tokens_MxT1)
+    norm = optax.tree.norm(grads)
+    return optimizers.clip(grads, norm, limit), StepMetrics(loss, norm)
+
+  if ranks == 1:
+    grads, metrics = clipped(tokens_GxMxT1[0])
+    return grads, StepMetrics(*(x[None] for x in metrics))
+
+  def add(total, tokens_MxT1):
+    grads, metrics = clipped(tokens_MxT1)
+    return jax.tree.map(lambda t, g: t + g / ranks, total, grads), metrics
+
+  return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), tokens_GxMxT1)

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,7 +31,7 @@ def choose(implementation=None):
 
 def test_every_folder_but_the_n_gram_counts_has_an_operation_of_its_name():
   assert OPERATIONS.keys() == set(FOLDERS) - {"ngram"} and len(OPERATIONS) >= 4
-  assert all(found.name == name for name, found in OPERATIONS.items())
+  assert all(name == api_operation.name for name, api_operation in OPERATIONS.items())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -119,7 +121,4 @@ from pgolf_jax.kernels.leaky_relu2_mlp.api import leaky_relu2_mlp
 leaky_relu2_mlp(jnp.ones((2, 4)), jnp.ones((8, 4)), jnp.ones((4, 8)), slope=0.3)
 assert not any("pallas.mosaic_gpu" in name or "pallas.tpu" in name for name in sys.modules)
 """
-  import subprocess
-  import sys
-
   subprocess.run([sys.executable, "-c", program], check=True)

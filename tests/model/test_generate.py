@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,7 +37,11 @@ def test_logits_are_the_evaluation_distribution(params):
   step = next_logits(MODEL, jnp.float32)
   tokens = np.array([1, 20, 30, 40, 50, 11], np.int32)
   logits = step(params, tokens[:-1])
-  nll = packed_nll(bind(MODEL, params), tokens[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32)
+  nll = jax.jit(
+    lambda params: packed_nll(
+      bind(MODEL, params), tokens[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32
+    )
+  )(params)
   generated_nll = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[-1]]
   assert generated_nll == pytest.approx(float(nll[0, -1]), rel=1e-4)
 

@@ -10,7 +10,7 @@ RECORD = Settings()
 
 def schedule(**changes) -> Schedule:
   train = dataclasses.replace(RECORD.train, **changes)
-  return Schedule(train, RECORD.optimizer, RECORD.model.num_loops, RECORD.quantize.reserve_seconds)
+  return Schedule(dataclasses.replace(RECORD, train=train))
 
 
 def test_the_clock_of_the_record_is_596_seconds():

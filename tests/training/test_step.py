@@ -1,6 +1,7 @@
 """The step over several devices against the same arithmetic written out on one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ from pgolf_jax.model.loss import packed_nll
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.settings.config import ModelConfig, OptimizerConfig, Settings, TrainConfig
 from pgolf_jax.training import optimizer as optimizers
-from pgolf_jax.training.step import init_state, make_step, place_rows
+from pgolf_jax.training.step import TrainStep
 
 MODEL = ModelConfig(
-  vocab_size=64, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1, loop_start=1,
-  loop_end=1, parallel_start_layer=2, rope_dims=8, tied_embed_init_std=0.3,
+  vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1, loop_start=0,
+  loop_end=0, parallel_start_layer=1, rope_dims=8, tied_embed_init_std=0.3,
 )  # fmt: skip
 ROWS, TOKENS = 8, 24
+SEQ_LEN = 12
 
 
 def settings(**optimizer) -> Settings:
@@ -46,31 +48,58 @@ def rows():
   return rows
 
 
-def take_step(settings, devices, params, rows, world=0):
-  settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, world_size=world))
-  mesh = data_mesh(jax.devices()[:devices])
-  step = make_step(settings, mesh, params, seq_len=12, looping=True)
-  state = init_state(settings, mesh, params)
-  return step(state, place_rows(mesh, rows), np.float32(0.7), np.float32(0.9))
+@pytest.fixture(scope="module")
+def take_step(params, rows):
+  """take_step(clip_scope, devices, world) → (state, metrics) after one step; each is taken once."""
+
+  @functools.cache
+  def take(clip_scope, devices, world=0):
+    s = settings(clip_scope=clip_scope)
+    s = dataclasses.replace(s, train=dataclasses.replace(s.train, world_size=world))
+    step = TrainStep(s, data_mesh(jax.devices()[:devices]))
+    return step.lower(SEQ_LEN, looping=True).compile()(step.init(params), step.inputs(rows, 0.7, 0.9))
+
+  return take
 
 
-def by_hand(settings, params, rows, ranks):
-  """One optimizer step from the mean of each rank's own clipped gradient."""
-  opt = optimizers.make(settings.optimizer)
+@pytest.fixture(scope="module")
+def row_gradients(params, rows):
+  """The gradient of each row's mean loss, on one device."""
 
   @jax.jit
-  def clipped(rank_rows):
+  def gradient(row):
     loss = lambda p: packed_nll(  # noqa: E731
-      bind(MODEL, p), rank_rows.astype(jnp.int32), looping=True, seq_len=12, dtype=jnp.float32
+      bind(MODEL, p), row[None].astype(jnp.int32), looping=True, seq_len=SEQ_LEN, dtype=jnp.float32
     ).mean()
-    grads = jax.grad(loss)(params)
-    norm = optax.tree.norm(grads)
-    return jax.tree.map(lambda g: g * jnp.minimum(1.0, settings.optimizer.grad_clip_norm / (norm + 1e-6)), grads), norm
+    return jax.grad(loss)(params)
 
-  found = [clipped(rank_rows) for rank_rows in np.split(rows, ranks)]
-  grads = jax.tree.map(lambda *g: sum(g) / ranks, *[g for g, _ in found])
-  updates, _ = opt.update(grads, opt.init(params), params, lr_scale=0.7, momentum=0.9)
-  return optax.apply_updates(params, updates), [float(n) for _, n in found]
+  return [jax.tree.map(np.asarray, gradient(row)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def by_hand(params, row_gradients):
+  """by_hand(ranks) → (parameters, norms): one step from the mean of each rank's own clipped gradient."""
+  config = settings().optimizer
+  opt = optimizers.make(config)
+
+  @jax.jit
+  def update(grads):
+    updates, _ = opt.update(grads, opt.init(params), params, lr_scale=0.7, momentum=0.9)
+    return optax.apply_updates(params, updates)
+
+  def mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+  @functools.cache
+  def step(ranks):
+    # Rows are of one length, so that a rank's gradient is the mean of its rows'.
+    grads = [mean(row_gradients[i : i + ROWS // ranks]) for i in range(0, ROWS, ROWS // ranks)]
+    norms = [float(np.sqrt(sum(np.sum(np.square(x)) for x in g.values()))) for g in grads]
+    factors = [min(1.0, config.grad_clip_norm / (norm + 1e-6)) for norm in norms]
+    clipped = [jax.tree.map(lambda x, f=f: x * np.float32(f), g) for g, f in zip(grads, factors, strict=True)]
+    return update(mean(clipped)), norms
+
+  return step
 
 
 def assert_same_step(ours, wanted, before, limit=1e-4):
@@ -80,37 +109,41 @@ def assert_same_step(ours, wanted, before, limit=1e-4):
 
 
 @pytest.mark.parametrize("devices, world", [(8, 8), (2, 8), (1, 8), (1, 1), (2, 2)])
-def test_clipping_by_rank_equals_clipping_each_rank_by_hand(params, rows, devices, world):
-  wanted, norms = by_hand(settings(), params, rows, world)
+def test_clipping_by_rank_equals_clipping_each_rank_by_hand(params, take_step, by_hand, devices, world):
+  wanted, norms = by_hand(world)
   assert min(norms) > 2 * settings().optimizer.grad_clip_norm, "the clip must bite for this test to tell anything"
-  state, metrics = take_step(settings(), devices, params, rows, world)
+  state, metrics = take_step("rank", devices, world)
   assert_same_step(state.params, wanted, params)
   np.testing.assert_allclose(np.asarray(metrics.grad_norm), norms, rtol=1e-4)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_global_clipping_is_the_same_on_any_number_of_devices(params, rows, devices):
-  wanted, _ = by_hand(settings(), params, rows, 1)
-  state, metrics = take_step(settings(clip_scope="global"), devices, params, rows)
+def test_global_clipping_is_the_same_on_any_number_of_devices(params, take_step, by_hand, devices):
+  wanted, _ = by_hand(1)
+  state, metrics = take_step("global", devices)
   assert_same_step(state.params, wanted, params)
   assert np.asarray(metrics.loss).shape == (1,)
 
 
-def test_the_average_follows_the_parameters(params, rows):
-  state, _ = take_step(settings(), 1, params, rows, 1)
+def test_the_average_follows_the_parameters(params, take_step):
+  state, _ = take_step("rank", 1, 1)
   decay = Settings().train.ema_decay
   for name, average in state.average.items():
     np.testing.assert_allclose(average, decay * params[name] + (1 - decay) * state.params[name], rtol=2e-6, atol=1e-7)
 
 
-def test_the_softcaps_stay(params, rows):
-  state, _ = take_step(settings(), 1, params, rows, 1)
+def test_the_softcaps_stay(params, take_step):
+  state, _ = take_step("rank", 1, 1)
   assert all(np.array_equal(state.params[name], params[name]) for name in parameters.SOFTCAPS)
 
 
-def test_banks_travel_by_reduce_scatter_and_all_gather(params, rows):
-  mesh = data_mesh()
-  s = settings()
-  step = make_step(s, mesh, params, seq_len=12, looping=True)
-  text = step.lower(init_state(s, mesh, params), place_rows(mesh, rows), np.float32(1), np.float32(0.9)).as_text()
+def test_banks_travel_by_reduce_scatter_and_all_gather():
+  text = TrainStep(settings(), data_mesh()).lower(SEQ_LEN, looping=True).as_text()
   assert text.count("stablehlo.reduce_scatter") == 4 and text.count("stablehlo.all_gather") == 4
+
+
+def test_the_declared_state_is_the_one_that_a_step_returns(params, take_step):
+  step = TrainStep(settings(), data_mesh())
+  for state in (step.init(params), take_step("rank", 8, 8)[0]):
+    for x, declared in zip(jax.tree.leaves(state), jax.tree.leaves(step.abstract), strict=True):
+      assert (x.shape, x.dtype, x.sharding) == (declared.shape, declared.dtype, declared.sharding)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.sidecar import token_bytes
+from pgolf_jax.data.encode import token_bytes
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 

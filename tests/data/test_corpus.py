@@ -1,12 +1,12 @@
-"""Documents from files: what is read, from where reading goes on, and every way in which a file can be bad."""
+"""Corpora: what is read, that reading can begin at any position, and every way in which a file can be faulty."""
 
 import json
 
 import pytest
 import zstandard
 
-from pgolf_jax.data import documents
-from pgolf_jax.data.documents import Position, batches, open_documents
+from pgolf_jax.data import corpus
+from pgolf_jax.data.corpus import Position, open_corpus, read_batches
 from pgolf_jax.errors import UserError
 
 TEXTS = [f"Document {i}: é\n日本\r\n" + "x" * (i % 7) for i in range(50)]
@@ -16,7 +16,7 @@ LINES = "".join(
 
 
 def texts_of(path):
-  return [record.text() for _, record, _ in open_documents(path).records(Position())]
+  return [document.text() for _, document, _ in open_corpus(path).read(Position())]
 
 
 @pytest.fixture(params=["plain", "zst", "zst of several frames", "txt"])
@@ -44,34 +44,34 @@ def test_documents_come_in_order_and_unchanged(source):
   assert texts_of(source) == TEXTS
 
 
-def test_reading_goes_on_from_any_position(source):
-  positions = [position for position, _, _ in open_documents(source).records(Position())]
+def test_reading_begins_at_any_position(source):
+  positions = [position for position, _, _ in open_corpus(source).read(Position())]
   assert [position.document for position in positions] == list(range(len(TEXTS)))
   for position in positions[::9]:
-    rest = list(open_documents(source).records(position))
-    assert [record.text() for _, record, _ in rest] == TEXTS[position.document :]
+    rest = list(open_corpus(source).read(position))
+    assert [document.text() for _, document, _ in rest] == TEXTS[position.document :]
     assert [p for p, _, _ in rest] == positions[position.document :]
 
 
-def test_batches_hold_what_is_wanted_and_can_be_found_again(source, monkeypatch):
-  monkeypatch.setattr(documents, "BATCH_BYTES", 100)
-  opened = open_documents(source)
-  found = list(batches(opened, Position(), wanted=lambda i: i % 3 == 1, stop=40))
-  assert len(found) > 3
-  assert [r.text() for batch in found for r in batch.records] == TEXTS[1:40:3]
-  assert [batch.read for batch in found] == sorted(batch.read for batch in found)
-  assert found[-1].read == opened.size
-  again = list(batches(opened, found[2].start, wanted=lambda i: i % 3 == 1, stop=40))
-  assert [batch.records for batch in again] == [batch.records for batch in found[2:]]
+def test_batches_hold_the_wanted_documents_and_can_be_read_again(source, monkeypatch):
+  monkeypatch.setattr(corpus, "BATCH_BYTES", 100)
+  opened = open_corpus(source)
+  batches = list(read_batches(opened, Position(), wanted=lambda i: i % 3 == 1, stop=40))
+  assert len(batches) > 3
+  assert [document.text() for batch in batches for document in batch.documents] == TEXTS[1:40:3]
+  assert [batch.bytes_read for batch in batches] == sorted(batch.bytes_read for batch in batches)
+  assert batches[-1].bytes_read == opened.size
+  again = list(read_batches(opened, batches[2].start, wanted=lambda i: i % 3 == 1, stop=40))
+  assert [batch.documents for batch in again] == [batch.documents for batch in batches[2:]]
 
 
 def test_identity_tells_files_apart(tmp_path):
   path = tmp_path / "docs.jsonl"
   path.write_text(LINES)
-  identity = open_documents(path).identity()
-  assert identity == open_documents(path).identity() and identity["bytes"] == len(LINES.encode())
+  identity = open_corpus(path).identity()
+  assert identity == open_corpus(path).identity() and identity["bytes"] == len(LINES.encode())
   path.write_text(LINES.replace("Document 9", "Document X"))
-  assert open_documents(path).identity() != identity
+  assert open_corpus(path).identity() != identity
 
 
 GOOD = b'{"text": "fine"}\n'
@@ -116,11 +116,11 @@ def test_cut_off_and_damaged_zstd_are_refused(tmp_path):
     texts_of(path)
 
 
-def test_what_is_not_there_or_of_no_known_kind(tmp_path):
+def test_a_missing_path_and_an_unknown_kind_are_refused(tmp_path):
   with pytest.raises(UserError, match="no such file"):
-    open_documents(tmp_path / "nothing.jsonl")
+    open_corpus(tmp_path / "nothing.jsonl")
   with pytest.raises(UserError, match=r"no \.txt file"):
-    open_documents(tmp_path)
+    open_corpus(tmp_path)
   (tmp_path / "docs.parquet").touch()
   with pytest.raises(UserError, match=r"docs\.parquet: of no known kind"):
-    open_documents(tmp_path / "docs.parquet")
+    open_corpus(tmp_path / "docs.parquet")
