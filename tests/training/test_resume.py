@@ -51,12 +51,10 @@ ONE_LENGTH = dataclasses.replace(SETTINGS.train, seq_schedule=(LengthStage(16, 1
 PROGRAM = """
 import json, sys, time
 import jax
-import jax.numpy as jnp
 import numpy as np
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.training import loop
 from pgolf_jax.runtime.mesh import data_mesh
-import jax
+from pgolf_jax.training import loop
 report = loop.Trainer._report
 def slowly(self, *args):  # so that a kill has something to interrupt
   report(self, *args)
