@@ -9,40 +9,28 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from pgolf_jax.audit import audit as audits
+from pgolf_jax.audit import audit
+from pgolf_jax.data.folder import ensure_prepared, locate_prepared
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime import compile_cache, distributed
-from pgolf_jax.runtime.files import write_bytes
-from pgolf_jax.runtime.lock import locked
+from pgolf_jax.runtime import checks, distributed
+from pgolf_jax.runtime.files import locked, write_bytes
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain, ttt
-from pgolf_jax.settings import check
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
-from pgolf_jax.submission import accounting, bundle
-
-
-def data_folder(settings: Settings) -> Path:
-  """The folder of shards; the default text is prepared on first use."""
-  if settings.data.path != "default":
-    return Path(settings.data.path)
-  from pgolf_jax.data.default_text import ensure_default_data
-
-  name = f"speeches-{settings.model.vocab_size}{'' if settings.data.caseops else '-plain'}"
-  folder = compile_cache.root() / "data" / name
-  with distributed.leader_first("default data"):
-    return ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
+from pgolf_jax.submission import bundle
 
 
 def plain_score(
-  settings: Settings, params: Params, mesh: Mesh, description: str, data: plain.ValidationData | None = None
+  settings: Settings, params: Params, mesh: Mesh, description: str, data: ValidationData | None = None
 ) -> dict:
   """Plain BPB of parameters on `data`, or on the whole validation split, as the stages report it."""
-  data = plain.load_validation(data_folder(settings)) if data is None else data
+  data = load_validation(locate_prepared(settings)) if data is None else data
   began = time.perf_counter()
   score = plain.score(settings, params, data, mesh, description=description)
   seconds = time.perf_counter() - began
@@ -59,7 +47,7 @@ def _train(run: RunFolder, mesh: Mesh) -> dict:
     found = plain_score(settings, params, mesh, f"scoring step {step}")
     log.info("step %d | validation loss %.4f | %.4f bits per byte", step, found["loss"], found["bpb"])
 
-  return Trainer(run, mesh, data_folder(settings), validate=validate).train()[1]
+  return Trainer(run, mesh, locate_prepared(settings), validate=validate).train()[1]
 
 
 def averaged_params(run: RunFolder, mesh: Mesh) -> Params:
@@ -81,20 +69,20 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
   settings = run.settings
-  made = make(settings, averaged_params(run, mesh), data_folder(settings), world=world_size(settings, mesh))
+  made = make(settings, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
   code = bundle.code()
-  account = accounting.account(made.data, code, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", accounting.table(account))
+  account = bundle.account(made.data, code, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", bundle.table(account))
   score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
   return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
 
 
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:
   """Scores the artifact with test-time training, in the run's order; scores are kept in the run's folder."""
-  params, data = artifact.load(run.artifact)[1], plain.load_validation(data_folder(run.settings))
+  params, data = artifact.load(run.artifact)[1], load_validation(locate_prepared(run.settings))
   result = ttt.evaluate(run.settings, params, data, mesh, ttt.Options(folder=run.scores)).figures(run.settings)
   text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
   log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))
@@ -102,11 +90,11 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
-  """Audits the run; every check with its evidence. The table goes to the log."""
-  checks = list(audits.audit(run, data_folder(run.settings), mesh))
-  log.info("audit:\n%s", audits.table(checks))
-  broken = [check.name for check in checks if check.passed is False]
-  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in checks]}
+  """Audits the run; the table goes to the log, every check with its evidence to the results."""
+  made = list(audit(run, locate_prepared(run.settings), mesh))
+  log.info("audit:\n%s", checks.table(made))
+  broken = [check.name for check in made if check.passed is False]
+  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in made]}
 
 
 STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
@@ -144,6 +132,7 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     if name in run.results():
       log.info("%s: already complete", name)
       continue
+    ensure_prepared(settings)
     began = time.perf_counter()
     result = STAGES[name](run, mesh)
     if distributed.is_leader():
@@ -175,8 +164,7 @@ def table(run: RunFolder) -> str:
     note = f"{ttt['order']} order, {ttt['method']}; without hints {ttt['bpb_without_hints']:.5f}"
     rows.append(("test-time training", f"{ttt['bpb']:.5f}", ttt["seconds"], note))
   if audit := results.get("audit"):
-    broken = audit["broken"]
-    note = f"broken: {', '.join(broken)}" if broken else f"all {len(audit['checks'])} checks pass or do not apply"
+    note = checks.summary([checks.Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
   head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
   return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])

@@ -24,8 +24,14 @@ def _external(variable: str, default: str, what: str) -> Path:
 
 @pytest.fixture(scope="session")
 def golden():
-  """golden(kind) → the folder of that golden case of the PyTorch reference."""
+  """golden(kind) → the folder of a large golden case, which the repository does not contain."""
   return lambda kind: _external("PGOLF_GOLDEN", "../shared/golden", "golden cases") / kind
+
+
+@pytest.fixture(scope="session")
+def small_golden():
+  """small_golden(kind) → the folder of the small golden case of that kind in tests/golden."""
+  return lambda kind: ROOT / "tests" / "golden" / kind
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ typedef struct {
   bool failed; /* an update ran out of memory half way */
 } State;
 
-/* A one-dimensional contiguous buffer, or an exception. */
+/* Gets a one-dimensional contiguous buffer, or sets an exception. */
 static bool get_buffer(PyObject *object, Py_buffer *view, int flags, const char *name) {
   if (PyObject_GetBuffer(object, view, flags | PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)) return false;
   if (view->ndim == 1) return true;
@@ -23,14 +23,14 @@ static bool get_buffer(PyObject *object, Py_buffer *view, int flags, const char 
   return false;
 }
 
-/* The letter of a native element type, or 0. */
+/* Returns the letter of a native element type, or 0. */
 static char letter(const Py_buffer *view) {
   const char *format = view->format ? view->format : "B";
   if (*format == '@' || *format == '=') ++format;
   return format[0] && !format[1] ? format[0] : 0;
 }
 
-/* An output of n elements of one of the `types`, or an exception. None leaves the view empty if `optional`. */
+/* Gets an output of n elements of one of the `types`, or sets an exception. An `optional` None leaves it empty. */
 static bool get_output(PyObject *object, Py_buffer *view, Py_ssize_t n, const char *types, Py_ssize_t width,
                        const char *name, bool optional) {
   view->buf = NULL;
@@ -54,7 +54,7 @@ static bool get_output(PyObject *object, Py_buffer *view, Py_ssize_t n, const ch
     }                                                               \
   } while (0)
 
-/* Tokens of any integer type into `to`. False if one of them is not in [0, vocab_size). */
+/* Copies tokens of any integer type to `to`. Returns false if one of them is not in [0, vocab_size). */
 static bool copy_tokens(uint32_t *to, const Py_buffer *view, Py_ssize_t n, uint64_t vocab_size) {
   const bool is_signed = strchr("bhilq", letter(view)) != NULL;
   bool bad = false;
@@ -71,7 +71,7 @@ static bool copy_tokens(uint32_t *to, const Py_buffer *view, Py_ssize_t n, uint6
   return !bad;
 }
 
-/* Appends tokens to the history; their number, or -1 with an exception and the state as it was. */
+/* Appends tokens to the history and returns their number, or sets an exception, changes nothing and returns -1. */
 static Py_ssize_t extend(State *self, PyObject *tokens) {
   if (self->busy || self->failed) {
     PyErr_SetString(PyExc_RuntimeError, self->busy ? "this state is being updated by another thread"

@@ -9,7 +9,7 @@
 
 #include "state.h"
 
-/* The published multipliers of a context's tokens, oldest first; the one after the last is the next token's. */
+/* The published multipliers of a context's tokens, oldest first. The token after a context has the next one. */
 static const uint32_t COEFFICIENT[NGRAM_MAX_CONTEXT + 1] = {
     36313,   27191,   51647,   81929,   131071,  196613,  262147,  393241,  524309,  655373,  786433,
     917521,  1048583, 1179653, 1310729, 1441801, 1572869, 1703941, 1835017, 1966087, 2097169, 2228243,
@@ -24,15 +24,15 @@ static inline uint64_t mixed(uint64_t x) {
   return x * 0xd6e8feb86659fd93u;
 }
 
-/* Never 0, which marks an empty place. */
+/* Returns a hash that is never 0, which marks an empty entry. */
 static inline uint32_t hash_of(uint64_t key) { return (uint32_t)(mixed(key) >> 32) | 1; }
 
 static inline uint64_t pair_key(uint64_t key, uint32_t token, int context) {
   return key * PAIR ^ (uint64_t)token * COEFFICIENT[context];
 }
 
-/* Keys of the contexts in front of `count` neighbouring targets; `first` is the oldest token of the first context.
-   One coefficient at a time, so that the compiler can work on several targets at once. */
+/* Writes the keys of the contexts of `count` neighbouring targets; `first` is the oldest token of the first context.
+   It takes one coefficient at a time, so that the compiler can work on several targets at once. */
 static inline void context_keys(const uint32_t *first, int context, int count, uint64_t *key) {
   memset(key, 0, (size_t)count * sizeof *key);
   for (int j = 0; j < context; ++j) {
@@ -41,18 +41,18 @@ static inline void context_keys(const uint32_t *first, int context, int count, u
   }
 }
 
-/* A pair key is a multiple of PAIR, xored with less than 2^shift. So two contexts whose pairs can share a key agree in
-   context·PAIR from bit `shift` on: they are of one group. */
+/* Returns a shift for `shard_of`. A pair key is key·PAIR xored with a number below 2^shift. Two contexts whose pairs can
+   share a key therefore agree in key·PAIR from bit `shift` on: they belong to one group. */
 static inline int group_shift_of(uint64_t vocab_size, int context) {
   int shift = 0;
   for (uint64_t most = (vocab_size - 1) * COEFFICIENT[context]; most; most >>= 1) shift += 1;
   return shift;
 }
 
-/* The shard of a context. Where contexts are compared in full none shares a count; otherwise groups stay together. */
+/* Returns the shard of a context. Contexts compared in full share no counts; otherwise a group stays together. */
 static inline int shard_of(uint64_t key, bool exact, int group_shift, int shards) {
   const uint64_t group = exact ? key : (key * PAIR) >> group_shift;
-  const uint64_t spread = mixed(group ^ 0x9e3779b97f4a7c15u) >> 32; /* unlike hash_of, by which tables are laid out */
+  const uint64_t spread = mixed(group ^ 0x9e3779b97f4a7c15u) >> 32; /* independent of hash_of, which places entries in tables */
   return (int)((spread * (uint64_t)shards) >> 32);
 }
 

@@ -1,8 +1,8 @@
-"""The same counts in plain Python, from the recipe's words: a second opinion, and the alternative in benchmarks."""
+"""The n-gram counts in plain Python, straight from the recipe, for tests and benchmarks."""
 
 import numpy as np
 
-# Multipliers of the published context key, oldest token first; the next one in the list belongs to the token after it.
+# Multipliers of the published context key, oldest token first. The token after a context has the next one in the list.
 COEFFICIENTS = (
   *(36313, 27191, 51647, 81929, 131071, 196613, 262147, 393241, 524309, 655373, 786433, 917521, 1048583, 1179653),
   *(1310729, 1441801, 1572869, 1703941, 1835017, 1966087, 2097169, 2228243, 2359319, 2490389, 2621471, 2752549),
@@ -12,7 +12,7 @@ PAIR = 1000003
 
 
 class NgramModel:
-  """`NgramState` with dictionaries. See there for the arguments."""
+  """The counts of `NgramState`, kept in dictionaries; the arguments are explained there."""
 
   def __init__(self, order: int, *, threshold: float, mode: str = "exact"):
     self._length = order - 1

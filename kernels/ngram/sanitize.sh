@@ -42,7 +42,7 @@ status=0
 PYTHONMALLOC=malloc LD_PRELOAD=$($cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=1 \
   LSAN_OPTIONS=exitcode=0 "$python" "$build/run.py" "$build/_ngram.abi3.so" "$root/tests/kernels/ngram" \
   >"$build/log" 2>&1 || status=$?
-# The interpreter leaves memory of its own behind; only what this extension allocated counts.
+# The interpreter itself leaks memory; only what this extension allocated counts.
 if [ $status -ne 0 ] || grep -qE "ERROR: AddressSanitizer|runtime error|/(_ngram|shard|state|table)\.[ch]:" "$build/log"; then
   cat "$build/log"
   exit 1

@@ -7,12 +7,12 @@ enum {
   BUCKET_AHEAD = 32 /* targets between asking for the cache lines of buckets and using them */
 };
 
-/* What a table refers to: a context or pair seen once, by its position; seen again, by RECORD plus the number of its
-   record. */
+/* References in a table: the position of a context or pair that was seen once, or RECORD plus the number of the record
+   of one that was seen again. */
 static const uint32_t RECORD = 0x80000000u;
 
 typedef struct {
-  uint32_t position; /* where the context was last seen when `best` grew, so the best token stands there */
+  uint32_t position; /* where the context stood when `best` last grew: the best token is the one there */
   uint32_t total;
   uint32_t best;
 } context_record;
@@ -22,7 +22,7 @@ typedef struct {
   uint32_t count;
 } pair_record;
 
-/* What is known of one target before its turn. */
+/* What is computed for one target before its turn. */
 typedef struct {
   uint64_t key;
   uint64_t pair_key;
@@ -40,8 +40,8 @@ typedef struct {
   bool exact;
 } pass;
 
-/* Everything from `count_as` down is inlined into it, so that each of the two modes has a loop of its own, in which
-   `exact` is a constant: a fifth of the time. */
+/* Everything that `count_as` calls is inlined into it, so that each of the two modes has its own loop, in which `exact`
+   is a constant. This saves a fifth of the time. */
 #define INLINED static inline __attribute__((always_inline))
 
 static uint64_t key_at(const pass *p, uint32_t position) {
@@ -85,7 +85,7 @@ INLINED context_record *context_record_of(const pass *p, uint32_t ref) {
   return (context_record *)p->shard->context_records.items + (ref & ~RECORD);
 }
 
-/* Counts the pair once more; its count, this time included. */
+/* Counts the pair once more and returns its count, this time included. */
 INLINED uint32_t count_pair(const pass *p, const event *e) {
   table *t = &p->shard->pairs;
   for (uint64_t i = table_home(t, e->pair_hash);; i = table_next(t, i)) {
@@ -107,8 +107,8 @@ INLINED uint32_t count_pair(const pass *p, const event *e) {
   }
 }
 
-/* The record of a target's context, made if it was seen once before. If it is new, NULL, and `*end` is the bucket
-   where it belongs. */
+/* Returns the record of a target's context, which is made if the context was seen once before. For a new context it
+   returns NULL and sets `*end` to the bucket where the context belongs. */
 INLINED context_record *find_context(const pass *p, const event *e, bucket **end) {
   table *t = &p->shard->contexts;
   for (uint64_t i = table_home(t, e->hash);; i = table_next(t, i)) {
@@ -128,8 +128,9 @@ INLINED context_record *find_context(const pass *p, const event *e, bucket **end
   }
 }
 
-/* The count of the pair in a context compared in full, this time included. As long as one token alone has followed a
-   context, its count is the context's, and the table of pairs holds nothing; so it stays small. */
+/* Counts the pair once more, in a context compared in full, and returns its count, this time included. As long as only
+   one token has followed a context, its count is the context's total and the table of pairs has no entry for it, which
+   keeps that table small. */
 INLINED uint32_t count_pair_lazily(const pass *p, const event *e, const context_record *record) {
   if (record->best == record->total) {
     const uint32_t token = p->history[record->position];
@@ -146,7 +147,8 @@ INLINED void take(const pass *p, const event *e, size_t out_at, ngram_out out) {
   bucket *end = NULL;
   context_record *record = find_context(p, e, &end);
   if (!record) {
-    /* A pair counted before, in a new context: by the published keys another context's pair, whose count it takes. */
+    /* A pair that was counted before, in a new context, shares the published key of another context's pair: it takes
+       over that pair's count. */
     bucket_insert(end, e->hash, pair > 1 ? add_context_record(p, e->position, 1, pair) : e->position);
     p->shard->contexts.count += 1;
     return;
@@ -163,7 +165,7 @@ INLINED void take(const pass *p, const event *e, size_t out_at, ngram_out out) {
   }
 }
 
-/* Events of this shard among the targets at [begin, end) of the history. */
+/* Writes this shard's events among the targets at [begin, end) of the history, and returns their number. */
 static int events_of(const ngram *s, int number, const uint32_t *history, size_t begin, size_t end, event *events) {
   uint64_t keys[BLOCK];
   const int count = (int)(end - begin);
@@ -181,9 +183,9 @@ static int events_of(const ngram *s, int number, const uint32_t *history, size_t
   return mine;
 }
 
-/* Room for all that `count` targets can add. */
+/* Makes room for everything that `count` targets can add. */
 static bool reserve(const pass *p, size_t count, size_t expected) {
-  const size_t pairs = p->exact ? 2 * count : count; /* lazily, the pairs before and of a context's second token */
+  const size_t pairs = p->exact ? 2 * count : count; /* a second token adds its pair and the first token's */
   return table_reserve(&p->shard->contexts, count, expected) &&
          table_reserve(&p->shard->pairs, pairs, p->exact ? 0 : expected) &&
          vector_reserve(&p->shard->context_records, count, sizeof(context_record), 0) &&
@@ -201,7 +203,7 @@ INLINED bool count_as(const ngram *s, bool exact, int number, size_t n, ngram_ou
     const size_t stop = end - begin < BLOCK ? end : begin + BLOCK;
     const int count = events_of(s, number, p.history, begin, stop, events);
     if (!reserve(&p, (size_t)count, s->expected / (size_t)s->shards)) return false;
-    /* Lazily, few contexts have pairs in the table, as long as these are long: then few of its lines are needed. */
+    /* Exact counting puts few contexts' pairs into the table if contexts are long: few of its lines are then needed. */
     const bool pairs_matter = !exact || pairs->count > contexts->count / 4;
     for (int i = -BUCKET_AHEAD; i < count; ++i) {
       if (i + BUCKET_AHEAD < count) {

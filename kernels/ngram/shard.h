@@ -5,12 +5,12 @@
 
 #include "state.h"
 
-/* ngram_count for the contexts of one shard; results elsewhere are left as they are. */
+/* Does what ngram_count does for the contexts of one shard; the results of others are not touched. */
 bool shard_count(const ngram *state, int number, size_t n, ngram_out out);
 
 void shard_free(ngram_shard *shard);
 
-/* Bytes of the tables and records, as allocated. */
+/* Returns the allocated bytes of the tables and records. */
 size_t shard_bytes(const ngram_shard *shard);
 
 #endif

@@ -13,7 +13,7 @@ enum {
 /* Positions and record numbers are kept in 31 bits. */
 #define NGRAM_MAX_TOKENS ((size_t)0x7ffffffe)
 
-/* Shards split contexts so that no count is shared between two of them, and each has a thread of its own. */
+/* The counts of some of the contexts. No two shards share a count, so each can have its own thread. */
 typedef struct {
   table contexts;
   table pairs;
@@ -26,9 +26,9 @@ typedef struct {
   bool exact;          /* compare contexts in full; otherwise by the published 64-bit keys */
   float threshold;     /* lowest confidence that opens the gate */
   uint64_t vocab_size; /* tokens are below it */
-  size_t expected;     /* targets in all, as far as is known; sizes tables and is never a limit */
+  size_t expected;     /* targets in the whole stream, if known; it sizes tables and is no limit */
   int shards;
-  int group_shift;     /* by which contexts are shared out, see keys.h */
+  int group_shift;     /* divides contexts among shards, see keys.h */
   vector history;      /* uint32: every token so far, seeds included */
   ngram_shard *shard;
 } ngram;
@@ -40,21 +40,21 @@ typedef struct {
   float *confidence;
 } ngram_out;
 
-/* An empty state. False where memory is short; nothing is then left to free. */
+/* Makes an empty state. Returns false if memory is short; nothing then needs to be freed. */
 bool ngram_init(ngram *state, int context, bool exact, float threshold, uint64_t vocab_size, size_t expected,
                 int shards);
 void ngram_free(ngram *state);
 
-/* Room for n more tokens at the end of the history, as uninitialised memory at `*tokens`; the caller fills it and adds
-   n to history.count. False where memory is short; the state is then as it was. */
+/* Makes room for n more tokens at the end of the history, as uninitialised memory at `*tokens`; the caller fills it and
+   adds n to history.count. Returns false if memory is short; the state has then not changed. */
 bool ngram_extend(ngram *state, size_t n, uint32_t **tokens);
 
-/* For each of the last n tokens of the history, from left to right: the hint from what came before, then the token
-   is counted. All n results are written; zero where there is no hint. False where memory is short: the counts are
-   then incomplete, and the state is good for ngram_free alone. */
+/* For each of the last n tokens of the history, from left to right, writes the hint from what came before and then
+   counts the token. All n results are written, as zero where there is no hint. Returns false if memory is short; the
+   counts are then incomplete, and the state can only be passed to ngram_free. */
 bool ngram_count(ngram *state, size_t n, ngram_out out);
 
-/* Bytes of the history, tables and records, as allocated. */
+/* Returns the allocated bytes of the history, tables and records. */
 size_t ngram_bytes(const ngram *state);
 
 #endif

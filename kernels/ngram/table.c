@@ -6,10 +6,10 @@
 #endif
 
 enum { FEWEST_BUCKETS = 64 };
-static const double EXPECTED_LOAD = 0.75; /* once everything that was expected is in */
+static const double EXPECTED_LOAD = 0.75; /* when all expected entries are in */
 static const double HIGHEST_LOAD = 0.85;  /* past it too many buckets overflow, and the table grows */
 
-/* Zeroed buckets. Lookups are random, so pages of 4 KB would cost a TLB miss each: ask for large ones. */
+/* Allocates zeroed buckets, in large pages if possible: lookups are random, and small pages cost a TLB miss each. */
 static bool allocate(table *t, uint64_t size) {
   const uintptr_t line = sizeof(bucket);
   void *memory = calloc(size + 1, sizeof(bucket));
@@ -19,7 +19,7 @@ static bool allocate(table *t, uint64_t size) {
   const uintptr_t page = (uintptr_t)1 << 21;
   const uintptr_t first = (start + page - 1) & ~(page - 1);
   const uintptr_t last = (start + size * sizeof(bucket)) & ~(page - 1);
-  if (first < last) (void)madvise((void *)first, last - first, MADV_HUGEPAGE); /* a wish: refusal does no harm */
+  if (first < last) (void)madvise((void *)first, last - first, MADV_HUGEPAGE); /* a hint: refusal does no harm */
 #endif
   *t = (table){memory, (bucket *)start, size, 0};
   return true;
@@ -41,7 +41,7 @@ bool table_reserve(table *t, uint64_t extra, uint64_t expected) {
   const double need = (double)(t->count + extra) / (HIGHEST_LOAD * BUCKET);
   if (need < (double)t->size) return true;
   double size = (double)expected / (EXPECTED_LOAD * BUCKET);
-  if (size <= need) size = need * 1.5; /* more comes than was expected */
+  if (size <= need) size = need * 1.5; /* more entries than expected */
   size += FEWEST_BUCKETS;
   return size < 4294967295.0 && resize(t, (uint64_t)size);
 }

@@ -1,10 +1,10 @@
 /* An open-addressing table that only grows, and the vectors that stand beside it.
 
-   An entry is a 32-bit hash and a 32-bit reference; eight of them fill one cache line, a bucket, from its front. What
-   does not fit into its bucket goes to the next one. The hash alone gives the bucket: hash·buckets / 2^32, a monotone
-   map for any number of buckets. So the table needs no power of two, and growing it reads the old buckets in order,
-   writes the new ones nearly in order, and never asks for the keys. Whether two keys are the same is for the caller
-   to settle; the table only brings together what has the same 32 bits. */
+   An entry is a 32-bit hash and a 32-bit reference. A bucket is one cache line of eight entries, filled from its front.
+   An entry that does not fit into its bucket goes to the next one. The hash alone gives the bucket: hash·buckets / 2^32
+   rises with the hash for any number of buckets. The number of buckets need therefore be no power of two, and growth
+   reads the old buckets in order, writes the new ones nearly in order, and needs no keys. The caller decides whether
+   two keys are the same; the table only brings together entries with the same 32 bits. */
 
 #ifndef PGOLF_NGRAM_TABLE_H
 #define PGOLF_NGRAM_TABLE_H
@@ -24,7 +24,7 @@ typedef struct {
 } bucket;
 
 typedef struct {
-  void *memory;    /* what `buckets`, aligned to cache lines, lies in */
+  void *memory;    /* the allocation that holds `buckets`, which are aligned to cache lines */
   bucket *buckets; /* `size` of them */
   uint64_t size;   /* below 2^32 */
   uint64_t count;  /* entries */
@@ -37,13 +37,13 @@ typedef struct {
   size_t capacity;
 } vector;
 
-/* Room for `extra` more entries; where the table must grow, to what suits `expected` entries in all, if more.
-   False where memory is short; the table is then as it was. */
+/* Makes room for `extra` more entries. A table that must grow also makes room for `expected` entries in all.
+   Returns false if memory is short; the table has then not changed. */
 bool table_reserve(table *t, uint64_t extra, uint64_t expected);
 void table_free(table *t);
 
-/* Room for `extra` more items of `width` bytes; where the vector must grow, for `expected` in all, if more.
-   False where memory is short; the vector is then as it was. */
+/* Makes room for `extra` more items of `width` bytes. A vector that must grow also makes room for `expected` in all.
+   Returns false if memory is short; the vector has then not changed. */
 bool vector_reserve(vector *v, size_t extra, size_t width, size_t expected);
 void vector_free(vector *v);
 
@@ -51,7 +51,7 @@ static inline uint64_t table_home(const table *t, uint32_t hash) { return (hash 
 
 static inline uint64_t table_next(const table *t, uint64_t index) { return index + 1 == t->size ? 0 : index + 1; }
 
-/* Bit i is set where entry i has this hash; for hash 0, where it is empty. */
+/* Returns a mask whose bit i is set if entry i has this hash, or, for hash 0, if it is empty. */
 static inline uint32_t bucket_matches(const bucket *b, uint32_t hash) {
 #if defined(__SSE2__)
   const __m128i wanted = _mm_set1_epi32((int)hash);

@@ -1,24 +1,23 @@
 """`pgolf bench compress`: GPTQ and the codecs, on the record's shape or on an artifact's integers."""
 
 import dataclasses
+import functools
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from pgolf_jax.bench import harness
+from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.quantize.artifact import read, writer
-from pgolf_jax.quantize.artifact.banks import kind
 from pgolf_jax.quantize.artifact.codecs import NAMES
-from pgolf_jax.quantize.artifact.tensors import Grid
+from pgolf_jax.quantize.artifact.tensors import Grid, kind
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.settings import QuantizeConfig
 
 RECORD = {
   "attn.c_q.weight": (512, 512, 13.0),
@@ -29,10 +28,14 @@ RECORD = {
   "mlp.proj.weight": (512, 2048, 11.5),
 }
 """Rows, columns and clip of each kind of matrix in the record's 11 layers; its embedding is 8192 × 512, clip 14."""
+LARGEST_SORTED = 8192
+"""Most rows that are sorted by similarity, which takes time with their square."""
 
 
-def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True) -> None:
+def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True, repeats: int = 5) -> None:
   """Time quantising and every codec, with bytes by kind of matrix; ZPAQ beside it where `lrzip` is installed.
+
+  Bytes of a kind are compared with those of ZPAQ, or without `lrzip` with the entropy of one histogram of all values.
 
   Example: pgolf bench compress --artifact runs/demo/artifact.pgolf
 
@@ -41,77 +44,65 @@ def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True) 
       size, if not given.
     layers: number of layers of random matrices.
     gptq: time GPTQ of all random matrices too.
+    repeats: times that each way is run, in turn with the others.
   """
-  tensors = read(artifact.read_bytes()).tensors if artifact else _random_grids(layers)
-  console = Console()
-  for title, rows in (("whole file", measure_files(tensors)), ("bytes by kind", measure_kinds(tensors))):
-    table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-      table.add_column(column, justify="right")
-    for row in rows:
-      table.add_row(*row.values())
-    console.print(table)
+  tensors = read(artifact.read_bytes()).tensors if artifact else random_grids(layers)
+  size = {
+    "bytes": lambda m: m.facts and f"{m.facts:,}",
+    "÷ first bytes": lambda m: m.facts and m.first and f"{m.facts / m.first.facts:.4f}",
+  }
+  times = {**harness.SECONDS, **harness.CORES, **harness.rate("M values", 1e6), **harness.COMPARISON}
+  harness.show("whole file", measure_files(tensors, repeats), size | times)
+  harness.show("by kind of matrix", measure_kinds(tensors, repeats), size | times)
   if gptq and artifact is None:
-    cold, warm = measure_gptq(tensors)
-    count = sum(t.q_MxN.size for t in tensors.values())
-    console.print(
-      f"GPTQ of {count:,} weights: {warm:.1f} s, {count / warm / 1e6:.1f}M weights/s; {cold:.1f} s with compiling"
-    )
+    harness.show("GPTQ", measure_gptq(tensors, repeats), times)
 
 
-def measure_files(tensors: Mapping) -> list[dict[str, str]]:
-  """Measures bytes and seconds of whole artifacts, by codec."""
-  rows = []
-  for name in NAMES:
-    began = time.perf_counter()
-    data = writer.write({}, tensors, name)
-    encoded = time.perf_counter()
-    loaded = read(data)
-    decoded = time.perf_counter()
-    loaded.params()
-    done = time.perf_counter()
-    rows.append(
-      {
-        "codec": name,
-        "bytes": f"{len(data):,}",
-        "encode s": f"{encoded - began:.2f}",
-        "decode s": f"{decoded - encoded:.2f}",
-        "dequantise s": f"{done - decoded:.2f}",
-      }
-    )
-  return rows
+def measure_files(tensors: Mapping, repeats: int) -> list[Measurement]:
+  """Measures the making and reading of whole artifacts, by codec."""
+  work = Work(sum(t.q_MxN.size for t in tensors.values() if isinstance(t, Grid)), "values")
+  files: dict[str, bytes] = {}
+
+  def remember(name: str, data: bytes) -> int:
+    files[name] = data
+    return len(data)
+
+  def way(do: str, name: str) -> Way:
+    start = {
+      "encode": lambda: functools.partial(writer.write, {}, tensors, name),
+      "decode": lambda: functools.partial(read, files[name]),
+      "dequantise": lambda: read(files[name]).params,
+    }[do]
+    inspect = functools.partial(remember, name) if do == "encode" else lambda _: None
+    return Way({"do": do, "codec": name}, start, work, inspect=inspect)
+
+  steps = ("encode", "decode", "dequantise")
+  return [m for do in steps for m in harness.measure([way(do, name) for name in NAMES], repeats, warmups=0)[0]]
 
 
-def measure_kinds(tensors: Mapping) -> list[dict[str, str]]:
-  """Measures bytes of the integers by kind of matrix: entropy of one histogram, both codecs, ZPAQ.
-
-  ZPAQ gets the columns one after the other. Where the reference sorts rows by similarity, the better of sorted (with
-  two bytes a row for the order) and unsorted counts.
-  """
+def measure_kinds(tensors: Mapping, repeats: int) -> list[Measurement]:
+  """Measures the encoding of the integers of each kind of matrix; facts are its bytes."""
   groups: dict[str, list[np.ndarray]] = {}
   for name, tensor in tensors.items():
     if isinstance(tensor, Grid):
       groups.setdefault(kind(name), []).append(tensor.q_MxN)
-  rows = []
-  for name, matrices in groups.items():
-    sizes = {codec: len(writer.encode_stream(codec, "grid", matrices)) for codec in NAMES}
-    zpaq = _zpaq(matrices) if shutil.which("lrzip") else None
-    row = {
-      "kind": name,
-      "values": f"{sum(q.size for q in matrices):,}",
-      "histogram": f"{_histogram_bytes(matrices):,.0f}",
-    }
-    row |= {codec: f"{size:,}" for codec, size in sizes.items()}
-    row |= {
-      "ZPAQ": f"{zpaq:,}" if zpaq else "no lrzip",
-      "entropy/ZPAQ": f"{sizes['entropy'] / zpaq:.4f}" if zpaq else "",
-    }
-    rows.append(row)
-  return rows
+  ways = [list(_coders(name, matrices)) for name, matrices in groups.items()]
+  return [m for coders in ways for m in harness.measure(coders, repeats, warmups=0)[0]]
 
 
-def measure_gptq(tensors: Mapping[str, Grid]) -> tuple[float, float]:
-  """Measures seconds of GPTQ over weights of the tensors' shapes: the first time, with compiling, and the second."""
+def _coders(name: str, matrices: list[np.ndarray]) -> Iterator[Way]:
+  work = Work(sum(q.size for q in matrices), "values")
+  way = functools.partial(Way, work=work, inspect=int)
+  if shutil.which("lrzip"):
+    yield way({"kind": name, "by": "ZPAQ"}, lambda: lambda: zpaq_bytes(matrices), repeats=1)
+  yield way({"kind": name, "by": "histogram"}, lambda: lambda: histogram_bytes(matrices))
+  for codec in NAMES:
+    run = lambda codec=codec: len(writer.encode_stream(codec, "grid", matrices))  # noqa: E731
+    yield way({"kind": name, "by": codec}, lambda run=run: run)
+
+
+def measure_gptq(tensors: Mapping[str, Grid], repeats: int) -> list[Measurement]:
+  """Measures GPTQ over weights of the tensors' shapes: the first time, with compiling, and later times."""
   rng = np.random.default_rng(0)
   weights = {n: rng.standard_normal(t.q_MxN.shape, np.float32) for n, t in tensors.items()}
   hessian, rms = {}, {}
@@ -122,15 +113,14 @@ def measure_gptq(tensors: Mapping[str, Grid]) -> tuple[float, float]:
       if weight.shape[1] == columns:
         hessian[name], rms[name] = moment, np.sqrt(np.mean(inputs**2, axis=0)).astype(np.float32)
   config = dataclasses.replace(QuantizeConfig(), lqer=False)
-  seconds = []
-  for _ in range(2):
-    began = time.perf_counter()
-    quantize(weights, Calibration(hessian, rms), config)
-    seconds.append(time.perf_counter() - began)
-  return seconds[0], seconds[1]
+  run = functools.partial(quantize, weights, Calibration(hessian, rms), config)
+  work = Work(sum(w.size for w in weights.values()), "values")
+  ways = [Way({"GPTQ": "with compiling"}, lambda: run, work, repeats=1), Way({"GPTQ": "compiled"}, lambda: run, work)]
+  return harness.measure(ways, repeats, warmups=0)[0]
 
 
-def _random_grids(layers: int) -> dict[str, Grid]:
+def random_grids(layers: int) -> dict[str, Grid]:
+  """Returns integers of normal weights in the record's shapes."""
   rng = np.random.default_rng(0)
 
   def grid(rows: int, columns: int, clip: float, levels: int) -> Grid:
@@ -144,15 +134,20 @@ def _random_grids(layers: int) -> dict[str, Grid]:
   return grids | {"tok_emb.weight": grid(8192, 512, 14.0, 63)}
 
 
-def _histogram_bytes(matrices: list[np.ndarray]) -> float:
+def histogram_bytes(matrices: list[np.ndarray]) -> float:
+  """Returns the entropy of all values under their own histogram."""
   count = np.unique(np.concatenate([q.reshape(-1) for q in matrices]), return_counts=True)[1].astype(float)
   return float(-np.sum(count * np.log2(count / count.sum()))) / 8
 
 
-def _zpaq(matrices: list[np.ndarray]) -> int:
+def zpaq_bytes(matrices: list[np.ndarray]) -> int:
+  """Returns the bytes that ZPAQ needs for the matrices, column by column.
+
+  As in the reference, rows are sorted by similarity where that is smaller, two bytes a row for their order included.
+  """
   plain = _lrzip(b"".join(np.ascontiguousarray(q.T).tobytes() for q in matrices))
   rows = sum(q.shape[0] for q in matrices)
-  if rows > 8192:  # the sort takes time with the square of the rows
+  if rows > LARGEST_SORTED:
     return plain
   ordered = _lrzip(b"".join(np.ascontiguousarray(q[_by_similarity(q)].T).tobytes() for q in matrices))
   return min(plain, ordered + 2 * rows)

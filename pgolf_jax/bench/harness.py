@@ -15,7 +15,7 @@ from rich.table import Table
 from scipy.special import stdtr
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.hardware import Peaks
+from pgolf_jax.kernels.hardware import Peaks, peaks
 
 
 class Work(NamedTuple):
@@ -55,7 +55,7 @@ class Way:
 
   Attributes:
     labels: the leading cells of its row in the table, by heading.
-    prepare: compiles the program and places its arguments; returns a function that does the work once.
+    prepare: makes everything ready; returns a function that does the work once.
     work: of one call.
     wait: blocks until the result of a call is complete.
     count_memory: starts counting before a call; returns a function that reads the count after it.
@@ -140,10 +140,10 @@ def measure(
 
   Args:
     repeats: timed turns.
-    warmups: calls of each way before those. Without one, the first timed call is the one that counts memory first.
-    group_s: calls are repeated, and waited for together, until a turn takes about this many seconds: the start of
-      one call then hides behind the call before.
-    noise: adds the first way once more, under the name "again", to show what ratio and p mean nothing.
+    warmups: untimed calls of each way before the first turn.
+    group_s: least seconds of a turn: a turn makes as many calls as take about that long, and waits for all together,
+      so that the start of a call hides behind the call before.
+    noise: measure the first way once more, as "again", to show which ratios and p-values mean nothing.
 
   Returns:
     The measurements, and a note on each way that did not fit in memory, which is left out.
@@ -257,16 +257,9 @@ def percentage(x: float | None) -> str | None:
   return None if x is None else f"{x:.1%}"
 
 
-SECONDS: Columns = {
-  "n": lambda m: f"{len(m.seconds)}",
-  "s": lambda m: f"{m.median:,.2f}",
-  "±": lambda m: percentage(m.deviation),
-}
-MILLISECONDS: Columns = {
-  "n": lambda m: f"{len(m.seconds)}",
-  "ms": lambda m: f"{m.median * 1e3:,.3f}",
-  "±": lambda m: percentage(m.deviation),
-}
+_TURNS: Columns = {"n": lambda m: f"{len(m.seconds)}", "±": lambda m: percentage(m.deviation)}
+SECONDS: Columns = {"s": lambda m: f"{m.median:,.2f}", **_TURNS}
+MILLISECONDS: Columns = {"ms": lambda m: f"{m.median * 1e3:,.3f}", **_TURNS}
 CORES: Columns = {"core s": lambda m: f"{np.median(m.core_seconds):,.2f}"}
 COMPARISON: Columns = {
   "÷ first": lambda m: m.ratio and f"{m.ratio:.3f}",
@@ -283,6 +276,14 @@ PEAK: Columns = {"peak MiB": lambda m: m.peak and f"{'≤ ' if m.peak.is_bound e
 def rate(unit: str, scale: float = 1.0) -> Columns:
   """The column of the amount of work a second, over `scale`."""
   return {f"{unit}/s": lambda m: figure(m.way.work.amount / m.median, scale)}
+
+
+def describe_peaks(kind: str) -> str:
+  """A note on the peak rates of a kind of device, and on the columns that compare with them."""
+  if (limits := peaks(kind)) is None:
+    return f"{kind}: no peak known, so no MFU and no roofline"
+  rates = f"{limits.flops_per_s / 1e12:g}e12 FLOP/s, dense bfloat16, and {limits.bytes_per_s / 1e12:g} TB/s"
+  return f"roofline: the least time at the chip's peak rates, {rates}, as a share of the time"
 
 
 def show(title: str, measurements: Sequence[Measurement], columns: Columns, notes: Sequence[str] = ()) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.kernels import Choice
+from pgolf_jax.kernels import leaky_relu2_mlp as mlp
+from pgolf_jax.kernels import polar_express as polar
+from pgolf_jax.kernels import segment_attention as attention
+from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.hardware import peaks, target
-from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
-from pgolf_jax.kernels.polar_express import api as polar
-from pgolf_jax.kernels.segment_attention import api as attention
-from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.kernels.softcapped_xent import linear
 from pgolf_jax.runtime import distributed
 
@@ -69,13 +69,8 @@ def measure(
   on_cpu = here.platform == "cpu"
   tokens = tokens or (2048 if on_cpu else 98304)
   matrices, dtype = (2, jnp.float32) if on_cpu else (22, jnp.bfloat16)
-  limits = peaks(here.kind)
-  notes = [f"{here.kind}: {tokens} tokens in segments up to {max_segment}, {matrices} matrices, {dtype.__name__}"]
-  if limits is None:
-    notes.append(f"{here.kind}: no peak known, so no share of the roofline")
-  else:
-    rates = f"{limits.flops_per_s / 1e12:g}e12 FLOP/s and {limits.bytes_per_s / 1e12:g} TB/s"
-    notes.append(f"roofline: share of the least time at the chip's peaks, {rates}")
+  sizes = f"{tokens} tokens in segments up to {max_segment}, {matrices} matrices, {dtype.__name__}"
+  notes = [f"{here.kind}: {sizes}", harness.describe_peaks(here.kind)]
   pytorch, obstacle = harness.pytorch(here.platform)
   if pytorch is None:
     notes.append(f"PyTorch was left out: {obstacle}")
@@ -91,7 +86,7 @@ def measure(
       except ValueError as e:
         notes.append(str(e))
     for gradient in (False, True) if case.differentiated else (False,):
-      work = Work(flops=case.flops[gradient], num_bytes=case.num_bytes[gradient], peaks=limits)
+      work = Work(flops=case.flops[gradient], num_bytes=case.num_bytes[gradient], peaks=peaks(here.kind))
       labels = {"operation": case.name, "pass": "forward + gradient" if gradient else "forward"}
       ways = [Way({**labels, "by": b}, partial(case.jax_call, b, gradient), work) for b in possible]
       if pytorch is not None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import tyro
 
-from pgolf_jax import stages
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way
+from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
@@ -20,7 +20,7 @@ from pgolf_jax.training.loop import Trainer
 
 
 def start(config: tyro.conf.Positional[Path], repeats: int = 5) -> None:
-  """Time a process from its start to its first training step, all programs compiled and warmed up before that step.
+  """Time a process as far as its first training step, with an empty compile cache and with a full one.
 
   Example: pgolf bench start configs/demo.toml
 
@@ -54,7 +54,7 @@ def train_one_step(config: str) -> None:
   settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, stop_step=1))
   distributed.start()
   with tempfile.TemporaryDirectory() as folder:
-    Trainer(RunFolder(folder, settings), data_mesh(), stages.data_folder(settings)).train()
+    Trainer(RunFolder(folder, settings), data_mesh(), ensure_prepared(settings)).train()
 
 
 COMMAND = start

@@ -9,19 +9,19 @@ import jax
 import numpy as np
 import tyro
 
-from pgolf_jax import stages
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work, figure, percentage
+from pgolf_jax.data.folder import locate_prepared
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import buckets
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import batches, find_documents
-from pgolf_jax.scoring.plain import ValidationData, load_validation
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import load
 
 
@@ -41,7 +41,7 @@ def ttt(
   data: Path | None = None,
   documents: int = 48,
   methods: tuple[Literal["exact", "cached"], ...] = ("exact", "cached"),
-  repeats: int = 1,
+  repeats: int = 5,
 ) -> None:
   """Time score-first test-time training with random weights on the validation documents of a data folder.
 
@@ -53,13 +53,13 @@ def ttt(
   Args:
     config: TOML file of settings.
     data: folder of shards; the config's if not given.
-    documents: how many to score; all if there are fewer.
+    documents: number of documents to score, or all if there are fewer.
     methods: which evaluations to time.
-    repeats: timed evaluations of each method.
+    repeats: timed evaluations of each method, in turn with the others.
   """
   distributed.start()
   settings = load(config)
-  folder = data or stages.data_folder(settings)
+  folder = data or locate_prepared(settings)
   validation = load_validation(folder)
   measurements, notes = harness.measure([way(settings, validation, m, documents) for m in methods], repeats, warmups=0)
   harness.show(f"test-time training, {config.stem} on {folder}", measurements, _COLUMNS, notes)
@@ -98,7 +98,7 @@ def way(settings: Settings, data: ValidationData, method: str, count: int) -> Wa
 
 
 def _sample(data: ValidationData, count: int, bos_id: int) -> ValidationData:
-  """A stream of documents drawn evenly from the shortest to the longest."""
+  """Returns a stream of documents drawn evenly from the shortest to the longest."""
   by_length = sorted(find_documents(data.tokens, bos_id), key=lambda d: d.length)
   chosen = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
   parts = [slice(d.start, d.start + d.targets) for d in dict.fromkeys(chosen)]

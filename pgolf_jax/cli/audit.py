@@ -24,26 +24,27 @@ def audit(
     probes: perturbations of each kind; each is an evaluation of a small stream.
     probe_tokens: tokens of that stream.
   """
-  from pgolf_jax import stages
-  from pgolf_jax.audit import audit as audits
+  from pgolf_jax.audit import audit as audit_run
+  from pgolf_jax.audit import one_config
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.checks import table
   from pgolf_jax.runtime.mesh import data_mesh
 
   distributed.start()
   mesh = data_mesh()
-  found = [RunFolder(path) for path in runs]
-  broken = 0
-  for run in found:
-    folder = data or stages.data_folder(run.settings)
-    checks = list(audits.audit(run, folder, mesh, probe_tokens=probe_tokens, count=probes))
-    print(f"{run.path}\n{audits.table(checks)}")
-    broken += sum(check.passed is False for check in checks)
-  if len(found) > 1:
-    check = audits.one_config(found)
-    print(audits.table([check]))
-    broken += check.passed is False
-  return int(broken > 0)
+  folders = [RunFolder(path) for path in runs]
+  made = []
+  for run in folders:
+    data_folder = data or locate_prepared(run.settings)
+    checks = list(audit_run(run, data_folder, mesh, probe_tokens=probe_tokens, count=probes))
+    print(f"{run.path}\n{table(checks)}")
+    made += checks
+  if len(folders) > 1:
+    made.append(one_config(folders))
+    print(table(made[-1:]))
+  return int(any(check.passed is False for check in made))
 
 
 COMMANDS = {"": audit}

@@ -36,13 +36,14 @@ def evaluate(
   import os
 
   from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.data.validation import load_validation
   from pgolf_jax.errors import UserError
   from pgolf_jax.quantize import artifact
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.mesh import data_mesh
   from pgolf_jax.scoring import documents as streams
-  from pgolf_jax.scoring import plain
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
   from pgolf_jax.settings.load import from_env
@@ -64,8 +65,8 @@ def evaluate(
   changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
   settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
   check.check(settings)
-  folder = data or stages.data_folder(settings)
-  stream = streams.first_documents(plain.load_validation(folder), documents, settings.model.bos_id)
+  folder = data or locate_prepared(settings)
+  stream = streams.first_documents(load_validation(folder), documents, settings.model.bos_id)
   if ttt:
     result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)
   else:

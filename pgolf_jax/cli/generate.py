@@ -52,7 +52,7 @@ def generate(
 
 def _tokenizer_beside(path: Path) -> Path:
   """Returns tokenizer.model next to the artifact, or the tokenizer of the run whose folder holds it."""
-  from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
 
@@ -60,7 +60,7 @@ def _tokenizer_beside(path: Path) -> Path:
     return path.parent / "tokenizer.model"
   if (path.parent / "config.toml").is_file():
     settings = RunFolder(path.parent).settings
-    return Path(settings.data.tokenizer or stages.data_folder(settings) / "tokenizer.model")
+    return Path(settings.data.tokenizer or locate_prepared(settings) / "tokenizer.model")
   raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")
 
 

@@ -18,18 +18,18 @@ def package(
     data: folder of validation shards; the run's own if not given.
     ttt: check the score with test-time training as well as the plain one.
   """
-  from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.submission import accounting
+  from pgolf_jax.submission import bundle
   from pgolf_jax.submission import package as packaging
 
   distributed.leave_devices()
   folder = RunFolder(run)
   if not folder.artifact.is_file():
     raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
-  data = data or stages.data_folder(folder.settings)
+  data = data or locate_prepared(folder.settings)
   tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
   logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
   results = folder.results()
@@ -40,7 +40,7 @@ def package(
     logs=logs,
     score=results.get("ttt") or results.get("artifact"),
   )
-  print(accounting.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
+  print(bundle.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
   plain = results.get("artifact", {}).get("bpb")
   rescored = packaging.verify(out, data, expected_bpb=plain)
   print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")

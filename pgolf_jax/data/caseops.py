@@ -1,8 +1,8 @@
 """CaseOps: a reversible rewriting of ASCII capitals, so that a vocabulary need not hold every word twice.
 
-Four private-use characters mark the case of a run of ASCII letters, which itself is written in lower case:
-`The` → TITLE `the`, `NASA` → ALLCAPS `nasa`, `iPhone` → `i` CAPNEXT `phone`. A literal marker in the text becomes
-ESC + itself; everything else, letters outside ASCII included, passes through.
+Four private-use characters mark the case of a run of ASCII letters, which is then written in lower case:
+`The` → TITLE `the`, `NASA` → ALLCAPS `nasa`, `iPhone` → `i` CAPNEXT `phone`. A marker that stands in the text itself
+is escaped by ESC in front of it; everything else, letters outside ASCII included, is unchanged.
 """
 
 import re
@@ -17,7 +17,7 @@ NAMES = dict(zip(MARKERS, ("TITLE", "ALLCAPS", "CAPNEXT", "ESC"), strict=True))
 
 _MARKER = re.compile(f"[{TITLE}-{ESC}]")
 _CAPITAL = re.compile("[A-Z]")
-# From the first capital of a run that began in lower case, to the run's end. The capital stands before the
+# From the first capital of a run that began in lower case to the run's end. The capital stands before the
 # look-behind so that the search skips to capitals at the speed of a character set.
 _AFTER_LOWER = re.compile("[A-Z](?<=[a-z][A-Z])[A-Za-z]*")
 _FROM_CAPITAL = re.compile("([A-Z][A-Za-z]*)")
@@ -32,27 +32,28 @@ _ESCAPED = re.compile(f"{ESC}(?s:.)")
 
 
 def encode(text: str) -> str:
-  """Rewrites `text`; `decode` gives it back, whatever it contains."""
+  """Returns `text` rewritten; `decode` inverts this for every text."""
   if _MARKER.search(text):
     text = _MARKER.sub(rf"{ESC}\g<0>", text)
   text = _AFTER_LOWER.sub(lambda run: _mark_each_capital(run[0]), text)
-  # Every capital that is left starts a run, so the same run is always rewritten in the same way.
+  # Every remaining capital starts a run, so that equal runs have equal rewritings.
   parts = _FROM_CAPITAL.split(text)
   parts[1::2] = map(_RUNS.__getitem__, parts[1::2])
   return "".join(parts)
 
 
 def decode(coded: str, *, strict: bool = True) -> str:
-  """The text of which `coded` is the rewriting.
+  """Returns the text of which `coded` is the rewriting.
 
   Args:
     coded: rewritten text.
-    strict: refuse a marker where `encode` cannot have put one; otherwise leave it out, which is what a reader of
-      text sampled from a model wants.
+    strict: refuses a marker where `encode` cannot have put one. Otherwise such a marker is left out, as is useful for
+      text sampled from a model.
 
   Raises:
-    UserError: `strict`, and a TITLE or ALLCAPS stands inside a run of ASCII letters, or twice, or before anything
-      but an ASCII letter; or a CAPNEXT stands twice or before anything but an ASCII letter; or an ESC at the end.
+    UserError: `strict` is set, and a TITLE or ALLCAPS stands inside a run of ASCII letters, twice in a row, or before
+      anything but an ASCII letter; a CAPNEXT twice in a row or before anything but an ASCII letter; or an ESC at the
+      end.
   """
 
   def restore(match: re.Match) -> str:
@@ -68,9 +69,9 @@ def decode(coded: str, *, strict: bool = True) -> str:
 
 
 def original_bytes(coded: str) -> Int[np.ndarray, "chars"]:
-  """UTF-8 bytes of the original text that each character of `coded` stands for.
+  """Returns the UTF-8 bytes of the original text that each character of `coded` stands for.
 
-  A marker counts 0, an escaped marker its 3 bytes (its ESC 0), any other character the length of its UTF-8.
+  A marker stands for 0 bytes, an escaped marker for 3 (its ESC for 0), any other character for its own UTF-8.
   """
   bytes_C = utf8_bytes(coded)
   points_C = np.frombuffer(coded.encode("utf-32-le"), "<u4")
@@ -82,7 +83,7 @@ def original_bytes(coded: str) -> Int[np.ndarray, "chars"]:
 
 
 def utf8_bytes(text: str) -> Int[np.ndarray, "chars"]:
-  """Length of the UTF-8 encoding of each character of `text`."""
+  """Returns the length of the UTF-8 encoding of each character of `text`."""
   points_C = np.frombuffer(text.encode("utf-32-le"), "<u4")
   return 1 + (points_C >= 0x80).astype(np.int64) + (points_C >= 0x800) + (points_C >= 0x10000)
 
@@ -92,7 +93,7 @@ def _mark_each_capital(run: str) -> str:
 
 
 class _RunCache(dict):
-  """Rewritings of runs that start with a capital; emptied when full, for text without end."""
+  """Rewritings of runs that start with a capital; emptied when full, so that memory is bounded."""
 
   LIMIT = 1 << 16
 

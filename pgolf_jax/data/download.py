@@ -1,4 +1,4 @@
-"""The published data by name, from the Hugging Face hub."""
+"""Downloading the published data sets from the Hugging Face hub."""
 
 import dataclasses
 import json
@@ -22,9 +22,9 @@ class Published:
   """A data set on the hub.
 
   Attributes:
-    repo: of kind "dataset".
-    shards: name of the folder of shards in it; None for raw documents.
-    files: base names of what is wanted besides shards.
+    repo: name of the hub repository, of kind "dataset".
+    shards: name of its folder of shards; None for raw documents.
+    files: base names of the files to fetch besides shards.
     has_sidecar: whether there is a byte sidecar.
   """
 
@@ -47,20 +47,20 @@ PUBLISHED = {
 
 
 def download(name: str, folder: Path, train_shards: int = ALL_SHARDS) -> list[Path]:
-  """Fetches the data set `name` into `folder`; what is there already and whole is not fetched again.
+  """Fetches the data set `name` into `folder`, except for complete files that are there already.
 
-  Shards keep their names, the tokenizer becomes `tokenizer.model`. A download that was cut off goes on where it was.
+  Shards retain their names, the tokenizer becomes `tokenizer.model`. An interrupted download continues where it was.
 
   Args:
     name: a key of `PUBLISHED`.
-    folder: where the files go; made if need be.
-    train_shards: training shards to fetch, from the first.
+    folder: where the files go; made if it does not exist.
+    train_shards: number of training shards to fetch, from the first.
 
   Returns:
     The files, in name order.
 
   Raises:
-    UserError: unknown name, more shards than there are, no connection, or a file that is not what it should be.
+    UserError: the name is unknown, there are fewer shards, there is no connection, or a file is damaged.
   """
   if name not in PUBLISHED:
     raise UserError(f"no published data set {name!r}; choose one of {', '.join(PUBLISHED)}")
@@ -105,7 +105,7 @@ def _count(published: Published, remote: Sequence[str], split: str) -> int:
 
 
 def _wanted(published: Published, remote: Sequence[str], train_shards: int) -> dict[str, str]:
-  """Name here → path in the repository."""
+  """Returns name in the folder → path in the repository."""
   wanted = {}
   if published.shards is not None:
     train = _shards(published, remote, "train")
@@ -117,10 +117,10 @@ def _wanted(published: Published, remote: Sequence[str], train_shards: int) -> d
     for path in train[:train_shards] + [path for split in others for path in _shards(published, remote, split)]:
       wanted[PurePosixPath(path).name] = path
   for name in published.files:
-    found = [path for path in remote if PurePosixPath(path).name == name]
-    if not found:
+    paths = [path for path in remote if PurePosixPath(path).name == name]
+    if not paths:
       raise UserError(f"{published.repo} no longer has {name}; look for it on the Hugging Face hub by hand")
-    wanted[TOKENIZER if name.endswith(".model") else name] = found[0]
+    wanted[TOKENIZER if name.endswith(".model") else name] = paths[0]
   return wanted
 
 
@@ -133,18 +133,18 @@ def _fetch(repo: str, source: str, target: Path) -> None:
       target.unlink()
   try:
     fetched = Path(huggingface_hub.hf_hub_download(repo, source, repo_type="dataset", local_dir=target.parent / _PARTS))
-  except Exception as error:  # as above
-    raise UserError(f"cannot fetch {source} from {repo} ({error}); run the same command again to go on") from error
+  except Exception as error:  # as in _listing
+    raise UserError(f"cannot fetch {source} from {repo} ({error}); run the same command again to continue") from error
   try:
     _check(fetched, name=target.name)
   except UserError:
-    fetched.unlink()  # otherwise the client would take it for a finished download
+    fetched.unlink()  # otherwise the client would take it for a complete download
     raise
   fetched.replace(target)
 
 
 def _check(path: Path, name: str | None = None) -> None:
-  """Refuses a shard whose header or size is wrong, and a tokenizer that does not load."""
+  """Raises UserError for a shard whose header or size is wrong, and for a tokenizer that does not load."""
   name = name or path.name
   if name.endswith(".bin"):
     read_count(path)
@@ -153,7 +153,7 @@ def _check(path: Path, name: str | None = None) -> None:
 
 
 def _compare_with_manifest(published: Published, remote: Sequence[str], folder: Path, *, complete: bool) -> None:
-  """Token counts against the publisher's manifest, and the sidecar's against the validation shards'."""
+  """Compares token counts with the publisher's manifest, and the sidecar's length with the validation tokens'."""
   tokens = {split: sum(map(read_count, list_shards(folder, split))) for split in ("train", "val")}
   if published.has_sidecar:
     sidecar = sum(map(read_count, list_shards(folder, "val_bytes")))

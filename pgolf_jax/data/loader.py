@@ -1,4 +1,4 @@
-"""The training stream: one stream of documents, shared out over ranks in consecutive spans. Recipe section 1."""
+"""The training stream: consecutive spans of the training shards, one for each rank. Recipe section 1."""
 
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from pgolf_jax.errors import UserError
 class Loader:
   """Reads micro-batches of `world_size` spans of n + 1 tokens each.
 
-  The shards are read in name order, each from its first bos. Where all ranks' spans together would cross the end of
-  a shard, the next one follows, the first after the last. The whole state is (shard index, cursor).
+  The shards are read in name order, each from its first bos. A micro-batch never crosses the end of a shard: it then
+  begins in the next shard, after the last in the first. The whole state is (shard index, cursor).
 
   Args:
     folder: holds `fineweb_train_*.bin`.
-    world_size: ranks, each given one span of a micro-batch.
-    row_tokens: n, inputs of a span.
+    world_size: number of ranks, each of which is given one span of a micro-batch.
+    row_tokens: n, the number of inputs of a span.
     bos_id: the token that starts a document.
 
   Raises:
-    UserError: no shards, a shard without a document, or one shorter than a micro-batch.
+    UserError: there are no shards, no document starts in a shard, or one is shorter than a micro-batch.
   """
 
   def __init__(self, folder: str | Path, *, world_size: int, row_tokens: int, bos_id: int = 1):
@@ -46,7 +46,7 @@ class Loader:
       )
 
   def _advance(self) -> int:
-    """Moves over the next micro-batch and returns where it begins."""
+    """Moves past the next micro-batch and returns where it begins."""
     need = self._world_size * self._span
     if self._cursor + need > len(self._tokens):
       self._open((self._index + 1) % len(self._paths))
@@ -55,33 +55,38 @@ class Loader:
     return begin
 
   def micro_batch(self) -> UInt16[np.ndarray, "world span"]:
-    """The next micro-batch: row r is rank r's span, whose first n tokens are inputs and last n targets."""
+    """Reads the next micro-batch; row r is rank r's span, its first n tokens inputs and its last n targets."""
     begin = self._advance()
     rows = np.asarray(self._tokens[begin : begin + self._world_size * self._span])
     return rows.reshape(self._world_size, self._span)
 
   def skip(self, micro_batches: int) -> None:
-    """Passes over micro-batches unread."""
+    """Skips micro-batches without reading them."""
     for _ in range(micro_batches):
       self._advance()
 
   def step(self, accumulation: int) -> UInt16[np.ndarray, "rows span"]:
-    """The micro-batches of one step, [world·accumulation, n+1], the rows of a rank side by side."""
+    """Reads the micro-batches of one step, [world·accumulation, n + 1], the rows of a rank next to each other."""
     rows = np.stack([self.micro_batch() for _ in range(accumulation)], axis=1)
     return rows.reshape(-1, self._span)
 
   def state(self) -> dict[str, int]:
+    """Returns the place in the stream, for `restore`."""
     return {"shard": self._index, "cursor": self._cursor}
 
   def restore(self, state: dict[str, int]) -> None:
-    """Continues where `state` was taken. Raises UserError if the shards are not those it was taken from."""
+    """Continues at the place that `state` returned.
+
+    Raises:
+      UserError: the shards are not those of that state.
+    """
     index, cursor = int(state["shard"]), int(state["cursor"])
     if index >= len(self._paths):
-      raise UserError(f"The checkpoint stands in training shard {index}, but there are only {len(self._paths)} shards.")
+      raise UserError(f"The checkpoint is at training shard {index}, but there are only {len(self._paths)} shards.")
     self._open(index)
     if not self._cursor <= cursor <= len(self._tokens):
       raise UserError(
-        f"The checkpoint stands at token {cursor} of {self._paths[index]}, which has {len(self._tokens)}."
+        f"The checkpoint is at token {cursor} of {self._paths[index]}, which has {len(self._tokens)} tokens."
       )
     self._cursor = cursor
 
@@ -89,7 +94,7 @@ class Loader:
 def _first(tokens: np.ndarray, value: int) -> int | None:
   block = 1 << 20
   for begin in range(0, len(tokens), block):
-    hits = np.flatnonzero(tokens[begin : begin + block] == value)
-    if hits.size:
-      return begin + int(hits[0])
+    matches = np.flatnonzero(tokens[begin : begin + block] == value)
+    if matches.size:
+      return begin + int(matches[0])
   return None

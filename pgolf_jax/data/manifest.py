@@ -1,15 +1,18 @@
-"""The manifest: what a data folder holds, how it was made, and the hash of every file."""
+"""Records in a data folder: the manifest of what it holds, and the journal of a preparation that is not finished."""
 
 import dataclasses
 import hashlib
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pgolf_jax.data.corpus import Position
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.files import replacing
 
 MANIFEST = "manifest.json"
+JOURNAL = "journal.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = "pgolf-data-1"
 # The published name of CaseOps, and that of text left as it is.
@@ -27,7 +30,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Training or validation: its documents and where their tokens are."""
+  """Training or validation: counts of its documents, and the files with their tokens."""
 
   documents: int = 0
   text_bytes: int = 0  # of UTF-8
@@ -38,38 +41,41 @@ class Split:
 
   @property
   def tokens(self) -> int:
+    """Tokens of all shards."""
     return sum(file.tokens for file in self.shards)
 
   @classmethod
   def from_json(cls, fields: dict[str, Any]) -> "Split":
+    """Makes a split from what `json` reads of it."""
     files = {name: tuple(File(**file) for file in fields[name]) for name in ("shards", "sidecar")}
     return cls(**{**fields, **files})
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a data folder holds."""
+  """What a data folder holds, and how it was made."""
 
   text_transform: str
   tokenizer_sha256: str
   tokenizer_kind: str
   vocab_size: int
-  tokenizer_text_bytes: int | None  # of text that the tokenizer was trained on here; None if it was given
+  tokenizer_text_bytes: int | None  # of the text that the tokenizer was trained on; None if it was given
   validation: str  # which documents, in words
   validation_sha256: str  # of the digests of the validation documents, in order
   train: Split
   val: Split
-  settings: dict[str, Any]  # what the folder was prepared from and how; the same settings give the same folder
+  settings: dict[str, Any]  # what decided the files; the same settings give the same folder
 
   def write(self, folder: Path) -> None:
-    write_json(Path(folder) / MANIFEST, {"format": FORMAT, **dataclasses.asdict(self)})
+    """Writes the manifest of `folder`."""
+    _write_json(Path(folder) / MANIFEST, {"format": FORMAT, **dataclasses.asdict(self)})
 
   @classmethod
   def read(cls, folder: Path) -> "Manifest | None":
-    """The manifest of `folder`; None if it has none, or one that another program wrote.
+    """Returns the manifest of `folder`; None if it has none, or one that another program wrote.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -86,24 +92,104 @@ class Manifest:
 
   @property
   def is_caseops(self) -> bool:
+    """Whether the text was rewritten by CaseOps."""
     return self.text_transform == TRANSFORMS[True]
 
   def files(self) -> list[File]:
+    """Returns all files that the manifest lists."""
     return [*self.train.shards, *self.val.shards, *self.val.sidecar]
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes `value` so that the file is, at any moment, either the old or the new one."""
-  partial = path.with_name(f"{path.name}.partial")
-  with partial.open("w") as file:
-    json.dump(value, file, indent=1)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  partial.replace(path)
+@dataclasses.dataclass(frozen=True)
+class SplitProgress:
+  """How much of a split is written.
+
+  Attributes:
+    done: its finished shards, and the counts of the documents before `start`.
+    start: the batch in which the next shard begins.
+    skip: tokens of that batch that are in finished shards already.
+    finished: whether all is written; `done` then has the counts of all documents.
+  """
+
+  done: Split = dataclasses.field(default_factory=Split)
+  start: Position = dataclasses.field(default_factory=Position)
+  skip: int = 0
+  finished: bool = False
+
+  @classmethod
+  def from_json(cls, fields: dict[str, Any]) -> "SplitProgress":
+    """Makes a progress from what `json` reads of it."""
+    return cls(Split.from_json(fields["done"]), Position(**fields["start"]), fields["skip"], fields["finished"])
+
+
+class Journal:
+  """The state of a preparation, from which it continues after a kill.
+
+  Args:
+    folder: the data folder.
+    settings: what decides the files.
+    modified: when the corpora were last changed, in nanoseconds.
+  """
+
+  def __init__(self, folder: Path, settings: Mapping[str, Any], modified: int):
+    self._path = Path(folder) / JOURNAL
+    self._settings, self._modified = settings, modified
+    self.tokenizer_text_bytes: int | None = None
+    self.splits = {"val": SplitProgress(), "train": SplitProgress()}
+
+  @classmethod
+  def open(cls, folder: Path, settings: Mapping[str, Any], modified: int) -> "Journal":
+    """Returns the journal of `folder`, a new one if there is none.
+
+    Raises:
+      UserError: the folder holds another preparation, or shards that neither journal nor manifest accounts for.
+    """
+    journal = cls(folder, settings, modified)
+    if not journal._path.exists():
+      strangers = [path for path in (*Path(folder).glob("fineweb_*.bin"), Path(folder) / TOKENIZER) if path.exists()]
+      if strangers:
+        raise UserError(
+          f"{folder}: already holds {strangers[0].name}, which this preparation did not make; "
+          "choose another folder or delete this one"
+        )
+      journal.save()
+      return journal
+    try:
+      fields = json.loads(journal._path.read_text())
+      recorded = fields["settings"], fields["modified"]
+      journal.tokenizer_text_bytes = fields["tokenizer_text_bytes"]
+      journal.splits = {name: SplitProgress.from_json(split) for name, split in fields["splits"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(f"{journal._path}: damaged ({error}); delete {folder} and prepare it again") from error
+    if recorded != (settings, modified):
+      raise UserError(
+        f"{folder}: holds an unfinished preparation of other text or settings; choose another folder or delete this one"
+      )
+    return journal
+
+  def save(self) -> None:
+    """Writes the journal into the folder."""
+    _write_json(
+      self._path,
+      {
+        "settings": self._settings,
+        "modified": self._modified,
+        "tokenizer_text_bytes": self.tokenizer_text_bytes,
+        "splits": {name: dataclasses.asdict(progress) for name, progress in self.splits.items()},
+      },
+    )
+
+  def delete(self) -> None:
+    """Removes the journal of a finished preparation."""
+    self._path.unlink()
 
 
 def sha256_of(path: Path) -> str:
-  """SHA-256 of a file, in hexadecimal."""
+  """Returns the SHA-256 of a file, in hexadecimal."""
   with Path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: object) -> None:
+  with replacing(path, is_durable=True) as partial:
+    partial.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,31 +1,42 @@
 """Preparing a data folder: documents → tokenizer → validation shards and sidecar → training shards → manifest.
 
-A journal in the folder says which shards are finished and where in the text the next one begins, so that a
-preparation that was killed goes on from there and ends with the same files.
+A journal in the folder records which shards are finished and where in the corpus the next one begins, so that a
+preparation that was killed continues there and ends with the same files.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.documents import Documents, batches
-from pgolf_jax.data.encoding import Encoder, encode_all
-from pgolf_jax.data.journal import JOURNAL, Journal, SplitState
-from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, TRANSFORMS, Manifest
-from pgolf_jax.data.shard_writer import ShardWriter
-from pgolf_jax.data.shards import read_count
-from pgolf_jax.data.split import Choice, HeldOut, in_training, training_texts
-from pgolf_jax.data.tokenizer import Tokenizer
-from pgolf_jax.data.tokenizer_training import train_tokenizer
+from pgolf_jax.data.corpus import Corpus, read_batches
+from pgolf_jax.data.encode import EncodedBatch, Encoder, encode_all
+from pgolf_jax.data.holdout import HeldOutDocuments, Holdout, in_training, training_texts
+from pgolf_jax.data.manifest import (
+  JOURNAL,
+  MANIFEST,
+  TOKENIZER,
+  TRANSFORMS,
+  File,
+  Journal,
+  Manifest,
+  SplitProgress,
+  sha256_of,
+)
+from pgolf_jax.data.shards import read_count, shard_path, write_shard
+from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.files import remove_partials, replacing
 from pgolf_jax.runtime.progress import progress
 
 SHARD_TOKENS = 100_000_000  # as published
-TOKENIZER_BYTES = 100_000_000  # of text to train a tokenizer on; more changes few pieces
+TOKENIZER_BYTES = 100_000_000  # of text to train a tokenizer on; more text changes few pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +45,17 @@ class Preparation:
 
   Attributes:
     train: the documents.
-    val: documents to hold out from, if not the training documents.
-    choice: which documents are held out.
+    val: documents from which some are held out, if not from the training documents.
+    holdout: which documents are held out.
     tokenizer: the tokenizer to use; None trains one.
     vocab_size: pieces of the tokenizer to train.
     is_caseops: whether the text is rewritten by CaseOps.
     shard_tokens: tokens of each shard but the last.
   """
 
-  train: Documents
-  val: Documents | None
-  choice: Choice
+  train: Corpus
+  val: Corpus | None
+  holdout: Holdout
   tokenizer: Tokenizer | None
   vocab_size: int
   is_caseops: bool = True
@@ -62,20 +73,21 @@ class Preparation:
       raise UserError("this tokenizer has no pieces for the CaseOps markers; use another, or prepare without CaseOps")
 
   @property
-  def held_out_from(self) -> Documents:
+  def held_out_from(self) -> Corpus:
+    """The corpus from which documents are held out."""
     return self.val or self.train
 
   @property
-  def choice_in_train(self) -> Choice | None:
-    """Which of the training documents are held out; None if validation has a file of its own."""
-    return self.choice if self.val is None else None
+  def holdout_in_train(self) -> Holdout | None:
+    """Which of the training documents are held out; None if validation comes from another corpus."""
+    return self.holdout if self.val is None else None
 
   def settings(self) -> dict:
-    """Everything that decides what the files will be."""
+    """Returns everything that decides what the files will be."""
     return {
       "train": self.train.identity(),
       "val": self.val and self.val.identity(),
-      "validation": dataclasses.asdict(self.choice),
+      "validation": dataclasses.asdict(self.holdout),
       "text_transform": TRANSFORMS[self.is_caseops],
       "tokenizer": self.tokenizer and self.tokenizer.sha256,
       "vocab_size": self.vocab_size,
@@ -87,12 +99,12 @@ def prepare(folder: Path, preparation: Preparation, workers: int | None = None) 
   """Prepares `folder`, or finishes preparing it; does nothing if that has been done.
 
   Args:
-    folder: where the shards, sidecar, tokenizer and manifest go; made if need be.
+    folder: where the shards, sidecar, tokenizer and manifest go; made if it does not exist.
     preparation: what to prepare.
     workers: processes that tokenize; None for one per core.
 
   Raises:
-    UserError: faulty text, or a folder that holds something else.
+    UserError: the text is faulty, or the folder holds something else.
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -102,91 +114,170 @@ def prepare(folder: Path, preparation: Preparation, workers: int | None = None) 
     if manifest is not None:
       _check_same(folder, manifest.settings, settings)
       _check_present(folder, manifest)
-      (folder / JOURNAL).unlink(missing_ok=True)  # killed between the manifest and this, the last time
+      (folder / JOURNAL).unlink(missing_ok=True)  # left by a kill between writing the manifest and deleting this
       return manifest
-    modified = max(documents.modified() for documents in (preparation.train, preparation.held_out_from))
+    remove_partials(folder)
+    modified = max(corpus.modified() for corpus in (preparation.train, preparation.held_out_from))
     journal = Journal.open(folder, settings, modified)
-    held_out = HeldOut.collect(preparation.held_out_from, preparation.choice)
+    held_out = HeldOutDocuments.collect(preparation.held_out_from, preparation.holdout)
     tokenizer = _tokenizer(folder, preparation, held_out, journal)
-    workers = workers or len(os.sched_getaffinity(0))
+    encoding = _Encoding(folder, preparation, tokenizer, held_out, workers or len(os.sched_getaffinity(0)))
     for split in ("val", "train"):
       if not journal.splits[split].finished:
-        _write_split(folder, split, preparation, tokenizer, held_out, journal, workers)
+        _write_split(split, encoding, journal)
     manifest = Manifest(
       text_transform=TRANSFORMS[preparation.is_caseops],
       tokenizer_sha256=tokenizer.sha256,
       tokenizer_kind=tokenizer.kind,
       vocab_size=tokenizer.vocab_size,
       tokenizer_text_bytes=journal.tokenizer_text_bytes,
-      validation=f"{preparation.choice.describe()} of {preparation.held_out_from.name}",
+      validation=f"{preparation.holdout.describe()} of {preparation.held_out_from.name}",
       validation_sha256=held_out.sha256,
       train=journal.splits["train"].done,
       val=journal.splits["val"].done,
       settings=settings,
     )
     manifest.write(folder)
-    (folder / JOURNAL).unlink()
+    journal.delete()
     return manifest
 
 
-def _tokenizer(folder: Path, preparation: Preparation, held_out: HeldOut, journal: Journal) -> Tokenizer:
-  """The tokenizer of `folder`: the one already there from before a kill, or the one given, or a new one."""
+def _tokenizer(folder: Path, preparation: Preparation, held_out: HeldOutDocuments, journal: Journal) -> Tokenizer:
+  """Returns the tokenizer of `folder`, which is written there first if a killed preparation has not done so."""
   path = folder / TOKENIZER
   if path.exists():
     return Tokenizer.load(path, preparation.vocab_size)
   tokenizer = preparation.tokenizer
   if tokenizer is None:
-    texts = training_texts(preparation.train, preparation.choice_in_train, held_out, TOKENIZER_BYTES)
+    texts = training_texts(preparation.train, preparation.holdout_in_train, held_out, TOKENIZER_BYTES)
     journal.tokenizer_text_bytes = sum(len(text.encode()) for text in texts)
     coded = map(caseops.encode, texts) if preparation.is_caseops else texts
     tokenizer = train_tokenizer(coded, preparation.vocab_size, is_caseops=preparation.is_caseops)
     journal.save()
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_bytes(tokenizer.model)
-  partial.replace(path)
+  with replacing(path, is_durable=True) as partial:
+    partial.write_bytes(tokenizer.model)
   return tokenizer
 
 
-def _write_split(
-  folder: Path,
-  split: str,
-  preparation: Preparation,
-  tokenizer: Tokenizer,
-  held_out: HeldOut,
-  journal: Journal,
-  workers: int,
-) -> None:
-  """Writes the shards of `split` that are not there yet."""
-  state = journal.splits[split]
-  if split == "val":
-    documents, encoder_held_out = preparation.held_out_from, None
-    source = batches(documents, state.start, wanted=preparation.choice.includes, stop=preparation.choice.stop)
-  else:
-    documents, encoder_held_out = preparation.train, held_out.digests
-    source = batches(documents, state.start, wanted=in_training(preparation.choice_in_train))
-  encoder = Encoder(tokenizer, is_caseops=preparation.is_caseops, held_out=encoder_held_out)
+class _Encoding(NamedTuple):
+  """What encoding either split needs."""
 
-  def save(state: SplitState) -> None:
-    journal.splits[split] = state
+  folder: Path
+  preparation: Preparation
+  tokenizer: Tokenizer
+  held_out: HeldOutDocuments
+  workers: int
+
+
+def _write_split(split: str, encoding: _Encoding, journal: Journal) -> None:
+  """Writes the shards of `split` that the journal does not have yet."""
+  folder, preparation, tokenizer, held_out, workers = encoding
+  begun = journal.splits[split]
+  if split == "val":
+    corpus, left_out, holdout = preparation.held_out_from, None, preparation.holdout
+    batches = read_batches(corpus, begun.start, wanted=holdout.includes, stop=holdout.stop)
+  else:
+    corpus, left_out = preparation.train, held_out.digests
+    batches = read_batches(corpus, begun.start, wanted=in_training(preparation.holdout_in_train))
+  encoder = Encoder(tokenizer, is_caseops=preparation.is_caseops, held_out=left_out)
+
+  def save(progress: SplitProgress) -> None:
+    journal.splits[split] = progress
     journal.save()
 
-  writer = ShardWriter(folder, split, preparation.shard_tokens, state, save)
+  writer = ShardWriter(folder, split, preparation.shard_tokens, begun, save)
   what = {"val": "preparing validation", "train": "preparing training text"}[split]
   with (
-    progress(what, total=documents.size, unit="B") as bar,
-    contextlib.closing(encode_all(encoder, source, workers)) as results,
+    progress(what, total=corpus.size, unit="B") as bar,
+    contextlib.closing(encode_all(encoder, batches, workers)) as encoded_batches,
   ):
-    read = 0
-    for encoded in results:
+    bytes_read = 0
+    for encoded in encoded_batches:
       writer.add(encoded)
-      bar.advance(encoded.read - read)
-      read = encoded.read
+      bar.advance(encoded.bytes_read - bytes_read)
+      bytes_read = encoded.bytes_read
   writer.finish()
+
+
+class ShardWriter:
+  """Cuts encoded documents, laid end to end, into shards of a fixed number of tokens, as published.
+
+  Args:
+    folder: where shards go.
+    split: "train" or "val"; the latter has a sidecar.
+    shard_tokens: tokens of a shard.
+    begun: how much of the split is written.
+    save: called with the new progress whenever a shard is on disk.
+  """
+
+  def __init__(
+    self, folder: Path, split: str, shard_tokens: int, begun: SplitProgress, save: Callable[[SplitProgress], None]
+  ):
+    self._folder, self._split, self._save = folder, split, save
+    self._begun = begun
+    self._totals = begun.done  # counts of all documents added, and the files that are on disk
+    self._skip = begun.skip
+    self._fill = 0
+    self._buffers = {split: np.empty(shard_tokens, np.uint16)}
+    if split == "val":
+      self._buffers["val_bytes"] = np.empty(shard_tokens, np.uint16)
+
+  def add(self, encoded: EncodedBatch) -> None:
+    """Appends a batch and writes every shard that it fills."""
+    before = self._totals
+    counted = 0 if encoded.bytes_N is None else int(encoded.bytes_N.sum(dtype=np.int64))
+    self._totals = dataclasses.replace(
+      before,
+      documents=before.documents + encoded.documents,
+      text_bytes=before.text_bytes + encoded.text_bytes,
+      counted_bytes=before.counted_bytes + counted,
+      duplicates=before.duplicates + encoded.duplicates,
+    )
+    at, self._skip = self._skip, 0
+    capacity = self._buffers[self._split].size
+    while at < encoded.tokens_N.size:
+      n = min(capacity - self._fill, encoded.tokens_N.size - at)
+      for split, buffer in self._buffers.items():
+        values_N = encoded.bytes_N if split == "val_bytes" else encoded.tokens_N
+        buffer[self._fill : self._fill + n] = values_N[at : at + n]
+      at += n
+      self._fill += n
+      if self._fill == capacity:
+        self._flush()
+        on_disk = dataclasses.replace(before, shards=self._totals.shards, sidecar=self._totals.sidecar)
+        self._save(SplitProgress(on_disk, encoded.start, at))
+
+  def finish(self) -> None:
+    """Writes the remaining tokens as a last, shorter shard.
+
+    Raises:
+      UserError: no document was added.
+    """
+    if not self._totals.documents:
+      raise UserError(f"no document is left for {self._split}; hold out fewer, or give more text")
+    if self._fill:
+      self._flush()
+    self._save(dataclasses.replace(self._begun, done=self._totals, finished=True))
+
+  def _flush(self) -> None:
+    index = len(self._totals.shards)
+    files = {}
+    for split, buffer in self._buffers.items():
+      path = shard_path(self._folder, split, index)
+      write_shard(path, buffer[: self._fill])
+      files[split] = File(path.name, self._fill, sha256_of(path))
+    sidecar = (files["val_bytes"],) if "val_bytes" in files else ()
+    self._totals = dataclasses.replace(
+      self._totals,
+      shards=(*self._totals.shards, files[self._split]),
+      sidecar=(*self._totals.sidecar, *sidecar),
+    )
+    self._fill = 0
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-  """Waits until no other process prepares `folder`, and keeps others out meanwhile."""
+  """Waits until no other process prepares `folder`, and makes others wait during the block."""
   handle = os.open(folder, os.O_RDONLY)
   try:
     fcntl.flock(handle, fcntl.LOCK_EX)
@@ -195,8 +286,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
     os.close(handle)
 
 
-def _check_same(folder: Path, there: dict, asked: dict) -> None:
-  different = [name for name in asked if there.get(name) != asked[name]]
+def _check_same(folder: Path, prepared: dict, asked: dict) -> None:
+  different = [name for name in asked if prepared.get(name) != asked[name]]
   if different:
     raise UserError(
       f"{folder}: already holds data of another preparation (it differs in {', '.join(different)}); "
@@ -207,4 +298,6 @@ def _check_same(folder: Path, there: dict, asked: dict) -> None:
 def _check_present(folder: Path, manifest: Manifest) -> None:
   for file in manifest.files():
     if read_count(folder / file.name) != file.tokens:
-      raise UserError(f"{folder / file.name}: not as {MANIFEST} has it; delete {folder} and prepare it again")
+      raise UserError(
+        f"{folder / file.name}: its number of tokens is not that in {MANIFEST}; delete {folder} and prepare it again"
+      )

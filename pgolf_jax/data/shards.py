@@ -1,8 +1,8 @@
-"""Shards: files of token ids (or of the byte sidecar), and the folder that holds them.
+"""Shards: files of token ids, or of the byte sidecar, in a data folder.
 
 Layout: 256 little-endian int32 header words (20240520, 1, count, zeros), then `count` little-endian uint16
-values. Names: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin` and `fineweb_val_bytes_%06d.bin`, the sidecar
-that stands beside each validation shard.
+values. Names: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin` and, the sidecar of each validation shard,
+`fineweb_val_bytes_%06d.bin`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Integer, UInt16
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.files import replacing
 
 MAGIC = 20240520
 VERSION = 1
@@ -28,12 +29,12 @@ MAX_COUNT = 2**31 - 1
 
 
 def shard_path(folder: Path, split: str, index: int) -> Path:
-  """Where shard `index` of `split` ("train", "val" or "val_bytes") lies in `folder`."""
-  return Path(folder) / f"fineweb_{_known(split)}_{index:06d}.bin"
+  """Returns the path of shard `index` of `split` ("train", "val" or "val_bytes") in `folder`."""
+  return Path(folder) / f"fineweb_{_checked(split)}_{index:06d}.bin"
 
 
 def list_shards(folder: Path, split: str) -> list[Path]:
-  """All shards of `split` in `folder`, in name order.
+  """Returns all shards of `split` in `folder`, in name order.
 
   Raises:
     UserError: the folder does not exist or has no shard of this split.
@@ -41,17 +42,17 @@ def list_shards(folder: Path, split: str) -> list[Path]:
   folder = Path(folder)
   if not folder.is_dir():
     raise UserError(f"{folder}: no such folder; prepare one with `pgolf data prepare --out {folder}`")
-  name = re.compile(rf"fineweb_{_known(split)}_\d+\.bin")
-  found = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
-  if not found:
+  name = re.compile(rf"fineweb_{_checked(split)}_\d+\.bin")
+  paths = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
+  if not paths:
     raise UserError(
       f"{folder}: no fineweb_{split}_*.bin in it; `pgolf data prepare` or `pgolf data download` makes them"
     )
-  return found
+  return paths
 
 
 def write_shard(path: Path, tokens_N: Integer[np.ndarray, "N"]) -> None:
-  """Writes `tokens_N` as one shard; the file appears under its name only once it is whole and on disk.
+  """Writes `tokens_N` as one shard, which appears under its name only once it is complete and on disk.
 
   Raises:
     UserError: a value does not fit in 16 bits, or there are more values than the header can count.
@@ -66,17 +67,13 @@ def write_shard(path: Path, tokens_N: Integer[np.ndarray, "N"]) -> None:
       raise UserError(f"{path}: values from {low} to {high} do not fit in a shard's 16 bits")
   header = np.zeros(HEADER_WORDS, "<i4")
   header[:3] = MAGIC, VERSION, tokens_N.size
-  partial = path.with_name(f"{path.name}.partial")
-  with partial.open("wb") as file:
+  with replacing(path, is_durable=True) as partial, partial.open("wb") as file:
     file.write(header.tobytes())
     np.ascontiguousarray(tokens_N, TOKEN_TYPE).tofile(file)
-    file.flush()
-    os.fsync(file.fileno())
-  partial.replace(path)
 
 
 def read_count(path: Path) -> int:
-  """The number of tokens in a shard, from its header, checked against the file's size.
+  """Returns the number of tokens in a shard from its header, after comparing it with the file's size.
 
   Raises:
     UserError: the file is missing, or its magic number, version or size is wrong; names both numbers.
@@ -103,7 +100,7 @@ def read_count(path: Path) -> int:
 
 
 def read_shard(path: Path) -> UInt16[np.ndarray, "N"]:
-  """The tokens of a shard, mapped read-only from disk.
+  """Returns the tokens of a shard, mapped read-only from disk.
 
   Raises:
     UserError: as `read_count`.
@@ -115,44 +112,45 @@ def read_shard(path: Path) -> UInt16[np.ndarray, "N"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
-  """A document in a stream of shards: where it starts, and its tokens, bos first."""
+class TokenizedDocument:
+  """The tokens of a document, bos first, and the place in the shards where it starts."""
 
   path: Path
-  at: int
+  start: int
   tokens_N: UInt16[np.ndarray, "N"]
 
   @property
   def place(self) -> str:
-    return f"{self.path}, token {self.at}"
+    """Shard and token, for messages."""
+    return f"{self.path}, token {self.start}"
 
 
-def iter_documents(paths: Sequence[Path]) -> Iterator[Document]:
-  """The documents of consecutive shards, those that run on from one shard into the next in one piece.
+def iter_documents(paths: Sequence[Path]) -> Iterator[TokenizedDocument]:
+  """Yields the documents of consecutive shards; one that crosses the end of a shard comes in one piece.
 
-  Whatever stands before the first bos comes first, as a document without one.
+  Tokens before the first bos come first, as a document without a bos.
   """
-  begun: Document | None = None  # the last document of the shards so far, which may go on
+  last: TokenizedDocument | None = None  # the next shard may continue it
   for path in paths:
     tokens_N = read_shard(path)
     starts = np.flatnonzero(tokens_N == BOS)
     ends = [*starts.tolist(), len(tokens_N)]
     if ends[0]:
       head_N = tokens_N[: ends[0]]
-      begun = (
-        dataclasses.replace(begun, tokens_N=np.concatenate([begun.tokens_N, head_N]))
-        if begun
-        else Document(path, 0, head_N)
+      last = (
+        dataclasses.replace(last, tokens_N=np.concatenate([last.tokens_N, head_N]))
+        if last
+        else TokenizedDocument(path, 0, head_N)
       )
     for start, end in itertools.pairwise(ends):
-      if begun is not None:
-        yield begun
-      begun = Document(path, start, tokens_N[start:end])
-  if begun is not None:
-    yield begun
+      if last is not None:
+        yield last
+      last = TokenizedDocument(path, start, tokens_N[start:end])
+  if last is not None:
+    yield last
 
 
-def _known(split: str) -> str:
+def _checked(split: str) -> str:
   if split not in SPLITS:
     raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
   return split

@@ -1,84 +1,201 @@
-"""Our outputs for a golden case, under the names of its expected file, made by the product's own code."""
+"""Golden cases run by the code that trains, quantises and scores; outputs have the names of the expected file."""
 
 import dataclasses
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from pgolf_jax.data import caseops
+from pgolf_jax.data.encode import token_bytes
+from pgolf_jax.data.tokenizer import Tokenizer
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
-from pgolf_jax.parity.case import Arrays, Case
+from pgolf_jax.model.gpt import bind, packed_nll
+from pgolf_jax.model.params import Params
+from pgolf_jax.parity.case import Arrays, Case, Outputs
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.calibrate import Calibration
+from pgolf_jax.quantize.make import make
+from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring import plain
-from pgolf_jax.settings import check
+from pgolf_jax.scoring import plain, ttt
+from pgolf_jax.scoring.adapter_sets import Draw
+from pgolf_jax.scoring.hints import build_hints
+from pgolf_jax.settings import Settings, check
+from pgolf_jax.settings.load import from_env
 from pgolf_jax.training import optimizer as optimizers
+from pgolf_jax.training.loop import Trainer
 
 
-def run(case: Case) -> Arrays:
-  """Tensors by name. Raises UserError for a kind that is not known or that writes no tensors."""
-  kinds = {
-    "forward": _forward,
-    "optimizer": _optimizer,
-    "train": _train,
-    "e2e": _e2e,
-    "quantize": _quantize,
-    "ngram": _ngram,
-    "ttt": _ttt,
+def run_caseops(case: Case) -> list[dict]:
+  """Rewritten text, ids without the leading bos, bytes per token and their sums, for each document of the case."""
+  tokenizer = Tokenizer.load(case.tokenizer or _find_tokenizer(case))
+  lines = (case.folder / "docs.jsonl").read_text(encoding="utf-8").splitlines()
+  return [_document(json.loads(line)["text"], tokenizer) for line in lines]
+
+
+def _document(text: str, tokenizer: Tokenizer) -> dict:
+  coded = caseops.encode(text)
+  ids = tokenizer.encode(coded)
+  counts = token_bytes(tokenizer, coded, ids)
+  return {
+    "caseops": coded,
+    "ids": ids.tolist(),
+    "bytes": counts.tolist(),
+    "utf8_bytes": len(text.encode()),
+    "sum_bytes": int(counts.sum()),
   }
-  if case.kind not in kinds:
-    raise UserError(f"{case.folder}: the kind {case.kind!r} is not known; there are {', '.join([*kinds, 'caseops'])}.")
-  return {name: np.asarray(value) for name, value in kinds[case.kind](case).items()}
 
 
-def _one_device():
-  """Cases are of one rank; one device repeats its arithmetic whatever the machine has."""
-  return data_mesh(jax.local_devices()[:1])
+def _find_tokenizer(case: Case) -> Path:
+  name = case.about["tokenizer"]
+  places = [case.folder / name, case.folder.parent.parent / "tokenizers" / name]
+  for path in places:
+    if path.exists():
+      return path
+  raise UserError(f"The tokenizer {name} is neither at {places[0]} nor at {places[1]}; name it with --tokenizer.")
 
 
-def _forward(case: Case) -> Arrays:
+def quantize_case(
+  environ: Mapping[str, str],
+  params: Mapping[str, np.ndarray],
+  hessian: Mapping[str, np.ndarray],
+  act_rms: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Returns `dequantized/{matrix}` of every parameter.
+
+  Args:
+    environ: settings under their environment names.
+    params: fp32 parameters under their bank names.
+    hessian: Hessian of the inputs, by matrix name.
+    act_rms: root mean square of each input, by matrix name.
+  """
+  settings = from_env(environ)
+  tensors = quantize(params, Calibration(hessian, act_rms), settings.quantize)
+  data = writer.write({}, tensors, settings.quantize.codec)
+  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in read(data).tensors.items()}
+
+
+def artifact_params(settings: Settings, params: Params, data: Path) -> Params:
+  """Quantises parameters, calibrated on the training shards in `data`, and returns what the artifact stores of them."""
+  return read(make(settings, params, data).data).params()
+
+
+# The reference's name of each kind of adapter → ours.
+_KINDS = {"q_loras": "q", "k_loras": "k", "v_loras": "v", "o_loras": "o", "mlp_loras": "mlp"}
+
+
+def draw_from(inputs: Arrays) -> Draw:
+  """Returns a function that gives A of adapter set k, by kind of adapter, from `adapter_init/{k}/{name}.A`.
+
+  Its errors: UserError if the case has no set of that number, or one of another rank.
+  """
+
+  def draw(number: int, rank: int) -> Arrays:
+    prefix = f"adapter_init/{number}/"
+    given = {name.removeprefix(prefix): A for name, A in inputs.items() if name.startswith(prefix)}
+    if not given:
+      raise UserError(
+        f"The case has no adapter set {number}, which its settings make the evaluator draw; add it to its inputs."
+      )
+    adapters = {"head": given["lm_head_lora.A"]}
+    for name, kind in _KINDS.items():
+      layers = [given[f"{name}.{p}.A"] for p in range(len(given)) if f"{name}.{p}.A" in given]
+      if layers:
+        adapters[kind] = np.stack(layers)
+    if adapters["head"].shape[1] != rank:
+      raise UserError(f"Adapter set {number} of the case has rank {adapters['head'].shape[1]}, not {rank}.")
+    return adapters
+
+  return draw
+
+
+def run_case(settings: Settings, inputs: Arrays, mesh: Mesh, *, dtype: str = "float32") -> Arrays:
+  """Scores a stream as the reference does, in its order of documents; returns outputs under the case's names.
+
+  Args:
+    inputs: `params/*`, `tokens`, `token_bytes`, and `adapter_init/*` unless adapters are to be drawn at random.
+    dtype: of the computation.
+  """
+  replace = dataclasses.replace
+  settings = replace(
+    settings,
+    ttt=replace(settings.ttt, order="reference", method="exact"),
+    hints=replace(settings.hints, table="reference"),
+    train=replace(settings.train, world_size=1, compute_dtype=dtype),
+  )
+  params = {k.removeprefix("params/"): v for k, v in inputs.items() if k.startswith("params/")}
+  data = ValidationData(inputs["tokens"].astype(np.int32), inputs["token_bytes"].astype(np.int32))
+  draw = draw_from(inputs) if any(name.startswith("adapter_init/") for name in inputs) else None
+  evaluation = ttt.evaluate(settings, params, data, mesh, ttt.Options(draw=draw))
+  return {
+    "nll": evaluation.nll_N.astype(np.float64),
+    "val_loss": np.array([evaluation.score.loss]),
+    "val_bpb": np.array([evaluation.score.bpb]),
+    "hint_ids": evaluation.hint_N,
+    "gate_mask": evaluation.gate_N.astype(np.uint8),
+    **{f"params_after/{k}": np.asarray(v) for k, v in evaluation.params.items()},
+  }
+
+
+def run(case: Case, mesh: Mesh | None = None) -> Outputs:
+  """Computes a case. Products of float32 matrices are computed in float32 on every device.
+
+  Args:
+    mesh: the first device alone if not given, since the reference ran on one.
+
+  Raises:
+    UserError: the kind of the case is not known, or something that it needs is missing.
+  """
+  if case.kind not in KINDS:
+    raise UserError(f"{case.folder}: the kind {case.kind!r} is not known; choose one of {', '.join(KINDS)}.")
+  mesh = data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+  with jax.default_matmul_precision("highest" if case.types.compute == "float32" else "default"):
+    outputs = KINDS[case.kind](case, mesh)
+  if isinstance(outputs, list):
+    return outputs
+  return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def _forward(case: Case, mesh: Mesh) -> Arrays:
   config = case.settings.model
-  params = {k: jnp.asarray(v) for k, v in case.params().items()}
-  parameters.check(config, params, str(case.folder))
-  tokens = jnp.asarray(case.inputs["tokens"], jnp.int32)[None]
-  seq_len = case.about["max_doc_len"]
-  dtype = jnp.dtype(case.about.get("dtype", "float32"))
-  found: Arrays = {}
+  params = _params(case)
+  tokens_BxT1 = jnp.asarray(case.inputs["tokens"], jnp.int32)[None]
+  segment = {"seq_len": case.about["max_doc_len"], "dtype": jnp.dtype(case.types.compute)}
+  outputs: Arrays = {}
   for looping in (False, True):
-    loss = lambda p, looping=looping: packed_nll(  # noqa: E731
-      bind(config, p), tokens, looping=looping, seq_len=seq_len, dtype=dtype
-    ).mean()
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+
+    def loss(params, looping=looping):
+      return packed_nll(bind(config, params), tokens_BxT1, looping=looping, **segment).mean()
+
+    # One program for all, so that the forward pass that they share is compiled once.
+    @jax.jit
+    def loss_grads_logits(params, loss=loss, looping=looping):
+      model = bind(config, params)
+      context = packed(tokens_BxT1[:, :-1], bos_id=config.bos_id, looping=looping, **segment)
+      logits_BxTxV = model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)
+      return *jax.value_and_grad(loss)(params), logits_BxTxV[0]
+
+    value, grads, logits_TxV = loss_grads_logits(params)
     prefix = f"loop{int(looping)}/"
-    found[f"{prefix}loss"] = np.asarray(value)[None]
-    found |= {f"{prefix}grads/{k}": g for k, g in grads.items() if k not in parameters.SOFTCAPS}
-    found[f"{prefix}logits"] = _logits(config, params, tokens[:, :-1], looping, seq_len, dtype)
-  return found
+    outputs[f"{prefix}loss"] = np.asarray(value)[None]
+    outputs |= {f"{prefix}grads/{k}": g for k, g in grads.items() if k not in parameters.SOFTCAPS}
+    outputs[f"{prefix}logits"] = logits_TxV
+  return outputs
 
 
-def _logits(config, params, tokens, looping: bool, seq_len: int, dtype) -> jax.Array:
-  """Evaluation logits [T, V] of one packed row."""
-
-  @jax.jit
-  def logits(params):
-    model = bind(config, params)
-    context = packed(tokens, bos_id=config.bos_id, seq_len=seq_len, looping=looping, dtype=dtype)
-    return model.evaluation_logits(model(tokens, context).hidden)[0]
-
-  return logits(params)
-
-
-def _optimizer(case: Case) -> Arrays:
+def _optimizer(case: Case, mesh: Mesh) -> Arrays:
   config = case.settings.optimizer
-  params = {k: jnp.asarray(v) for k, v in case.params().items()}
   optimizer = optimizers.make(config)
 
   @jax.jit
@@ -88,111 +205,84 @@ def _optimizer(case: Case) -> Arrays:
     updates, state = optimizer.update(grads, state, params, lr_scale=lr_scale, momentum=momentum)
     return optax.apply_updates(params, updates), state, norm
 
+  params = {name: jnp.asarray(value) for name, value in case.under("params/").items()}
   state = optimizer.init(params)
-  found: Arrays = {}
+  outputs: Arrays = {}
   for k, plan in enumerate(case.about["steps"]):
-    grads = {
-      name: jnp.asarray(case.inputs.get(f"grads/{k}/{name}", np.zeros(p.shape, p.dtype))) for name, p in params.items()
-    }
+    given = {name: case.inputs.get(f"grads/{k}/{name}") for name in params}
+    grads = {name: jnp.zeros_like(params[name]) if g is None else jnp.asarray(g) for name, g in given.items()}
     params, state, norm = step(params, state, grads, plan["lr_scale"], plan["muon_momentum"])
-    found[f"grad_norm/{k}"] = np.asarray(norm)[None]
-    found |= {f"params/{k}/{name}": value for name, value in params.items()}
-  return found
+    outputs[f"grad_norm/{k}"] = np.asarray(norm)[None]
+    outputs |= {f"params/{k}/{name}": value for name, value in params.items()}
+  return outputs
 
 
-def _train(case: Case) -> Arrays:
-  from pgolf_jax.training.loop import Trainer
-
+def _train(case: Case, mesh: Mesh) -> Arrays:
   settings = dataclasses.replace(case.settings, quantize=dataclasses.replace(case.settings.quantize, reserve_seconds=0))
-  mesh = _one_device()
   check.check(settings, device_count=mesh.size)
   with tempfile.TemporaryDirectory() as folder:
     run = RunFolder(Path(folder), settings)
-    initial = {k: jnp.asarray(v) for k, v in case.params().items()}
-    parameters.check(settings.model, initial, str(case.folder))
-    state, _ = Trainer(run, mesh, case.data, initial=initial).train()
+    state, _ = Trainer(run, mesh, case.data, initial=_params(case)).train()
     losses = [line["loss"] for line in read_metrics(run.metrics)]
-  found: Arrays = {"train_loss": np.asarray(losses)}
-  for name, params in (("raw", state.params), ("ema", state.average)):
-    found |= _plain(case, params, name)
-  return found | {f"params_ema/{k}": v for k, v in state.average.items()}
+  outputs: Arrays = {"train_loss": np.asarray(losses)}
+  outputs |= _plain_score(case, mesh, state.params, "raw") | _plain_score(case, mesh, state.average, "ema")
+  return outputs | {f"params_ema/{name}": value for name, value in state.average.items()}
 
 
-def _plain(case: Case, params, name: str) -> Arrays:
-  params = {k: jnp.asarray(v) for k, v in params.items()}
-  validation = plain.load_validation(case.data)
-  score = plain.score(case.settings, params, validation, _one_device(), description=f"scoring {name}")
-  return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
-
-
-def _e2e(case: Case) -> Arrays:
-  """Training from the given parameters; quantising from the reference's average, TTT from its dequantised weights."""
-  from pgolf_jax.parity.ttt import run_case
-  from pgolf_jax.quantize.stage import quantize_params
-
-  found = _train(case)
-  found |= _plain(
-    case, quantize_params(case.settings, case.params("params_ema/", case.expected), case.data), "quantized"
-  )
-  validation = plain.load_validation(case.data)
-  inputs = {f"params/{k}": v for k, v in case.params("params_dequantized/", case.expected).items()}
+def _e2e(case: Case, mesh: Mesh) -> Arrays:
+  """Trains, quantises and adapts; each part starts from the reference's weights, so that errors do not add up."""
+  trained = _train(case, mesh)
+  artifact = artifact_params(case.settings, case.expected_under("params_ema/"), case.data)
+  validation = load_validation(case.data)
+  inputs = {f"params/{name}": value for name, value in case.expected_under("params_dequantized/").items()}
   inputs |= {"tokens": validation.tokens, "token_bytes": validation.token_bytes}
-  scored = run_case(case.settings, inputs, _one_device())
-  return found | {"val_loss_ttt": scored["val_loss"], "val_bpb_ttt": scored["val_bpb"]}
+  adapted = run_case(case.settings, inputs, mesh, dtype=case.types.compute)
+  return {
+    **trained,
+    **_plain_score(case, mesh, artifact, "quantized"),
+    "val_loss_ttt": adapted["val_loss"],
+    "val_bpb_ttt": adapted["val_bpb"],
+  }
 
 
-def _quantize(case: Case) -> Arrays:
-  from pgolf_jax.parity.quantize import quantize_case
-
-  moments = [case.params(prefix) for prefix in ("hessian/", "act_rms/")]
-  return quantize_case(case.about["settings"], case.params(), *moments)
+def _quantize(case: Case, mesh: Mesh) -> Arrays:
+  moments = (case.under("hessian/"), case.under("act_rms/"))
+  return quantize_case(case.about["settings"], case.under("params/"), *moments)
 
 
-def _ngram(case: Case) -> Arrays:
-  from pgolf_jax.scoring.hints import build_hints
-
+def _ngram(case: Case, mesh: Mesh) -> Arrays:
   config = dataclasses.replace(case.settings.hints, table="reference")
   hints = build_hints(case.inputs["tokens"][1:].astype(np.int32), config)
   return {"hint_ids": hints.ids, "gate_mask": np.asarray(hints.gate, np.uint8), "boost": hints.boost}
 
 
-def _ttt(case: Case) -> Arrays:
-  from pgolf_jax.parity.ttt import run_case
-
-  return run_case(case.settings, case.inputs, _one_device())
+def _ttt(case: Case, mesh: Mesh) -> Arrays:
+  return run_case(case.settings, case.inputs, mesh, dtype=case.types.compute)
 
 
-def run_caseops(case: Case, tokenizer: Path | None) -> list[dict]:
-  """For each document of a `caseops` case: rewritten text, ids without the leading bos, bytes, and their sums.
+def _params(case: Case) -> parameters.Params:
+  """The parameters that the case starts from; they are checked against its settings."""
+  params = {name: jnp.asarray(value) for name, value in case.under("params/").items()}
+  parameters.check(case.settings.model, params, str(case.folder))
+  return params
 
-  Args:
-    tokenizer: the SentencePiece model; None looks for the one that the case names, beside it and in `../tokenizers`.
-  """
-  from pgolf_jax.data import caseops
-  from pgolf_jax.data.sidecar import token_bytes
-  from pgolf_jax.data.tokenizer import Tokenizer
 
-  if tokenizer is None:
-    name = case.about["tokenizer"]
-    places = [case.folder / name, case.folder.parent.parent / "tokenizers" / name]
-    tokenizer = next((p for p in places if p.exists()), None)
-    if tokenizer is None:
-      raise UserError(f"The tokenizer {name} is neither at {places[0]} nor at {places[1]}; give it with --tokenizer.")
-  loaded = Tokenizer.load(tokenizer)
-  found = []
-  for line in (case.folder / "docs.jsonl").read_text(encoding="utf-8").splitlines():
-    text = json.loads(line)["text"]
-    coded = caseops.encode(text)
-    ids = loaded.encode(coded)
-    counts = token_bytes(loaded, coded, ids)
-    size = len(text.encode())
-    found.append(
-      {
-        "caseops": coded,
-        "ids": ids.tolist(),
-        "bytes": counts.tolist(),
-        "utf8_bytes": size,
-        "sum_bytes": int(counts.sum()),
-      }
-    )
-  return found
+def _plain_score(case: Case, mesh: Mesh, params, name: str) -> Arrays:
+  """`val_loss_{name}` and `val_bpb_{name}` of parameters on the validation shards of the case."""
+  params = {k: jnp.asarray(v) for k, v in params.items()}
+  validation = load_validation(case.data)
+  score = plain.score(case.settings, params, validation, mesh, description=f"scoring {name}")
+  return {f"val_loss_{name}": np.array([score.loss]), f"val_bpb_{name}": np.array([score.bpb])}
+
+
+KINDS = {
+  "forward": _forward,
+  "optimizer": _optimizer,
+  "train": _train,
+  "e2e": _e2e,
+  "quantize": _quantize,
+  "ngram": _ngram,
+  "ttt": _ttt,
+  "caseops": lambda case, mesh: run_caseops(case),
+}
+"""Kind of case → function of the case and the mesh that computes its outputs."""

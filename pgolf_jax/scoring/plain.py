@@ -1,7 +1,6 @@
 """Plain BPB: the validation stream in order, every target once, no adaptation. Recipe section 5."""
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,20 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.data.shards import list_shards, read_shard
-from pgolf_jax.errors import UserError
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
 from pgolf_jax.runtime.progress import progress
-from pgolf_jax.settings.config import Settings
-
-
-class ValidationData(NamedTuple):
-  tokens: np.ndarray  # [N + 1] token ids; targets are tokens[1:]
-  token_bytes: np.ndarray  # [N + 1] bytes of original text that each token stands for
+from pgolf_jax.settings import Settings
 
 
 class Score(NamedTuple):
@@ -42,25 +34,6 @@ class Score(NamedTuple):
   def bpb(self) -> float:
     """Bits per byte of original text."""
     return self.nats / math.log(2) / self.text_bytes
-
-
-def load_validation(folder: str | Path) -> ValidationData:
-  """Returns the validation stream of a data folder with its byte sidecar.
-
-  Raises:
-    UserError: a shard is damaged or missing, or the sidecar has another length than the tokens.
-  """
-  tokens, token_bytes = (
-    np.concatenate([np.asarray(read_shard(path)) for path in list_shards(Path(folder), split)]).astype(np.int32)
-    for split in ("val", "val_bytes")
-  )
-  if len(tokens) != len(token_bytes):
-    raise UserError(
-      f"{folder}: {len(tokens)} validation tokens but {len(token_bytes)} sidecar entries; prepare the data again."
-    )
-  if len(tokens) < 2:
-    raise UserError(f"{folder}: {len(tokens)} validation tokens leave nothing to predict; prepare the data again.")
-  return ValidationData(tokens, token_bytes)
 
 
 def spans(targets: int, *, ranks: int, length: int) -> list[tuple[int, int]]:

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
 from pgolf_jax.scoring.documents import Batch, Document
-from pgolf_jax.scoring.plain import Score, ValidationData
+from pgolf_jax.scoring.plain import Score
 from pgolf_jax.scoring.trace import Event, from_json, to_json
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
@@ -30,11 +31,10 @@ from pgolf_jax.scoring.compiled import Programs, Workload
 from pgolf_jax.scoring.context import Rows
 from pgolf_jax.scoring.documents import Batch, Document, Layout, batches, find_documents, phase_boundaries, select
 from pgolf_jax.scoring.hints import HintCounter
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.record import Clocks, Evaluation, Progress, Record, identity, total
 from pgolf_jax.scoring.scan import ScanInputs, ScanState, Scored, place_call
 from pgolf_jax.scoring.trace import HintsEvent, ScoreEvent, WeightsEvent
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import io
 import lzma
+import math
 import re
 import sys
 import tarfile
@@ -18,13 +19,17 @@ from pathlib import Path
 
 import pgolf_jax
 import pgolf_jax.kernels
+from pgolf_jax.kernels.operation import BACKENDS
+from pgolf_jax.quantize.artifact import Artifact, read
+from pgolf_jax.quantize.artifact.streams import describe, split
 from pgolf_jax.submission import starter
 
 ENTRY = "pgolf_jax.submission.evaluate"
 """The module that evaluates from a submission folder."""
 
 _SOURCES = (".c", ".h")
-# Text: the literal before a byte tells more than its position does.
+_C_LITERAL_OR_COMMENT = re.compile(r'''"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])+'|/\*.*?\*/|//[^\n]*''', re.DOTALL)
+# For text: more of a byte follows from the byte before it than from its place in a word.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
 
 
@@ -63,11 +68,10 @@ def needed_modules(entry: str = ENTRY) -> list[str]:
       continue
     needed.add(name)
     waiting += [name.rsplit(".", 1)[0]] if "." in name else []
-    if name.startswith("pgolf_jax.kernels.") and path.name == "__init__.py":
-      # Kernels pick the module of their backend by name.
-      waiting += [f"{name}.{module.stem}" for module in path.parent.glob("*.py") if module != path]
     for module, members in _imports(path):
       waiting += [module, *(f"{module}.{member}" for member in members)]
+      if "Operation" in members:  # imports its backends by name, from its own folder
+        waiting += [f"{name.rsplit('.', 1)[0]}.{backend}" for backend in BACKENDS]
   return sorted(needed)
 
 
@@ -94,7 +98,7 @@ def requirements(modules: Iterable[str]) -> list[str]:
 
 
 def archive(modules: Iterable[str]) -> tuple[bytes, int]:
-  """Returns the modules, minified, with the C sources beside them, as a .tar.xz; and its number of files."""
+  """Returns (the modules, minified, with the C sources beside them, as a .tar.xz; its number of files)."""
   files: dict[str, bytes] = {}
   for name in modules:
     path = _path(name)
@@ -103,7 +107,7 @@ def archive(modules: Iterable[str]) -> tuple[bytes, int]:
     if path.name == "__init__.py":
       for source in path.parent.iterdir():
         if source.suffix in _SOURCES:
-          files[f"{name.replace('.', '/')}/{source.name}"] = source.read_bytes()
+          files[f"{name.replace('.', '/')}/{source.name}"] = minified_c(source.read_text(encoding="utf-8")).encode()
   buffer = io.BytesIO()
   with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
     for place in sorted(files):
@@ -127,6 +131,13 @@ def minified(text: str, name: str) -> str:
     remove_class_attribute_annotations=False,
   )
   return minify(text, filename=name, remove_literal_statements=True, remove_annotations=annotations)
+
+
+def minified_c(text: str) -> str:
+  """Returns C source without comments, indentation and empty lines."""
+  text = _C_LITERAL_OR_COMMENT.sub(lambda match: " " if match[0][0] == "/" else match[0], text)
+  lines = (line.strip() for line in text.splitlines())
+  return "".join(f"{line}\n" for line in lines if line)
 
 
 def _imports(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -155,3 +166,60 @@ def _path(name: str) -> Path | None:
 
 def _canonical(name: str) -> str:
   return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """Bytes of a submission."""
+
+  by_stream: dict[str, int]
+  by_tensor: dict[str, float]  # a stream's bytes shared out by values; the header belongs to no tensor
+  code: int  # archive and starter
+  code_files: int
+  tokenizer: int  # does not count
+  budget: int
+
+  @property
+  def artifact(self) -> int:
+    return sum(self.by_stream.values())
+
+  @property
+  def total(self) -> int:
+    return self.artifact + self.code
+
+  @property
+  def over(self) -> int:
+    """Bytes above the budget; negative where some are left."""
+    return self.total - self.budget
+
+
+def account(data: bytes, code: Code, *, budget: int, tokenizer: int = 0) -> Account:
+  """Returns the account of an artifact with the code that ships beside it.
+
+  Args:
+    data: the artifact.
+    budget: bytes that artifact and code may take.
+    tokenizer: bytes of the tokenizer model.
+  """
+  artifact = read(data)
+  return Account(artifact.stream_bytes, tensor_bytes(artifact), code.size, code.files, tokenizer, budget)
+
+
+def tensor_bytes(artifact: Artifact) -> dict[str, float]:
+  """Returns compressed bytes by tensor: each stream's, shared out over its tensors by their number of values."""
+  shares = dict.fromkeys(artifact.tensors, 0.0)
+  for stream in split([describe(name, tensor) for name, tensor in artifact.tensors.items()]):
+    values = sum(math.prod(shape) for *_, shape in stream.arrays)
+    for name, _, shape in stream.arrays:
+      shares[name] += artifact.stream_bytes[stream.name] * math.prod(shape) / values
+  return shares
+
+
+def table(account: Account) -> str:
+  """Returns the account as lines of text, the largest stream first."""
+  rows = [(name, f"{size:,}") for name, size in sorted(account.by_stream.items(), key=lambda item: -item[1])]
+  rows += [("artifact", f"{account.artifact:,}"), (f"code ({account.code_files} files)", f"{account.code:,}")]
+  rows += [("total", f"{account.total:,}"), ("budget", f"{account.budget:,}"), ("left", f"{-account.over:,}")]
+  rows += [("tokenizer, apart", f"{account.tokenizer:,}")]
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}} {size:>14}" for name, size in rows)

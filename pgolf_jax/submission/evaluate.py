@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from pgolf_jax.data.validation import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import load
 from pgolf_jax.runtime.mesh import data_mesh
@@ -25,7 +26,7 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> dict:
   """
   settings, params = load(artifact)
   mesh = data_mesh()
-  validation = plain.load_validation(data)
+  validation = load_validation(data)
   params = {name: jnp.asarray(value) for name, value in params.items()}
   if ttt:
     from pgolf_jax.scoring.ttt import evaluate  # its n-gram counter is compiled for --ttt only

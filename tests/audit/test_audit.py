@@ -1,58 +1,21 @@
-"""The audit of a run folder: what the run left, and what each check says when that is wrong."""
+"""Every check of the evidence that a run left, with evidence that is wrong."""
 
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
-from ttt_case import SETTINGS, changed, random_documents, random_params
+from ttt_case import SETTINGS, changed
 
-from pgolf_jax.audit import audit
+from pgolf_jax.audit import evidence, one_config
 from pgolf_jax.data.shards import read_shard, shard_path, write_shard
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring import ttt
-
-DATA = random_documents([40, 31, 52])
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("scores")
-  settings = changed(SETTINGS, phase__prefix_docs=0)
-  ttt.evaluate(settings, random_params(), DATA, data_mesh(jax.devices()[:1]), ttt.Options(folder=folder))
-  return folder
+from pgolf_jax.runtime import checks as outcomes
+from pgolf_jax.runtime.checks import Check
 
 
 def by_name(checks):
   return {check.name: check.passed for check in checks}
-
-
-def test_scores_of_a_run_hold(scored):
-  assert set(by_name(audit.scores(scored, DATA, SETTINGS)).values()) == {True}
-
-
-def test_a_target_scored_twice_in_the_run_is_caught(scored, tmp_path):
-  copy(scored, tmp_path)
-  times = np.load(tmp_path / "times.npy")
-  times[11] = 2
-  np.save(tmp_path / "times.npy", times)
-  assert not by_name(audit.scores(tmp_path, DATA, SETTINGS))["every target scored exactly once"]
-
-
-def test_a_wrong_sidecar_is_caught_by_the_bytes_of_the_score(scored):
-  data = DATA._replace(token_bytes=DATA.token_bytes + (np.arange(len(DATA.tokens)) == 9))
-  assert not by_name(audit.scores(scored, data, SETTINGS))["bytes of the score"]
-
-
-def test_a_trace_with_a_later_document_in_the_counts_is_caught(scored, tmp_path):
-  copy(scored, tmp_path)
-  events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
-  score = next(event for event in events if event["event"] == "score")
-  weights = {"event": "weights", "version": 1, "documents": score["documents"]}
-  (tmp_path / "trace.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{**score, "weights": 1}, weights]))
-  assert not by_name(audit.scores(tmp_path, DATA, SETTINGS))["one order explains every score"]
 
 
 def copy(folder, to):
@@ -62,7 +25,7 @@ def copy(folder, to):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  from pgolf_jax.data.default_text import ensure_default_data
+  from pgolf_jax.data.folder import ensure_default_data
 
   return ensure_default_data(tmp_path_factory.mktemp("data"), 600, is_caseops=True)
 
@@ -75,8 +38,8 @@ def damaged(prepared, tmp_path):
 
 
 def test_prepared_data_holds(prepared):
-  checks = list(audit.data_checks(prepared))
-  assert [check.passed for check in checks] == [True] * 3, audit.table(checks)
+  checks = list(evidence.data_checks(prepared))
+  assert [check.passed for check in checks] == [True] * 3, outcomes.table(checks)
 
 
 def test_a_wrong_sidecar_is_caught(damaged):
@@ -84,31 +47,31 @@ def test_a_wrong_sidecar_is_caught(damaged):
   values = read_shard(path).copy()
   values[np.flatnonzero(values > 1)[0]] += 1
   write_shard(path, values)
-  assert not by_name(audit.data_checks(damaged))["data: text"]
+  assert not by_name(evidence.data_checks(damaged))["data: text"]
 
 
 def test_a_validation_document_in_training_is_caught(damaged):
   train, val = (read_shard(shard_path(damaged, split, 0)) for split in ("train", "val"))
   end = np.flatnonzero(val == 1)[1]
   write_shard(shard_path(damaged, "train", 0), np.concatenate([train, val[:end]]))
-  assert not by_name(audit.data_checks(damaged))["data: overlap"]
+  assert not by_name(evidence.data_checks(damaged))["data: overlap"]
 
 
 def test_an_artifact_over_the_budget_is_caught(tmp_path):
   artifact = tmp_path / "artifact.pgolf"
   artifact.write_bytes(b"x" * 1000)
-  assert not audit.size(artifact, 1000).passed
-  assert audit.size(artifact, 16_000_000).passed
+  assert not evidence.size(artifact, 1000).passed
+  assert evidence.size(artifact, 16_000_000).passed
 
 
 def test_clocks():
   settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, max_wallclock_seconds=600.0))
   good = {"train": {"seconds": 599.9, "recompilations_in_clock": 0}, "ttt": {"seconds": 550.0}}
-  assert by_name(audit.clocks(good, settings)) == {"clock: train": True, "clock: ttt": True}
+  assert by_name(evidence.clocks(good, settings)) == {"clock: train": True, "clock: ttt": True}
   late = {"train": {"seconds": 640.0}, "ttt": {"seconds": 650.0}}
-  assert by_name(audit.clocks(late, settings)) == {"clock: train": False, "clock: ttt": False}
+  assert by_name(evidence.clocks(late, settings)) == {"clock: train": False, "clock: ttt": False}
   recompiled = {"ttt": {"seconds": 10.0, "recompilations_in_clock": 2}}
-  assert by_name(audit.clocks(recompiled, settings)) == {"clock: train": None, "clock: ttt": False}
+  assert by_name(evidence.clocks(recompiled, settings)) == {"clock: train": None, "clock: ttt": False}
 
 
 def test_a_first_loss_of_other_data_is_caught(tmp_path):
@@ -118,17 +81,24 @@ def test_a_first_loss_of_other_data_is_caught(tmp_path):
   run = RunFolder(tmp_path / "run", SETTINGS)
   line = {"step": 1, "loss": 3.8712, "seq_len": 512, "looping": False}
   run.metrics.write_text(json.dumps(line) + "\n")
-  expected = float(audit.first_step(run, tmp_path).finding.split()[-1])
+  expected = float(evidence.first_step(run, tmp_path).finding.split()[-1])
   run.metrics.write_text(json.dumps({**line, "loss": expected}) + "\n")
-  assert audit.first_step(run, tmp_path).passed
+  assert evidence.first_step(run, tmp_path).passed
   run.metrics.write_text(json.dumps({**line, "loss": expected + 0.1}) + "\n")
-  assert not audit.first_step(run, tmp_path).passed
+  assert not evidence.first_step(run, tmp_path).passed
 
 
 def test_runs_of_a_set_share_a_config(tmp_path):
   runs = [RunFolder(tmp_path / str(seed), dataclasses.replace(SETTINGS, seed=seed)) for seed in (1, 2)]
-  assert audit.one_config(runs).passed
+  assert one_config(runs).passed
   other = RunFolder(tmp_path / "other", changed(dataclasses.replace(SETTINGS, seed=3), chunk_size=16))
-  assert not audit.one_config([*runs, other]).passed
+  assert not one_config([*runs, other]).passed
   again = RunFolder(tmp_path / "again", dataclasses.replace(SETTINGS, seed=2))
-  assert not audit.one_config([*runs, again]).passed
+  assert not one_config([*runs, again]).passed
+
+
+def test_a_summary_tells_outcomes_apart():
+  held, broken, unmade = (Check(name, passed, "") for name, passed in (("a", True), ("b", False), ("c", None)))
+  assert outcomes.summary([held, held]) == "2 of 2 checks hold"
+  assert outcomes.summary([held, unmade]) == "1 of 2 checks hold; 1 could not be made"
+  assert outcomes.summary([held, broken, unmade]) == "1 of 3 checks hold; broken: b; 1 could not be made"

@@ -1,21 +1,26 @@
-"""Every rule of scoring, with an evaluator that breaks it: our own, with one line put wrong."""
+"""Every rule of scoring, with an evaluator that breaks it (our own with one line changed) or scores that do."""
 
 import dataclasses
+import json
+import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.audit import audit, probes
+from pgolf_jax.audit import evidence, probes
+from pgolf_jax.audit.evidence import acyclic
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.context import Context
 from pgolf_jax.model.gpt import bind
+from pgolf_jax.runtime import checks as outcomes
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import buckets, scan, ttt
 from pgolf_jax.scoring.context import Window
 from pgolf_jax.scoring.hints import HintStream
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.trace import ScoreEvent, WeightsEvent
 
 DATA = random_documents([40, 31, 52, 36, 45])
@@ -24,10 +29,11 @@ FUTURE, TARGET, NORMAL, ONCE = range(4)
 
 def make_evaluate(settings=None):
   settings = settings or changed(SETTINGS, phase__prefix_docs=3, batch_size=2)
-  mesh, params, options = data_mesh(jax.devices()[:1]), random_params(), ttt.Options(distributions=True)
+  mesh, params = data_mesh(jax.devices()[:1]), random_params()
   programs = ttt.Programs(settings, mesh, distributions=True)
 
-  def evaluate(tokens):
+  def evaluate(tokens, folder=None):
+    options = ttt.Options(folder, distributions=True)
     return ttt.evaluate(settings, params, ValidationData(tokens, DATA.token_bytes), mesh, options, programs)
 
   return evaluate
@@ -38,6 +44,14 @@ def compiled():
   return make_evaluate()
 
 
+@pytest.fixture(scope="module")
+def scored(compiled, tmp_path_factory):
+  """A run's folder of scores, by the evaluator that is compiled already."""
+  folder = tmp_path_factory.mktemp("scores")
+  compiled(DATA.tokens, folder)
+  return folder
+
+
 def run(evaluate):
   model = SETTINGS.model
   return probes.run(evaluate, DATA.tokens, bos_id=model.bos_id, vocab_size=model.vocab_size, probes=4)
@@ -45,7 +59,7 @@ def run(evaluate):
 
 def test_our_evaluator_passes(compiled):
   checks = run(compiled)
-  assert [check.passed for check in checks] == [True] * 4, audit.table(checks)
+  assert [check.passed for check in checks] == [True] * 4, outcomes.table(checks)
   assert "with an open gate" in checks[TARGET].finding and " 0 of them" not in checks[TARGET].finding
 
 
@@ -132,20 +146,50 @@ def test_a_token_left_out_is_caught(compiled, monkeypatch):
 def test_counts_of_documents_that_come_later_are_not_acyclic(compiled):
   documents = 5
   strict = compiled(DATA.tokens).trace
-  assert audit.acyclic(strict, documents).passed
+  assert acyclic(strict, documents).passed
   settings = changed(SETTINGS, phase__prefix_docs=3, batch_size=2, order="reference")
-  found = audit.acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
+  found = acyclic(make_evaluate(settings)(DATA.tokens).trace, documents)
   assert not found.passed and "not acyclic" in found.finding
 
 
 def test_documents_scored_twice_or_never_are_caught():
   score = ScoreEvent(batch=0, documents=(0, 1, 1), weights=0, adapters="0", carried=0)
-  assert not audit.acyclic([score], 2).passed
-  assert not audit.acyclic([dataclasses.replace(score, documents=(0,))], 2).passed
-  assert audit.acyclic([dataclasses.replace(score, documents=(0, 1))], 2).passed
+  assert not acyclic([score], 2).passed
+  assert not acyclic([dataclasses.replace(score, documents=(0,))], 2).passed
+  assert acyclic([dataclasses.replace(score, documents=(0, 1))], 2).passed
 
 
 def test_weights_that_saw_a_document_before_its_score_are_caught():
   score = ScoreEvent(batch=0, documents=(0,), weights=1, adapters="0", carried=0)
   trained = WeightsEvent(version=1, documents=(0,))
-  assert "weights 1" in audit.acyclic([trained, score], 1).finding
+  assert "weights 1" in acyclic([trained, score], 1).finding
+
+
+def by_name(checks):
+  return {check.name: check.passed for check in checks}
+
+
+def test_scores_of_a_run_hold(scored):
+  assert set(by_name(evidence.scores(scored, DATA, SETTINGS)).values()) == {True}
+
+
+def test_a_target_scored_twice_in_the_run_is_caught(scored, tmp_path):
+  shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+  times = np.load(tmp_path / "times.npy")
+  times[11] = 2
+  np.save(tmp_path / "times.npy", times)
+  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["every target scored exactly once"]
+
+
+def test_a_wrong_sidecar_is_caught_by_the_bytes_of_the_score(scored):
+  data = DATA._replace(token_bytes=DATA.token_bytes + (np.arange(len(DATA.tokens)) == 9))
+  assert not by_name(evidence.scores(scored, data, SETTINGS))["bytes of the score"]
+
+
+def test_a_trace_with_a_later_document_in_the_counts_is_caught(scored, tmp_path):
+  shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+  events = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+  score = next(event for event in events if event["event"] == "score")
+  weights = {"event": "weights", "version": 1, "documents": score["documents"]}
+  (tmp_path / "trace.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{**score, "weights": 1}, weights]))
+  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["one order explains every score"]

@@ -1,4 +1,4 @@
-"""Tokenizers and a little text for the tests of the data room."""
+"""Tokenizers and a little text for the tests of `data/`."""
 
 import io
 import json
@@ -7,28 +7,27 @@ import pytest
 import sentencepiece
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.default_text import default_documents
-from pgolf_jax.data.documents import Position
-from pgolf_jax.data.tokenizer import Tokenizer
-from pgolf_jax.data.tokenizer_training import train_tokenizer
+from pgolf_jax.data.corpus import Position
+from pgolf_jax.data.folder import default_corpus
+from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def speeches() -> list[str]:
   """Twenty short speeches."""
-  texts = sorted((record.text() for _, record, _ in default_documents()[0].records(Position())), key=len)
+  texts = sorted((document.text() for _, document, _ in default_corpus()[0].read(Position())), key=len)
   return texts[:20]
 
 
 @pytest.fixture(scope="session")
 def lossless(speeches) -> Tokenizer:
-  """A tokenizer as this project trains them."""
+  """A tokenizer as this project trains it."""
   return train_tokenizer(map(caseops.encode, speeches), 600)
 
 
 @pytest.fixture(scope="session")
 def train_other(speeches):
-  """train_other(**options) → a tokenizer that this project would not train, on the same speeches."""
+  """train_other(**options) → a tokenizer of the same speeches, trained with other options than this project's."""
 
   def train(vocab_size: int = 600, **options) -> Tokenizer:
     model = io.BytesIO()
@@ -43,7 +42,7 @@ def train_other(speeches):
 
 @pytest.fixture(scope="session")
 def normalising(train_other) -> Tokenizer:
-  """A tokenizer like the published one: NFKC, extra white space removed, CaseOps symbols."""
+  """A tokenizer like the published one: text normalised by NFKC, extra white space removed, CaseOps symbols."""
   return train_other(
     model_type="bpe", byte_fallback=True, add_dummy_prefix=False, user_defined_symbols=list(caseops.MARKERS)
   )

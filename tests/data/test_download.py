@@ -1,4 +1,4 @@
-"""Downloading by name, against a folder that stands in for the hub."""
+"""Downloading a published data set from a folder that stands in for the hub."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ MODEL = f"datasets/tokenizers/{PUBLISHED['caseops'].files[0]}"
 
 
 class Hub:
-  """A local copy of a hub repository, with a log of what was fetched."""
+  """A local copy of a hub repository that logs what is fetched."""
 
   def __init__(self, root):
     self.root, self.fetched = root, []
@@ -72,14 +72,14 @@ def test_everything_that_training_needs_comes_in_one_folder(hub, tmp_path, lossl
   assert (tmp_path / "out" / TOKENIZER).read_bytes() == lossless.model
 
 
-def test_what_is_there_is_not_fetched_again_and_more_shards_can_be_added(hub, tmp_path):
+def test_complete_files_are_not_fetched_again_and_more_shards_can_be_added(hub, tmp_path):
   download("caseops", tmp_path / "out", train_shards=2)
   hub.fetched.clear()
   download("caseops", tmp_path / "out", train_shards=4)
   assert hub.fetched == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
 
 
-def test_a_damaged_file_here_is_fetched_again(hub, tmp_path):
+def test_a_damaged_file_in_the_folder_is_fetched_again(hub, tmp_path):
   paths = download("caseops", tmp_path / "out", train_shards=1)
   paths[0].write_bytes(paths[0].read_bytes()[:-1])
   hub.fetched.clear()
@@ -87,7 +87,7 @@ def test_a_damaged_file_here_is_fetched_again(hub, tmp_path):
   assert hub.fetched == ["fineweb_train_000000.bin"] and read_shard(paths[0]).size == 10
 
 
-def test_a_damaged_file_there_is_refused_and_not_kept(hub, tmp_path):
+def test_a_damaged_file_on_the_hub_is_refused_and_deleted(hub, tmp_path):
   shard = hub.root / SHARDS / "fineweb_train_000001.bin"
   whole = shard.read_bytes()
   shard.write_bytes(whole[:-1])
@@ -111,12 +111,12 @@ def test_sidecar_of_another_length_is_refused(hub, tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 5])
-def test_more_shards_than_there_are(hub, tmp_path, count):
+def test_a_number_of_shards_that_the_hub_does_not_have_is_refused(hub, tmp_path, count):
   with pytest.raises(UserError, match=f"4 training shards; ask for 1 to 4, not {count}"):
     download("caseops", tmp_path / "out", train_shards=count)
 
 
-def test_a_file_that_the_publisher_took_away(hub, tmp_path):
+def test_a_file_that_the_publisher_deleted_is_named(hub, tmp_path):
   (hub.root / MODEL).unlink()
   with pytest.raises(UserError, match=r"no longer has .*\.model"):
     download("caseops", tmp_path / "out", train_shards=1)
@@ -132,7 +132,7 @@ def test_no_connection(hub, tmp_path, monkeypatch):
     raise OSError("network is unreachable")
 
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-  with pytest.raises(UserError, match=r"network is unreachable.* again to go on"):
+  with pytest.raises(UserError, match=r"network is unreachable.* again to continue"):
     download("caseops", tmp_path / "out", train_shards=1)
   monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
   with pytest.raises(UserError, match="cannot list"):

@@ -1,4 +1,4 @@
-"""Preparing a folder: what ends up in it, who is held out, and going on after a kill with the same result."""
+"""Preparing a folder: its files, which documents are held out, and the same result after a kill."""
 
 import json
 import os
@@ -12,33 +12,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgolf_jax.data import caseops, documents
+from pgolf_jax.data import caseops, corpus
+from pgolf_jax.data import encode as encode_module
 from pgolf_jax.data import prepare as prepare_module
-from pgolf_jax.data.documents import open_documents
-from pgolf_jax.data.journal import JOURNAL
-from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest
+from pgolf_jax.data.corpus import open_corpus
+from pgolf_jax.data.holdout import Holdout
+from pgolf_jax.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Manifest
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.data.shards import iter_documents, list_shards, read_shard, write_shard
-from pgolf_jax.data.split import Choice
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 
 TEXTS = [f"The Document No. {i} of Many\n\n" + "Fellow-Citizens of the Senate, " * (i % 5 + 1) for i in range(60)]
-FIRST_FIVE = Choice(5)
+FIRST_FIVE = Holdout(5)
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-  monkeypatch.setattr(documents, "BATCH_BYTES", 500)
+  monkeypatch.setattr(corpus, "BATCH_BYTES", 500)
 
 
 @pytest.fixture
 def docs(write_jsonl):
-  return open_documents(write_jsonl("docs.jsonl", TEXTS))
+  return open_corpus(write_jsonl("docs.jsonl", TEXTS))
 
 
-def plan(train, tokenizer, *, val=None, choice=FIRST_FIVE, **options):
-  return Preparation(train, val, choice, tokenizer, tokenizer.vocab_size, **options)
+def plan(train, tokenizer, *, val=None, holdout=FIRST_FIVE, **options):
+  return Preparation(train, val, holdout, tokenizer, tokenizer.vocab_size, **options)
 
 
 def texts_in(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
@@ -63,28 +63,28 @@ def test_first_documents_are_held_out(docs, lossless, tmp_path):
   assert not (tmp_path / "out" / JOURNAL).exists()
 
 
-@pytest.mark.parametrize("choice, held_out", [(Choice(None, 10), TEXTS[9::10]), (Choice(2, 10), TEXTS[9:20:10])])
-def test_every_nth_document_is_held_out(docs, lossless, tmp_path, choice, held_out):
-  prepare(tmp_path, plan(docs, lossless, choice=choice), workers=1)
+@pytest.mark.parametrize("holdout, held_out", [(Holdout(None, 10), TEXTS[9::10]), (Holdout(2, 10), TEXTS[9:20:10])])
+def test_every_nth_document_is_held_out(docs, lossless, tmp_path, holdout, held_out):
+  prepare(tmp_path, plan(docs, lossless, holdout=holdout), workers=1)
   assert texts_in(tmp_path, "val", lossless) == held_out
   assert texts_in(tmp_path, "train", lossless) == [text for text in TEXTS if text not in held_out]
 
 
 def test_validation_from_a_file_of_its_own(docs, lossless, write_jsonl, tmp_path):
-  held_out = open_documents(write_jsonl("val.jsonl", ["Held out I", "Held out II", "Held out III"]))
-  manifest = prepare(tmp_path / "all", plan(docs, lossless, val=held_out, choice=Choice(None)), workers=1)
+  held_out = open_corpus(write_jsonl("val.jsonl", ["Held out I", "Held out II", "Held out III"]))
+  manifest = prepare(tmp_path / "all", plan(docs, lossless, val=held_out, holdout=Holdout(None)), workers=1)
   assert texts_in(tmp_path / "all", "val", lossless) == ["Held out I", "Held out II", "Held out III"]
   assert texts_in(tmp_path / "all", "train", lossless) == TEXTS
   assert manifest.validation == "all documents of val.jsonl"
-  prepare(tmp_path / "two", plan(docs, lossless, val=held_out, choice=Choice(2)), workers=1)
+  prepare(tmp_path / "two", plan(docs, lossless, val=held_out, holdout=Holdout(2)), workers=1)
   assert texts_in(tmp_path / "two", "val", lossless) == ["Held out I", "Held out II"]
 
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_copies_of_held_out_documents_never_reach_training(write_jsonl, lossless, tmp_path, separate):
-  train = open_documents(write_jsonl("docs.jsonl", [*TEXTS, TEXTS[0], "new", TEXTS[4]]))
-  val = open_documents(write_jsonl("val.jsonl", TEXTS[:5])) if separate else None
-  manifest = prepare(tmp_path / "out", plan(train, lossless, val=val, choice=Choice(5)), workers=1)
+  train = open_corpus(write_jsonl("docs.jsonl", [*TEXTS, TEXTS[0], "new", TEXTS[4]]))
+  val = open_corpus(write_jsonl("val.jsonl", TEXTS[:5])) if separate else None
+  manifest = prepare(tmp_path / "out", plan(train, lossless, val=val, holdout=Holdout(5)), workers=1)
   assert texts_in(tmp_path / "out", "train", lossless) == [*TEXTS[5:], "new"]
   assert manifest.train.duplicates == (7 if separate else 2)
 
@@ -92,8 +92,8 @@ def test_copies_of_held_out_documents_never_reach_training(write_jsonl, lossless
 def test_a_tokenizer_is_trained_on_training_text_alone(write_jsonl, tmp_path):
   secret = "Zyzzogeton " * 400
   texts = [secret, *(text * 3 for text in TEXTS), secret]
-  train = open_documents(write_jsonl("docs.jsonl", texts))
-  manifest = prepare(tmp_path / "out", Preparation(train, None, Choice(1), None, 350), workers=1)
+  train = open_corpus(write_jsonl("docs.jsonl", texts))
+  manifest = prepare(tmp_path / "out", Preparation(train, None, Holdout(1), None, 350), workers=1)
   tokenizer = Tokenizer.load(tmp_path / "out" / TOKENIZER, 350)
   assert manifest.tokenizer_text_bytes == sum(len(text.encode()) for text in texts[1:-1])
   assert len(tokenizer.encode(" zyzzogeton")) > 8
@@ -122,8 +122,8 @@ def test_result_does_not_depend_on_the_number_of_processes(docs, lossless, tmp_p
 
 
 def test_normalising_tokenizer_reports_what_it_loses(write_jsonl, normalising, tmp_path):
-  train = open_documents(write_jsonl("docs.jsonl", ["  both ends \n", "no end", "x"]))
-  manifest = prepare(tmp_path / "out", plan(train, normalising, choice=Choice(2)), workers=1)
+  train = open_corpus(write_jsonl("docs.jsonl", ["  both ends \n", "no end", "x"]))
+  manifest = prepare(tmp_path / "out", plan(train, normalising, holdout=Holdout(2)), workers=1)
   assert (manifest.val.text_bytes, manifest.val.counted_bytes) == (19, 15)
 
 
@@ -142,8 +142,6 @@ def test_done_once_is_not_done_again(docs, lossless, tmp_path):
 
 
 def test_two_at_once_do_the_work_once(docs, lossless, tmp_path, monkeypatch):
-  from pgolf_jax.data import shard_writer
-
   written = []
 
   def write_slowly(path, tokens):
@@ -151,7 +149,7 @@ def test_two_at_once_do_the_work_once(docs, lossless, tmp_path, monkeypatch):
     time.sleep(0.05)
     write_shard(path, tokens)
 
-  monkeypatch.setattr(shard_writer, "write_shard", write_slowly)
+  monkeypatch.setattr(prepare_module, "write_shard", write_slowly)
   with ThreadPoolExecutor(2) as pool:
     first, second = pool.map(lambda _: prepare(tmp_path / "out", plan(docs, lossless), workers=1), range(2))
   assert first == second
@@ -163,10 +161,8 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("after", [2, 3, 7, 12])
-def test_interrupted_anywhere_it_goes_on_from_the_last_shard(docs, lossless, tmp_path, monkeypatch, after):
-  """Breaks off after every number of shards written, without any clean-up, and goes on."""
-  from pgolf_jax.data import shard_writer
-
+def test_interrupted_anywhere_it_continues_from_the_last_shard(docs, lossless, tmp_path, monkeypatch, after):
+  """Stops after every number of shards written, without any clean-up, and starts again."""
   preparation = plan(docs, lossless, shard_tokens=150)
   prepare(tmp_path / "whole", preparation, workers=1)
   written = []
@@ -174,11 +170,12 @@ def test_interrupted_anywhere_it_goes_on_from_the_last_shard(docs, lossless, tmp
   def write_then_die(path, tokens):
     if len(written) % (after + 1) == after:
       written.append("killed before writing")
+      path.with_name(f".{path.name}.1.partial").write_bytes(b"what a killed process leaves")
       raise KilledError
     written.append(path.name)
     write_shard(path, tokens)
 
-  monkeypatch.setattr(shard_writer, "write_shard", write_then_die)
+  monkeypatch.setattr(prepare_module, "write_shard", write_then_die)
   for _ in range(100):
     try:
       prepare(tmp_path / "cut", preparation, workers=1)
@@ -192,13 +189,19 @@ def test_interrupted_anywhere_it_goes_on_from_the_last_shard(docs, lossless, tmp
 
 
 COMMAND = """
+import time
 from pathlib import Path
-from pgolf_jax.data import documents
+from pgolf_jax.data import corpus
+from pgolf_jax.data.holdout import Holdout
 from pgolf_jax.data.prepare import Preparation, prepare
-from pgolf_jax.data.split import Choice
-documents.BATCH_BYTES = 1 << 15
-text = documents.open_documents(Path({docs!r}))
-prepare({folder!r}, Preparation(text, None, Choice(3), None, 500, shard_tokens=20_000), workers=2)
+corpus.BATCH_BYTES = 1 << 13
+class Slow(corpus.JsonLines):  # so that a kill comes before the end on any machine
+  def read(self, start):
+    for document in super().read(start):
+      time.sleep(0.01)
+      yield document
+text = Slow(Path({docs!r}))
+prepare({folder!r}, Preparation(text, None, Holdout(3), None, 500, shard_tokens=5_000), workers={workers})
 """
 
 
@@ -216,17 +219,18 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes in /proc")
 def test_sigkill_and_restart(tmp_path, speeches, write_jsonl):
-  """Killed for real, with worker processes, as often as it takes; finished shards stay the files they are."""
+  """Kills the process, with two worker processes, twice; finished shards remain the files they are."""
 
-  docs = write_jsonl("docs.jsonl", [f"Take {i}. {text}" for i in range(12) for text in speeches])
+  docs = write_jsonl("docs.jsonl", [f"Take {i}. {text}" for i in range(3) for text in speeches])
 
-  def start(folder):
-    return subprocess.Popen([sys.executable, "-c", COMMAND.format(docs=str(docs), folder=str(folder))])
+  def start(folder, workers):
+    command = COMMAND.format(docs=str(docs), folder=str(folder), workers=workers)
+    return subprocess.Popen([sys.executable, "-c", command])
 
-  whole = start(tmp_path / "whole")
+  whole = start(tmp_path / "whole", 1)
   folder, kills, seen, workers = tmp_path / "killed", 0, {}, set()
   while True:
-    process = start(folder)
+    process = start(folder, 2)
     before = len(list(folder.glob("fineweb_train_*.bin")))
     while process.poll() is None:
       finished = sorted(folder.glob("fineweb_train_*.bin"))
@@ -257,7 +261,7 @@ def test_a_folder_of_something_else_is_left_alone(docs, lossless, tmp_path):
   folder = tmp_path / "out"
   prepare(folder, plan(docs, lossless), workers=1)
   with pytest.raises(UserError, match=r"another preparation \(it differs in validation\)"):
-    prepare(folder, plan(docs, lossless, choice=Choice(6)), workers=1)
+    prepare(folder, plan(docs, lossless, holdout=Holdout(6)), workers=1)
   (folder / MANIFEST).unlink()
   with pytest.raises(UserError, match="already holds fineweb_"):
     prepare(folder, plan(docs, lossless), workers=1)
@@ -268,7 +272,7 @@ def test_an_unfinished_preparation_of_something_else_is_left_alone(docs, lossles
   with pytest.raises(KilledError):
     prepare(tmp_path / "out", plan(docs, lossless), workers=1)
   with pytest.raises(UserError, match="unfinished preparation of other text"):
-    prepare(tmp_path / "out", plan(docs, lossless, choice=Choice(6)), workers=1)
+    prepare(tmp_path / "out", plan(docs, lossless, holdout=Holdout(6)), workers=1)
   os.utime(tmp_path / "docs.jsonl", ns=(0, time.time_ns()))
   with pytest.raises(UserError, match="unfinished preparation of other text"):
     prepare(tmp_path / "out", plan(docs, lossless), workers=1)
@@ -290,13 +294,13 @@ def test_a_faulty_document_is_named(write_jsonl, lossless, tmp_path, workers):
   with path.open("a") as file:
     file.write('{"text": ""}\n')
   with pytest.raises(UserError, match=r"docs\.jsonl, line 61: an empty document"):
-    prepare(tmp_path / "out", plan(open_documents(path), lossless), workers=workers)
+    prepare(tmp_path / "out", plan(open_corpus(path), lossless), workers=workers)
 
 
 def test_a_document_that_normalises_to_nothing_is_named(write_jsonl, normalising, tmp_path):
-  train = open_documents(write_jsonl("docs.jsonl", ["a", "b", " \n "]))
+  train = open_corpus(write_jsonl("docs.jsonl", ["a", "b", " \n "]))
   with pytest.raises(UserError, match=r"line 3: nothing is left"):
-    prepare(tmp_path / "out", plan(train, normalising, choice=Choice(1)), workers=1)
+    prepare(tmp_path / "out", plan(train, normalising, holdout=Holdout(1)), workers=1)
 
 
 def test_a_document_whose_bytes_do_not_add_up_is_named(docs, lossless, tmp_path, monkeypatch):
@@ -313,27 +317,25 @@ def test_a_document_whose_bytes_do_not_add_up_is_named(docs, lossless, tmp_path,
 
 def test_too_few_documents(docs, lossless, tmp_path):
   with pytest.raises(UserError, match=r"docs\.jsonl: 60 documents .* 61"):
-    prepare(tmp_path / "a", plan(docs, lossless, choice=Choice(61)), workers=1)
+    prepare(tmp_path / "a", plan(docs, lossless, holdout=Holdout(61)), workers=1)
   with pytest.raises(UserError, match="no document is left for train"):
-    prepare(tmp_path / "b", plan(docs, lossless, choice=Choice(60)), workers=1)
+    prepare(tmp_path / "b", plan(docs, lossless, holdout=Holdout(60)), workers=1)
   with pytest.raises(UserError, match="no document is left for training"):
-    prepare(tmp_path / "c", Preparation(docs, None, Choice(60), None, 300), workers=1)
+    prepare(tmp_path / "c", Preparation(docs, None, Holdout(60), None, 300), workers=1)
 
 
 def test_settings_that_make_no_sense(docs, lossless, train_other):
   with pytest.raises(UserError, match="600 pieces where 8192"):
-    Preparation(docs, None, Choice(1), lossless, 8192)
+    Preparation(docs, None, Holdout(1), lossless, 8192)
   with pytest.raises(UserError, match="at least 1"):
     plan(docs, lossless, shard_tokens=0)
   with pytest.raises(UserError, match="at least 1"):
-    Choice(0)
+    Holdout(0)
   with pytest.raises(UserError, match="no pieces for the CaseOps markers"):
     plan(docs, train_other(model_type="bpe", byte_fallback=True))
 
 
 def test_a_killed_worker_is_reported(lossless, monkeypatch):
-  from pgolf_jax.data import encoding
-
-  monkeypatch.setattr(encoding, "_encode_in_worker", os._exit)
+  monkeypatch.setattr(encode_module, "_encode_in_worker", os._exit)
   with pytest.raises(UserError, match="a worker process was killed"):
-    list(encoding.encode_all(encoding.Encoder(lossless, is_caseops=True, held_out=None), [0], workers=2))
+    list(encode_module.encode_all(encode_module.Encoder(lossless, is_caseops=True, held_out=None), [0], workers=2))

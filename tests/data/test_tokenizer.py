@@ -1,4 +1,4 @@
-"""Tokenizers: what kind one is, text back from tokens, and the same pieces as SentencePiece itself gives."""
+"""Tokenizers: their kind, text back from tokens, and the same pieces as SentencePiece itself gives."""
 
 import pickle
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_pb2
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.tokenizer import Tokenizer
-from pgolf_jax.data.tokenizer_training import train_tokenizer
+from pgolf_jax.data import tokenizer as tokenizer_module
+from pgolf_jax.data.corpus import Position, open_corpus
+from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -123,14 +124,12 @@ def test_published_tokenizer_is_recognised(published_tokenizer):
 
 
 def test_published_tokenizer_pieces_on_web_text(published_tokenizer, corpus):
-  from pgolf_jax.data.documents import Position, open_documents
-
   tokenizer = Tokenizer.load(published_tokenizer)
   sp = direct(tokenizer)
-  for position, record, _ in open_documents(corpus / "web_train.jsonl.zst").records(Position()):
+  for position, document, _ in open_corpus(corpus / "web_train.jsonl.zst").read(Position()):
     if position.document == 100:
       break
-    coded = caseops.encode(record.text())
+    coded = caseops.encode(document.text())
     assert tokenizer.encode(coded).tolist() == sp.encode(coded)
 
 
@@ -139,14 +138,12 @@ def test_pickles(lossless):
   assert again.encode("the Congress").tolist() == lossless.encode("the Congress").tolist()
 
 
-def test_memory_of_words_is_bounded(lossless, monkeypatch):
-  from pgolf_jax.data import words
-
-  monkeypatch.setattr(words.WordPieces, "LIMIT", 10)
+def test_the_cache_of_words_is_bounded(lossless, monkeypatch):
+  monkeypatch.setattr(tokenizer_module._WordCache, "CAPACITY", 10)
   tokenizer = Tokenizer(lossless.model)
   text = " ".join(f"w{i}" for i in range(100)) + "x" * 1000
   assert tokenizer.encode(text).tolist() == direct(lossless).encode(text)
-  assert len(tokenizer._words._known) == 10
+  assert len(tokenizer._words) == 10
 
 
 def test_wrong_size_is_refused_with_both_numbers(lossless, tmp_path):
@@ -157,7 +154,7 @@ def test_wrong_size_is_refused_with_both_numbers(lossless, tmp_path):
     Tokenizer.load(path, 8192)
 
 
-def test_what_is_no_model_is_refused(tmp_path):
+def test_a_file_that_is_no_model_is_refused(tmp_path):
   path = tmp_path / "some.model"
   with pytest.raises(UserError, match=r"some\.model: cannot be read"):
     Tokenizer.load(path)

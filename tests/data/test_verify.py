@@ -1,4 +1,4 @@
-"""Each check of `verify` passes on a good folder and fails on one damaged in the way that it looks for."""
+"""Each check of `verify` passes on a good folder and fails on one with the damage that it is meant to detect."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.documents import open_documents
+from pgolf_jax.data.corpus import open_corpus
+from pgolf_jax.data.holdout import Holdout
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.data.shards import read_shard, write_shard
-from pgolf_jax.data.split import Choice
 from pgolf_jax.data.verify import verify
 from pgolf_jax.errors import UserError
 
@@ -26,7 +26,7 @@ def prepared(tmp_path_factory, lossless):
   path = tmp_path_factory.mktemp("good")
   (path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
   prepare(
-    path / "data", Preparation(open_documents(path / "docs.jsonl"), None, Choice(6), lossless, 600, shard_tokens=200), 1
+    path / "data", Preparation(open_corpus(path / "docs.jsonl"), None, Holdout(6), lossless, 600, shard_tokens=200), 1
   )
   return path / "data"
 
@@ -69,7 +69,7 @@ def test_golden_data_pass(golden):
   assert checks == dict.fromkeys(CHECKS, True) | {"text": None, "manifest": None}
 
 
-def test_without_tokenizer_or_manifest_what_can_be_checked_is(folder):
+def test_without_tokenizer_and_manifest_the_other_checks_are_made(folder):
   (folder / TOKENIZER).unlink()
   (folder / MANIFEST).unlink()
   checks = {check.name: check.passed for check in verify(folder)}
@@ -162,15 +162,15 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found(folder, damage):
+def test_damage_is_detected(folder, damage):
   check, apply, message = DAMAGES[damage]
   apply(folder)
-  found = failures(folder)
-  assert check in found, found
-  assert re.search(message, found[check]), found[check]
+  failed = failures(folder)
+  assert check in failed, failed
+  assert re.search(message, failed[check]), failed[check]
 
 
-def test_a_tokenizer_of_another_size_is_found(folder, tmp_path, train_other):
+def test_a_tokenizer_of_another_size_is_detected(folder, tmp_path, train_other):
   small = train_other(300, model_type="bpe", byte_fallback=True, character_coverage=0.98)
   (tmp_path / "small.model").write_bytes(small.model)
   assert (
@@ -178,7 +178,7 @@ def test_a_tokenizer_of_another_size_is_found(folder, tmp_path, train_other):
   )
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_fails_the_check(tmp_path):
   assert "no such folder" in failures(tmp_path / "nothing")["shards"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import hardware, hopper
-from pgolf_jax.kernels.segment_attention import api as attention
+from pgolf_jax.kernels import segment_attention as attention
 from pgolf_jax.kernels.segment_attention import mosaic_tpu
 
 
@@ -25,7 +25,9 @@ def load_with_an_optional_index(ref, idx=None, *, layout=None, optimized=True):
 
 
 @pytest.mark.parametrize(
-  ("load", "index"), [(load_0_10, ()), (load_0_11, None), (load_with_an_optional_index, None)], ids=lambda f: str(f)
+  ("load", "index"),
+  [(load_0_10, ()), (load_0_11, None), (load_with_an_optional_index, None)],
+  ids=["0.10", "0.11", "optional"],
 )
 def test_pallas_load_needs_an_index_in_jax_0_10_and_refuses_one_later(load, index):
   """Without it, all kernels for Hopper GPUs fail with a TypeError when they are traced."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ from tiny_model import MODEL, SETTINGS, random_params
 from pgolf_jax.data import caseops
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.generate import Sampling, generate, next_logits, sample
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 
 
 class Letters:
@@ -36,7 +36,11 @@ def test_logits_are_the_evaluation_distribution(params):
   step = next_logits(MODEL, jnp.float32)
   tokens = np.array([1, 20, 30, 40, 50, 11], np.int32)
   logits = step(params, tokens[:-1])
-  nll = packed_nll(bind(MODEL, params), tokens[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32)
+  nll = jax.jit(
+    lambda params: packed_nll(
+      bind(MODEL, params), tokens[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32
+    )
+  )(params)
   generated_nll = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[-1]]
   assert generated_nll == pytest.approx(float(nll[0, -1]), rel=1e-4)
 

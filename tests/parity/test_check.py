@@ -1,4 +1,4 @@
-"""Each comparison fails when the tensor it judges is wrong, or missing."""
+"""Every tolerance refuses a tensor that is wrong or missing; in other arithmetic it follows from the measured floor."""
 
 import json
 
@@ -9,7 +9,9 @@ from safetensors.numpy import save_file
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.parity.case import Case
-from pgolf_jax.parity.check import check, check_caseops, table
+from pgolf_jax.parity.check import agrees, check, measure_floors, table
+from pgolf_jax.parity.run import run
+from pgolf_jax.parity.tolerance import TOLERANCES, tolerance_for
 
 
 @pytest.fixture
@@ -41,22 +43,22 @@ X = np.arange(1.0, 13.0).reshape(3, 4)
   ],
 )
 def test_a_slip_is_caught(case, kind, name, value, slip):
-  found = case(kind, {"x": X}, {name: value})
-  assert all(row.ok for row in check(found, {name: value}))
+  golden = case(kind, {"x": X}, {name: value})
+  assert agrees(check(golden, {name: value}))
   wrong = value.copy()
   wrong.flat[0] += slip * max(1.0, np.linalg.norm(value)) if kind == "forward" else slip
-  assert not all(row.ok for row in check(found, {name: wrong}))
-  assert not all(row.ok for row in check(found, {}))
+  assert not agrees(check(golden, {name: wrong}))
+  assert not agrees(check(golden, {}))
   broken = value.astype(np.float64)
   broken.flat[0] = np.nan
-  assert not all(row.ok for row in check(found, {name: broken}))
+  assert not agrees(check(golden, {name: broken}))
 
 
 def test_a_target_that_neither_scored_agrees(case):
-  wanted = np.array([1.0, np.nan])
-  found = case("ttt", {"x": X}, {"nll": wanted})
-  assert all(row.ok for row in check(found, {"nll": wanted}))
-  assert not all(row.ok for row in check(found, {"nll": np.zeros(2)}))
+  nll = np.array([1.0, np.nan])
+  golden = case("ttt", {"x": X}, {"nll": nll})
+  assert agrees(check(golden, {"nll": nll}))
+  assert not agrees(check(golden, {"nll": np.zeros(2)}))
 
 
 @pytest.mark.parametrize(
@@ -66,36 +68,78 @@ def test_an_optimizer_step_is_judged_by_its_own_size(case, dtype, slip, ok):
   before = 100.0 + np.ones((2, 3, 3))
   steps = [before + 0.5, before + 1.0]
   expected = {"params/0/qo_bank": steps[0], "params/1/qo_bank": steps[1]}
-  found = case("optimizer", {"params/qo_bank": before}, expected, muon_dtype=dtype)
+  golden = case("optimizer", {"params/qo_bank": before}, expected, muon_dtype=dtype)
   ours = {"params/0/qo_bank": steps[0], "params/1/qo_bank": steps[1] + 0.5 * slip}
-  assert all(row.ok for row in check(found, ours)) is ok
+  assert agrees(check(golden, ours)) is ok
 
 
 def test_a_lower_score_after_ttt_is_no_fault(case):
-  found = case("e2e", {"x": X}, {"val_bpb_ttt": np.array([2.0])})
-  assert all(row.ok for row in check(found, {"val_bpb_ttt": np.array([1.9])}))
+  golden = case("e2e", {"x": X}, {"val_bpb_ttt": np.array([2.0])})
+  assert agrees(check(golden, {"val_bpb_ttt": np.array([1.9])}))
 
 
-def test_caseops_documents_are_compared_one_by_one():
+def test_caseops_documents_are_compared_one_by_one(tmp_path):
   documents = [{"ids": [1, 2], "bytes": [0, 3]}, {"ids": [4], "bytes": [1]}]
-  assert all(row.ok for row in check_caseops(documents, documents))
-  assert not all(row.ok for row in check_caseops(documents[:1], documents))
-  assert not all(row.ok for row in check_caseops([documents[0], {"ids": [4], "bytes": [2]}], documents))
+  (tmp_path / "case.json").write_text('{"kind": "caseops"}')
+  (tmp_path / "expected.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+  golden = Case.load(tmp_path)
+  assert agrees(check(golden, documents))
+  assert not agrees(check(golden, documents[:1]))
+  assert not agrees(check(golden, [documents[0], {"ids": [4], "bytes": [2]}]))
 
 
-def test_the_table_shows_the_worst_first(case):
-  found = case("forward", {"x": X}, {"a": X, "b": X})
-  text = table(check(found, {"a": X, "b": X + 1}))
-  assert "FAIL" in text.splitlines()[1] and text.endswith("1 agree, 1 do not")
+def test_the_table_shows_the_worst_tensor_of_a_quantity_and_all_that_fail(case):
+  golden = case("forward", {"x": X}, {f"loop0/grads/{name}": X for name in "abcd"})
+  ours = {"loop0/grads/a": X, "loop0/grads/b": X * (1 + 1e-5), "loop0/grads/c": X + 1, "loop0/grads/d": X + 2}
+  text = table(check(golden, ours))
+  assert [line.split()[0] for line in text.splitlines()[1:-1]] == ["FAIL", "FAIL"]
+  assert "grads/d" in text.splitlines()[1] and text.endswith("2 agree, 2 do not")
+  text = table(check(golden, dict.fromkeys(ours, ours["loop0/grads/b"]) | {"loop0/grads/a": X}))
+  assert len(text.splitlines()) == 3 and "4 tensors" in text and "1e-05" in text
+  assert len(table(check(golden, ours), everything=True).splitlines()) == 6
+
+
+def test_every_tensor_of_the_small_cases_is_compared(small_golden):
+  kinds = {tolerance.kind for tolerance in TOLERANCES} - {"e2e"}
+  for kind in kinds:
+    golden = Case.load(small_golden(kind))
+    skipped = [name for name in golden.expected if tolerance_for(golden, name) is None]
+    assert all(name.startswith("quantized/") for name in skipped), skipped
+
+
+def test_limits_in_bfloat16_follow_from_the_floor_and_refuse_a_fault(small_golden):
+  golden = Case.load(small_golden("optimizer"), dtype="bfloat16")
+  floors = measure_floors(golden)
+  rows = check(golden, run(golden), floors)
+  assert agrees(rows), table(rows)
+  banks = [row for row in rows if row.quantity == "Muon steps"]
+  assert all(row.error > 1e-3 for row in banks)  # more than float32 would be allowed
+  assert all(row.limit == max(5e-2, 6 * row.floor * 2**-8 / 1e-7) for row in banks)
+  forgotten = {**run(golden), "params/0/qo_bank": golden.inputs["params/qo_bank"] * 0.999}
+  assert not agrees(check(golden, forgotten, floors))
+  # What is not computed in bfloat16 is not excused by it.
+  assert all(row.limit == max(1e-3, 6 * row.floor * 2**-24 / 1e-7) for row in rows if row.quantity == "Adam steps")
 
 
 def test_the_exit_status_tells(case, capsys, tmp_path):
   case("ngram", {"x": X}, {"hint_ids": np.arange(4)})
+  assert main(["parity", "check"]) == 1
+  assert "--all" in capsys.readouterr().err
   save_file({"hint_ids": np.arange(4)}, tmp_path / "same.safetensors")
   save_file({"hint_ids": np.arange(4)[::-1].copy()}, tmp_path / "other.safetensors")
   assert main(["parity", "check", str(tmp_path), "--ours", str(tmp_path / "same.safetensors")]) == 0
   assert main(["parity", "check", str(tmp_path), "--ours", str(tmp_path / "other.safetensors")]) == 1
-  assert "entries that differ" in capsys.readouterr().out
+  assert "entries that are not equal" in capsys.readouterr().out
+
+
+def test_all_cases_of_a_folder(small_golden, tmp_path, capsys):
+  (tmp_path / "hints").symlink_to(small_golden("ngram"))
+  assert main(["parity", "check", str(tmp_path), "--all"]) == 0
+  assert main(["parity", "run", str(tmp_path / "hints"), "--out", str(tmp_path / "ours.safetensors")]) == 0
+  out = capsys.readouterr().out
+  assert "float32 on cpu" in out and "1 of 1 cases agree" in out and "3 tensors written" in out
+  assert main(["parity", "check", str(tmp_path / "none"), "--all"]) == 1
+  assert "no golden cases" in capsys.readouterr().err
 
 
 def test_what_is_not_a_case_is_refused(tmp_path):

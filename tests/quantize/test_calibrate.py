@@ -40,13 +40,22 @@ def inputs_of_matrices(params, rows, respect_documents: bool) -> dict[str, list[
   return {name: [np.asarray(x, np.float64) for x in uses] for name, uses in jax.jit(forward)(params).items()}
 
 
+@pytest.fixture(scope="module")
+def rows(shards):
+  return draw_rows(shards, seq_len=32, count=11, seed=3)  # no multiple of the 8 devices
+
+
+@pytest.fixture(scope="module")
+def calibrations(rows):
+  """By whether attention stays within documents."""
+  settings = {respect: with_quantize(calibration_respect_documents=respect) for respect in (False, True)}
+  return {respect: moments(settings[respect], random_params(), rows, step_tokens=64) for respect in settings}
+
+
 @pytest.mark.parametrize("respect_documents", [False, True])
-def test_moments_are_those_of_the_inputs(shards, respect_documents):
-  params = random_params()
-  rows = draw_rows(shards, seq_len=32, count=11, seed=3)  # no multiple of the 8 devices
-  settings = with_quantize(calibration_respect_documents=respect_documents)
-  calibration = moments(settings, params, rows, step_tokens=64)
-  inputs = inputs_of_matrices(params, jnp.asarray(rows), respect_documents)
+def test_moments_are_those_of_the_inputs(rows, calibrations, respect_documents):
+  calibration = calibrations[respect_documents]
+  inputs = inputs_of_matrices(random_params(), jnp.asarray(rows), respect_documents)
   assert len(inputs["blocks.0.attn.c_q.weight"]) == 2  # a looped layer adds up its uses
   for name, uses in inputs.items():
     x = np.concatenate(uses)
@@ -58,13 +67,8 @@ def test_moments_are_those_of_the_inputs(shards, respect_documents):
       assert np.array_equal(shared, calibration.hessian[f"blocks.{layer}.attn.c_q.weight"])
 
 
-def test_documents_change_the_moments_only_if_respected(shards):
-  params = random_params()
-  rows = draw_rows(shards, seq_len=32, count=8, seed=0)
-  apart, joined = (
-    moments(with_quantize(calibration_respect_documents=respect), params, rows).hessian["tok_emb.weight"]
-    for respect in (True, False)
-  )
+def test_documents_change_the_moments_only_if_respected(calibrations):
+  apart, joined = (calibrations[respect].hessian["tok_emb.weight"] for respect in (True, False))
   assert not np.allclose(apart, joined, rtol=1e-3)
 
 

@@ -5,9 +5,9 @@ import numpy as np
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import probes
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import ttt
-from pgolf_jax.scoring.plain import ValidationData
 
 CACHED = changed(SETTINGS, method="cached")
 

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
+from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.plain import ValidationData
 from pgolf_jax.scoring.record import Record, identity
 from pgolf_jax.scoring.trace import WeightsEvent, find_cycle
 

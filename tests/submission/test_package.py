@@ -4,19 +4,18 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import SETTINGS, random_params, with_quantize, write_data
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.quantize.artifact import load, read, writer
-from pgolf_jax.quantize.fit import scaled
-from pgolf_jax.quantize.make import make
+from pgolf_jax.quantize.make import make, scaled
 from pgolf_jax.settings.load import from_dict
-from pgolf_jax.submission import accounting, bundle, package
+from pgolf_jax.submission import bundle, package
 from pgolf_jax.submission.evaluate import main, score
 
 
@@ -72,7 +71,7 @@ def test_files_that_are_no_artifact_are_refused(artifact, tmp_path):
 
 def test_account_adds_up(artifact):
   data = artifact.read_bytes()
-  account = accounting.account(data, code(110), tokenizer=7, budget=50)
+  account = bundle.account(data, code(110), tokenizer=7, budget=50)
   assert account.artifact == len(data)
   assert account.total == len(data) + 110
   assert account.over == account.total - 50
@@ -84,19 +83,19 @@ def test_account_adds_up(artifact):
 def test_over_budget_is_refused_with_a_way_out(artifact):
   stored = read(artifact.read_bytes())
   zstd = writer.write(stored.config, stored.tensors, "zstd")
-  account = accounting.account(zstd, code(), budget=len(zstd) - 1000)
+  account = bundle.account(zstd, code(), budget=len(zstd) - 1000)
   with pytest.raises(
     UserError, match=r"1,000 over the budget .*codec='entropy' saves .*times as wide would fit .*--fit"
   ):
     package.require_fit(account, zstd)
-  package.require_fit(accounting.account(zstd, code(), budget=len(zstd)), zstd)
+  package.require_fit(bundle.account(zstd, code(), budget=len(zstd)), zstd)
 
 
 def test_suggested_clips_do_fit(artifact, data):
   stored = artifact.read_bytes()
   budget = int(len(stored) * 0.9)
   with pytest.raises(UserError) as refused:
-    package.require_fit(accounting.account(stored, code(), budget=budget), stored)
+    package.require_fit(bundle.account(stored, code(), budget=budget), stored)
   multiplier = float(str(refused.value).split("clips ")[1].split(" times")[0])
   again = make(with_quantize(**vars(scaled(SETTINGS.quantize, multiplier))), random_params(), data)
   assert len(again.data) == pytest.approx(budget, rel=0.01)
@@ -138,11 +137,15 @@ def test_a_damaged_artifact_ends_the_evaluation_with_its_reason(artifact, data, 
 def test_score_is_that_of_the_dequantised_weights(artifact, data, scored):
   params = {name: jnp.asarray(v) for name, v in load(artifact)[1].items()}
   tokens = np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512:].astype(np.int32)
+  nll = jax.jit(
+    lambda params, row: packed_nll(
+      bind(SETTINGS.model, params), row, looping=True, seq_len=32, evaluation=True, dtype=jnp.float32
+    )
+  )
   nats = 0.0
   for first in range(0, 399, 64):
     row = tokens[first : min(first + 64, 399) + 1][None]
-    nll = packed_nll(bind(SETTINGS.model, params), row, looping=True, seq_len=32, evaluation=True, dtype=jnp.float32)
-    nats += float(nll.sum())
+    nats += float(nll(params, row).sum())
   assert scored["loss"] == pytest.approx(nats / 399, rel=1e-5)
 
 

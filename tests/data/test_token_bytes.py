@@ -1,0 +1,78 @@
+"""The byte sidecar: the published figures exactly, sums that are the text's, and what a normalising tokenizer loses."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from pgolf_jax.data import caseops
+from pgolf_jax.data.encode import token_bytes
+from pgolf_jax.data.tokenizer import Tokenizer
+from pgolf_jax.errors import UserError
+
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+texts = st.one_of(
+  st.text(st.characters(exclude_categories=["Cs"]), max_size=50),
+  st.text(st.sampled_from([*" \n▁aBé日😀", *caseops.MARKERS]), max_size=30),
+)
+
+
+def test_golden_case(golden, published_tokenizer):
+  tokenizer = Tokenizer.load(published_tokenizer)
+  docs = (golden("caseops") / "docs.jsonl").read_text().splitlines()
+  expected = (golden("caseops") / "expected.jsonl").read_text().splitlines()
+  assert len(docs) == len(expected) > 0
+  for doc, line in zip(docs, expected, strict=True):
+    text, want = json.loads(doc)["text"], json.loads(line)
+    coded = caseops.encode(text)
+    tokens_N = tokenizer.encode(coded)
+    bytes_N = token_bytes(tokenizer, coded, tokens_N)
+    assert coded == want["caseops"]
+    assert tokens_N.tolist() == want["ids"]
+    assert bytes_N.tolist() == want["bytes"]
+    assert (len(text.encode()), bytes_N.sum()) == (want["utf8_bytes"], want["sum_bytes"])
+
+
+@relaxed
+@given(texts)
+@example(caseops.ESC + "A" + caseops.TITLE)
+def test_lossless_bytes_add_up_to_the_text(lossless, text):
+  coded = caseops.encode(text)
+  bytes_N = token_bytes(lossless, coded, lossless.encode(coded))
+  assert bytes_N.dtype == np.uint16 and bytes_N.sum() == len(text.encode())
+
+
+@relaxed
+@given(texts)
+def test_without_caseops_markers_count_like_any_character(lossless, text):
+  bytes_N = token_bytes(lossless, text, lossless.encode(text), is_caseops=False)
+  assert bytes_N.sum() == len(text.encode())
+
+
+@relaxed
+@given(texts.map(lambda text: text.replace("▁", "")))
+def test_normalising_tokenizer_loses_the_white_space_at_the_ends_alone(normalising, text):
+  text = f"x{text}y"
+  coded = caseops.encode(f"  {text} \n")
+  assert token_bytes(normalising, coded, normalising.encode(coded)).sum() == len(text.encode())
+
+
+def test_white_space_that_is_dropped_inside_counts_with_the_word_after_it(normalising):
+  coded = caseops.encode("a \n\n b")
+  assert token_bytes(normalising, coded, normalising.encode(coded)).sum() == 6
+
+
+def test_markers_count_nothing_and_escaped_markers_their_own(lossless):
+  coded = caseops.encode(f"No{caseops.TITLE}")
+  tokens_N = lossless.encode(coded)
+  by_token = list(zip(tokens_N.tolist(), token_bytes(lossless, coded, tokens_N).tolist(), strict=True))
+  assert by_token[0] == (4, 0)
+  assert by_token[-2:] == [(7, 0), (4, 3)]
+
+
+def test_a_token_of_too_many_bytes_is_refused(normalising):
+  text = "a" + " " * 70_000 + "b"
+  with pytest.raises(UserError, match=r"70001 bytes.*65535"):
+    token_bytes(normalising, text, normalising.encode(text))
