@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import hardware, hopper
-from pgolf_jax.kernels.leaky_relu2_mlp.vjp import with_gradient
+from pgolf_jax.kernels.leaky_relu2_mlp import with_gradient
 
 _TILE_N = 128
 """Tokens in a tile."""

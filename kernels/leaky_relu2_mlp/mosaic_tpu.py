@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pgolf_jax.kernels.leaky_relu2_mlp.vjp import with_gradient
+from pgolf_jax.kernels.leaky_relu2_mlp import with_gradient
 
 _LANES = 128
 _TILE_N = 256

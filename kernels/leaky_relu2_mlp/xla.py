@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pgolf_jax.kernels.leaky_relu2_mlp.vjp import with_gradient
+from pgolf_jax.kernels.leaky_relu2_mlp import with_gradient
 
 
 def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array, jax.Array]:

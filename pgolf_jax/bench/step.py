@@ -27,9 +27,8 @@ from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.arguments import Defaults, settings_of
-from pgolf_jax.training.implementations import chosen
 from pgolf_jax.training.schedule import Schedule
-from pgolf_jax.training.step import StepInputs, TrainState, TrainStep
+from pgolf_jax.training.step import StepInputs, TrainState, TrainStep, chosen
 
 Pass = Literal["forward", "gradient", "step"]
 

@@ -30,16 +30,15 @@ def plan(
     topology: h100:1, h100:8, or a TPU topology such as v5e:2x4, v6e:2x4, v5p:2x2x1.
     every_shape: compile the train step of every sequence length and looping mode, not only of the last.
   """
-  from pgolf_jax.runtime import xla_options
+  from pgolf_jax.runtime import jax_setup
   from pgolf_jax.settings import check
 
   # The hardware of the plan need not be here, and the hardware that is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
   if topology.lower().startswith("h100"):
-    xla_options.add_gpu_flags(os.environ)
+    jax_setup.add_gpu_flags(os.environ)
   from pgolf_jax.plan import hardware
-  from pgolf_jax.plan.examine import examine, report
-  from pgolf_jax.plan.programs import programs
+  from pgolf_jax.plan.examine import examine, programs, report
 
   described = hardware.topology(topology)
   check.check(settings, device_count=described.mesh.size)

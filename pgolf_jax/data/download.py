@@ -12,7 +12,7 @@ from pgolf_jax.data.manifest import TOKENIZER
 from pgolf_jax.data.shards import list_shards, read_count
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.progress import progress
+from pgolf_jax.runtime.log import progress
 
 ALL_SHARDS = 80  # of training, in the record's data
 

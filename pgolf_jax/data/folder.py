@@ -13,7 +13,7 @@ from pgolf_jax.data.holdout import Holdout
 from pgolf_jax.data.manifest import MANIFEST
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime import compile_cache, distributed
+from pgolf_jax.runtime import distributed, jax_setup
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import Settings
 
@@ -26,7 +26,7 @@ def locate(settings: Settings) -> Path:
   if settings.data.path != DEFAULT:
     return Path(settings.data.path)
   name = f"speeches-{settings.model.vocab_size}{'' if settings.data.caseops else '-plain'}"
-  return compile_cache.root() / "data" / name
+  return jax_setup.cache_folder() / "data" / name
 
 
 def locate_prepared(settings: Settings) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pgolf_jax.data.corpus import Corpus, Position, read_batches
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.progress import progress
+from pgolf_jax.runtime.log import progress
 
 
 @dataclasses.dataclass(frozen=True)

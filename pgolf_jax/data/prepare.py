@@ -33,7 +33,7 @@ from pgolf_jax.data.shards import read_count, shard_path, write_shard
 from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import remove_partials, replacing
-from pgolf_jax.runtime.progress import progress
+from pgolf_jax.runtime.log import progress
 
 SHARD_TOKENS = 100_000_000  # as published
 TOKENIZER_BYTES = 100_000_000  # of text to train a tokenizer on; more text changes few pieces

@@ -25,7 +25,7 @@ from pgolf_jax.data.shards import (
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.checks import Check
-from pgolf_jax.runtime.progress import progress
+from pgolf_jax.runtime.log import progress
 
 
 @dataclasses.dataclass(frozen=True)

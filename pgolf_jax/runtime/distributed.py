@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime import compile_cache, xla_options
+from pgolf_jax.runtime import jax_setup, log
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -27,9 +27,9 @@ def start() -> None:
   Raises:
     UserError: as `initialize`.
   """
-  xla_options.apply()
+  jax_setup.set_xla_options()
   initialize()
-  compile_cache.use_compile_cache()
+  jax_setup.use_compile_cache()
   if jax.process_count() > 1 and not is_leader():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -39,7 +39,7 @@ def leave_devices() -> None:
 
   What XLA's options are is told through the environment, which those inherit.
   """
-  xla_options.apply()
+  jax_setup.set_xla_options()
   jax.config.update("jax_platforms", "cpu")
 
 
@@ -69,9 +69,7 @@ def initialize() -> None:
   else:
     return
   if not is_leader():
-    from pgolf_jax.runtime import progress
-
-    progress.silence()
+    log.silence()
 
 
 def _is_cluster(environ) -> bool:

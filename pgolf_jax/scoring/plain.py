@@ -13,8 +13,8 @@ from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
-from pgolf_jax.runtime.progress import progress
 from pgolf_jax.settings import Settings
 
 

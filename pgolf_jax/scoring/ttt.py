@@ -20,9 +20,8 @@ from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
-from pgolf_jax.runtime.log import log
+from pgolf_jax.runtime.log import Progress, log, progress
 from pgolf_jax.runtime.mesh import place, replicated
-from pgolf_jax.runtime.progress import Progress, progress
 from pgolf_jax.scoring import global_phase
 from pgolf_jax.scoring.adapter_sets import AdapterSets, Draw
 from pgolf_jax.scoring.buckets import Call, Costs, WorkPlan, plan_work

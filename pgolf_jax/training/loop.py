@@ -25,17 +25,14 @@ from pgolf_jax.data.loader import Loader
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.run_folder import MetricsWriter, RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
-from pgolf_jax.runtime.log import log
+from pgolf_jax.runtime.log import Progress, log, progress
 from pgolf_jax.runtime.mesh import world_size
-from pgolf_jax.runtime.progress import Progress, progress
 from pgolf_jax.training.checkpoint import Checkpoints
-from pgolf_jax.training.implementations import chosen
-from pgolf_jax.training.metrics import MetricsWriter
 from pgolf_jax.training.schedule import Schedule, StepPlan
-from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep
+from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep, chosen
 
 Programs = dict[tuple[int, bool], jax.stages.Compiled]
 """(sequence length, looping) → the compiled step."""

@@ -10,7 +10,7 @@ import tomli_w
 
 from pgolf_jax.cli import VERBS, main
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime import distributed, xla_options
+from pgolf_jax.runtime import distributed, jax_setup
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
 
@@ -75,9 +75,9 @@ def test_benchmarks_do_too(what, stop_at_the_start):
 
 def test_the_start_is_all_three(monkeypatch):
   done = []
-  monkeypatch.setattr(xla_options, "apply", lambda: done.append("options"))
+  monkeypatch.setattr(jax_setup, "set_xla_options", lambda: done.append("options"))
   monkeypatch.setattr(distributed, "initialize", lambda: done.append("processes"))
-  monkeypatch.setattr("pgolf_jax.runtime.compile_cache.use_compile_cache", lambda: done.append("cache"))
+  monkeypatch.setattr("pgolf_jax.runtime.jax_setup.use_compile_cache", lambda: done.append("cache"))
   distributed.start()
   assert done == ["options", "processes", "cache"]
 

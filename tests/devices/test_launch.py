@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgolf_jax.runtime import xla_options
+from pgolf_jax.runtime import jax_setup
 from pgolf_jax.settings import check
 from pgolf_jax.settings.load import from_toml
 
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def test_the_flags_are_known_to_this_jax():
   """XLA ends the process at a flag that it does not know."""
-  flags = " ".join(f"{name}={value}" for name, value in xla_options.GPU_FLAGS.items())
+  flags = " ".join(f"{name}={value}" for name, value in jax_setup.GPU_FLAGS.items())
   command = [sys.executable, "-c", "import jax; print(float(jax.jit(lambda x: x + 1)(1.0)))"]
   for given, good in ((flags, True), (flags + " --xla_gpu_no_such_flag=true", False)):
     found = subprocess.run(command, env=os.environ | {"XLA_FLAGS": given}, capture_output=True, text=True)
@@ -25,19 +25,19 @@ def test_the_flags_are_known_to_this_jax():
 def test_what_the_user_set_stays(tmp_path):
   driver = tmp_path / "driver"
   driver.touch()
-  name = next(iter(xla_options.GPU_FLAGS))
+  name = next(iter(jax_setup.GPU_FLAGS))
   environ = {"XLA_FLAGS": f"{name}=false --xla_dump_to=x"}
-  xla_options.apply(environ, driver=driver)
+  jax_setup.set_xla_options(environ, driver=driver)
   assert environ["XLA_FLAGS"].split().count(f"{name}=false") == 1
   assert f"{name}=true" not in environ["XLA_FLAGS"] and "--xla_dump_to=x" in environ["XLA_FLAGS"]
   environ = {}
-  xla_options.apply(environ, driver=driver)
-  assert environ["XLA_FLAGS"] == " ".join(f"{n}={v}" for n, v in xla_options.GPU_FLAGS.items())
+  jax_setup.set_xla_options(environ, driver=driver)
+  assert environ["XLA_FLAGS"] == " ".join(f"{n}={v}" for n, v in jax_setup.GPU_FLAGS.items())
 
 
 def test_nothing_is_set_without_a_driver(tmp_path):
   environ = {}
-  xla_options.apply(environ, driver=tmp_path / "none")
+  jax_setup.set_xla_options(environ, driver=tmp_path / "none")
   assert environ == {}
 
 

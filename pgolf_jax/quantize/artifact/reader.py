@@ -25,10 +25,9 @@ import numpy as np
 
 from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.model import params as parameters
-from pgolf_jax.quantize.artifact.banks import rebank
 from pgolf_jax.quantize.artifact.codecs import NAMES, Content, entropy, zstd
 from pgolf_jax.quantize.artifact.streams import Stream, assemble, check_entry, parameter_count, split
-from pgolf_jax.quantize.artifact.tensors import Quantized
+from pgolf_jax.quantize.artifact.tensors import Quantized, rebank
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import from_dict
 

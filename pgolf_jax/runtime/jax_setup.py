@@ -1,13 +1,15 @@
-"""Options of XLA that a run sets, in one place, each with its reason.
+"""What JAX is told before its first look at a device: options of XLA, and the folder of compiled programs.
 
-Only GPUs get any: on TPUs libtpu overlaps collectives with compute by itself, and CPUs have nothing to overlap. None
-has been measured on a Hopper card yet; what is here is what JAX's own guide gives for the purpose named.
+Only GPUs get options: on TPUs libtpu overlaps collectives with compute by itself, and CPUs have nothing to overlap. No
+option has been measured on a Hopper card yet; each is what JAX's own guide gives for its purpose.
 """
 
 import os
 import re
 from collections.abc import MutableMapping
 from pathlib import Path
+
+import jax
 
 GPU_FLAGS = {
   # Off by default. Without it the scheduler may leave a gradient's reduce-scatter waiting until all gradients are
@@ -19,7 +21,7 @@ GPU_FLAGS = {
 # are of megabytes each, its small all-reduces are combined already), command buffers, Triton's matrix products.
 
 
-def apply(environ: MutableMapping[str, str] | None = None, *, driver: Path = Path("/dev/nvidiactl")) -> None:
+def set_xla_options(environ: MutableMapping[str, str] | None = None, *, driver: Path = Path("/dev/nvidiactl")) -> None:
   """Adds the flags where there is an NVIDIA driver. Must come before the first look at a device."""
   if driver.exists():
     add_gpu_flags(os.environ if environ is None else environ)
@@ -31,3 +33,18 @@ def add_gpu_flags(environ: MutableMapping[str, str]) -> None:
   named = set(re.findall(r"--[a-z0-9_]+", given))
   ours = [f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in named]
   environ["XLA_FLAGS"] = " ".join(filter(None, [given, *ours]))
+
+
+def cache_folder() -> Path:
+  """`$PGOLF_CACHE`, or pgolf_jax in the user's cache folder."""
+  if named := os.environ.get("PGOLF_CACHE"):
+    return Path(named)
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgolf_jax"
+
+
+def use_compile_cache() -> None:
+  """Keeps every compiled program in `cache_folder()/compile`, unless JAX has been given a cache folder already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compile"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
