@@ -20,14 +20,12 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.plan.examine import memory
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices
-from pgolf_jax.settings import check
+from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.arguments import Defaults, settings_of
-from pgolf_jax.settings.config import Settings
 from pgolf_jax.training.implementations import chosen
 from pgolf_jax.training.schedule import Schedule
 from pgolf_jax.training.step import StepInputs, TrainState, TrainStep

@@ -18,7 +18,7 @@ from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan.programs import programs
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
