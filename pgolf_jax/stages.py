@@ -23,7 +23,7 @@ from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
-from pgolf_jax.submission import bundle
+from pgolf_jax.submission import bundle, package
 
 
 def plain_score(
@@ -74,8 +74,8 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
   code = bundle.code()
-  account = bundle.account(made.data, code, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", bundle.table(account))
+  account = package.count(made.data, code, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", package.table(account))
   score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
   return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
 

@@ -48,7 +48,7 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.files import write_bytes
   from pgolf_jax.runtime.mesh import data_mesh, world_size
-  from pgolf_jax.submission import bundle
+  from pgolf_jax.submission import bundle, package
 
   if "train" not in run.results():
     raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
@@ -64,7 +64,7 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   )
   if distributed.is_leader():
     write_bytes(out, made.data)
-  print(bundle.table(bundle.account(made.data, code, budget=settings.quantize.budget_bytes)))
+  print(package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
   if fit:
     clips = {k: v for k, v in dataclasses.asdict(made.config).items() if k.endswith("clip_sigmas")}
     print("clips: " + ", ".join(f"quantize.{name}={value:g}" for name, value in clips.items()))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf_jax.parity.case import Arrays, Case
-from pgolf_jax.quantize.artifact.tensors import unbank
+from pgolf_jax.quantize.artifact.banks import unbank
 
 PERTURBATION = 1e-7
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}

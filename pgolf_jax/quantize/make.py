@@ -1,4 +1,4 @@
-"""From averaged weights to the bytes of an artifact: calibrate, quantise, encode."""
+"""From averaged weights to the bytes of an artifact: calibrate, quantise, encode, with clips that fill the budget."""
 
 import dataclasses
 import math
@@ -15,6 +15,11 @@ from pgolf_jax.quantize.calibrate import calibrate
 from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.settings import QuantizeConfig, Settings
 from pgolf_jax.settings.load import to_dict
+
+_CLIPS = ("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
+_CLOSE = 0.0005  # share of the budget that may stay unused
+_TRIES = 8
+_LEAST, _MOST = 0.2, 8.0  # multiplier of the clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +69,6 @@ def portable(settings: Settings) -> dict:
   config = to_dict(settings)
   config["data"] = {k: v for k, v in config["data"].items() if k not in ("path", "tokenizer")}
   return config
-
-
-_CLIPS = ("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
-_CLOSE = 0.0005  # share of the budget that may stay unused
-_TRIES = 8
-_LEAST, _MOST = 0.2, 8.0  # multiplier of the clips
 
 
 def scaled(config: QuantizeConfig, multiplier: float) -> QuantizeConfig:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows, unbank
+from pgolf_jax.quantize.artifact.banks import unbank
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
 from pgolf_jax.quantize.gptq import Grids, gptq, row_step

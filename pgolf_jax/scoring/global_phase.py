@@ -163,11 +163,12 @@ class GlobalPhase:
     if self._compiled is not None:
       return
     self._compiled = self.trace().lower().compile()
-    state = PhaseState(jax.tree.map(jnp.copy, params), self._init(params))
+    momentum = self._init(params)
     if self._mesh.devices.flat[0].platform == "cpu":
       return  # nothing is loaded or tuned at the first run there
     tokens = np.random.default_rng(0).integers(0, 64, (self.world, self.row_tokens + 1), dtype=np.int32)
     step = PhaseStep(tokens, np.full(self.world, self.row_tokens, np.int32), 0.0)
+    state = PhaseState(jax.tree.map(jnp.copy, params), momentum)
     jax.block_until_ready(self._compiled(state, self._place(step)))
 
   def run(self, params: Params, stream_N: np.ndarray) -> Params:

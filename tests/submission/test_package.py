@@ -71,7 +71,7 @@ def test_files_that_are_no_artifact_are_refused(artifact, tmp_path):
 
 def test_account_adds_up(artifact):
   data = artifact.read_bytes()
-  account = bundle.account(data, code(110), tokenizer=7, budget=50)
+  account = package.count(data, code(110), tokenizer=7, budget=50)
   assert account.artifact == len(data)
   assert account.total == len(data) + 110
   assert account.over == account.total - 50
@@ -83,19 +83,19 @@ def test_account_adds_up(artifact):
 def test_over_budget_is_refused_with_a_way_out(artifact):
   stored = read(artifact.read_bytes())
   zstd = writer.write(stored.config, stored.tensors, "zstd")
-  account = bundle.account(zstd, code(), budget=len(zstd) - 1000)
+  account = package.count(zstd, code(), budget=len(zstd) - 1000)
   with pytest.raises(
     UserError, match=r"1,000 over the budget .*codec='entropy' saves .*times as wide would fit .*--fit"
   ):
     package.require_fit(account, zstd)
-  package.require_fit(bundle.account(zstd, code(), budget=len(zstd)), zstd)
+  package.require_fit(package.count(zstd, code(), budget=len(zstd)), zstd)
 
 
 def test_suggested_clips_do_fit(artifact, data):
   stored = artifact.read_bytes()
   budget = int(len(stored) * 0.9)
   with pytest.raises(UserError) as refused:
-    package.require_fit(bundle.account(stored, code(), budget=budget), stored)
+    package.require_fit(package.count(stored, code(), budget=budget), stored)
   multiplier = float(str(refused.value).split("clips ")[1].split(" times")[0])
   again = make(with_quantize(**vars(scaled(SETTINGS.quantize, multiplier))), random_params(), data)
   assert len(again.data) == pytest.approx(budget, rel=0.01)
