@@ -25,7 +25,7 @@ def data(
   tokenizer: Path | None = None,
   workers: int | None = None,
   sample_mb: float = 10.0,
-  repeats: int = 1,
+  repeats: int = 5,
 ) -> None:
   """Time the preparation of text: all of it (sidecar for validation only), then its parts on a sample.
 
@@ -39,7 +39,7 @@ def data(
     tokenizer: SentencePiece model; one of 1024 pieces, trained on the speeches, if not given.
     workers: processes; one per core if not given.
     sample_mb: how much text to time the parts on, in MB.
-    repeats: timed turns.
+    repeats: times that each way is run, in turn with the others.
   """
   workers = workers or len(os.sched_getaffinity(0))
   with tempfile.TemporaryDirectory() as name:

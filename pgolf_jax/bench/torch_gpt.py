@@ -4,16 +4,19 @@ It is timed beside JAX, and is a second, independent writing of the recipe for t
 `pgolf_jax.model`; there are no rows, all documents stand end to end.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pgolf_jax.bench.harness import Peak
+from pgolf_jax.bench.harness import Peak, Way
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 from pgolf_jax.model.block import EPS
 from pgolf_jax.model.params import SOFTCAPS, layer_order
+from pgolf_jax.runtime.mesh import world_size
 from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training.optimizer import group
 
@@ -261,3 +264,42 @@ class TorchStep:
     self.adam.step()
     for name, value in params.items():
       self.average[name].lerp_(value, 1 - self.settings.train.ema_decay)
+
+
+def way(case, *, compiled: bool) -> Way:
+  """A `Case` of `pgolf bench step` in PyTorch, on the same kind of device.
+
+  Args:
+    compiled: run the loss through torch.compile.
+  """
+  platform = case.device.platform
+  return Way(
+    case.labels("PyTorch"),
+    functools.partial(start, case, compiled=compiled),
+    case.work,
+    wait=lambda _: synchronize(platform),
+    count_memory=functools.partial(count_memory, platform),
+  )
+
+
+def start(case, *, compiled: bool) -> Callable[[], Any]:
+  """Places a case's arguments; returns a function that does its pass once."""
+  settings, platform = case.settings, case.device.platform
+  model = TorchGPT(settings.model, case.params, getattr(torch, settings.train.compute_dtype), device(platform))
+  tokens_MxT1 = tensor(case.tokens_MxT1, platform)
+  T = tokens_MxT1.shape[1] - 1
+  lengths = tuple(min(case.seq_len, T - begin) for begin in range(0, T, case.seq_len))
+  loss = torch.compile(model.loss) if compiled else model.loss
+  loss = functools.partial(loss, lengths=lengths, looping=case.looping)
+  if case.passes == "step":
+    ranks = world_size(settings, case.mesh) if settings.optimizer.clip_scope == "rank" else 1
+    return functools.partial(TorchStep(settings, model, ranks, loss), tokens_MxT1, case.lr_scale, case.momentum)
+
+  def forward():
+    with torch.no_grad():
+      return loss(tokens_MxT1[0])
+
+  def gradient():
+    return torch.autograd.grad(loss(tokens_MxT1[0]), list(model.params.values()), allow_unused=True)
+
+  return forward if case.passes == "forward" else gradient

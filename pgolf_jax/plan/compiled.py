@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: its exchanges between devices, and the machine code of its kernels."""
+"""The text and the machine code of compiled programs: exchanges between devices, registers and memory of kernels."""
 
 import ast
 import contextlib

@@ -77,15 +77,14 @@ def test_where_memory_is_the_limit_the_roofline_is_that_of_bytes(half_a_second, 
   assert row.roofline == pytest.approx(4 * parameters.count(SETTINGS.model) / 0.5e6)
 
 
-def test_pytorch_does_the_same_step(monkeypatch):
+def test_pytorch_does_the_same_step():
   """From the same weights, losses and weights after one step of a useful size agree."""
   torch_gpt = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
-  monkeypatch.setattr(bench, "LR_SCALE", 1.0)
   params = bench.first_params(LONG)
-  case = Case(LONG, data_mesh(jax.devices()[:1]), params, "step", 32, True)
+  case = Case(LONG, data_mesh(jax.devices()[:1]), params, "step", 32, True, lr_scale=1.0)
   state, metrics = case.compiled("xla")(*case.first_step())
 
-  run = case.start_torch(torch_gpt, compiled=False)
+  run = torch_gpt.start(case, compiled=False)
   loss, whole = run(), run.func
   assert isinstance(whole, torch_gpt.TorchStep)
   assert float(loss) == pytest.approx(float(np.mean(metrics.loss)), abs=2e-6)

@@ -91,7 +91,7 @@ def test_every_verb_has_help_with_an_example(capsys):
 
 
 def test_bench_prints_a_rate_for_each_part(docs, model, capsys):
-  arguments = ["--train", docs, "--tokenizer", model, "--workers", 1, "--sample-mb", 0.001]
+  arguments = ["--train", docs, "--tokenizer", model, "--workers", 1, "--sample-mb", 0.001, "--repeats", 1]
   tyro.cli(bench, args=list(map(str, arguments)))
   printed = capsys.readouterr().out
   for what in ("prepare", "floor", "CaseOps", "tokenize", "SentencePiece, batch", "sidecar"):
