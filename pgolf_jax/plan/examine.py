@@ -7,7 +7,7 @@ import time
 import jax
 
 from pgolf_jax.kernels.hardware import peaks
-from pgolf_jax.plan.compiled import Kernel, Traffic, read, recorded, table
+from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
 from pgolf_jax.plan.programs import Program
 
@@ -60,12 +60,12 @@ def examine(program: Program, topology: Topology) -> Finding:
       failure = _first_words(str(e))
   if compiled is None:
     text, parts, fits, num_bytes = lowered.as_text(), {}, False if failure else None, None
-    traffic = compiled.in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
+    traffic = in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
   else:
     text, parts = compiled.as_text(), memory(compiled)
     fits = topology.chip is None or sum(parts.values()) <= topology.chip.memory
     num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
-    traffic = compiled.in_hlo(text, topology.mesh.size)
+    traffic = in_hlo(text, topology.mesh.size)
   known_kernels = len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values()) if compiled else 0
   return Finding(
     title=program.title,
