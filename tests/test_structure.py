@@ -88,8 +88,6 @@ def test_imports_stand_at_the_top():
     for function in ast.walk(tree(module)):
       if isinstance(function, ast.FunctionDef):
         inside += [
-          f"{module}:{node.lineno}"
-          for node in ast.walk(function)
-          if isinstance(node, ast.Import | ast.ImportFrom)
+          f"{module}:{node.lineno}" for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)
         ]
   assert len(set(inside)) <= MAX_IMPORTS_IN_FUNCTIONS, sorted(set(inside))

@@ -18,7 +18,6 @@ stream and the threads, `_ngram.c` the Python type (stable ABI of 3.11). `saniti
 AddressSanitizer, LeakSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 """
 
-
 from typing import Literal
 
 import numpy as np

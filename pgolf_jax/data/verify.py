@@ -220,9 +220,7 @@ def _check_sidecar(data: _Folder) -> str:
     wrong_N = _without_text(data, tokens_N, before) & (bytes_N != 0)
     if wrong_N.any():
       at = int(np.argmax(wrong_N))
-      raise _FailedError(
-        f"{sidecar_path}: {bytes_N[at]} bytes at {at} for token {tokens_N[at]}, which stands for none"
-      )
+      raise _FailedError(f"{sidecar_path}: {bytes_N[at]} bytes at {at} for token {tokens_N[at]}, which stands for none")
     total += int(bytes_N.sum(dtype=np.int64))
     before = int(tokens_N[-1]) if len(tokens_N) else before
   return f"{total:,} bytes of text"

@@ -186,8 +186,9 @@ class GPT(nnx.Module):
 def embed(table_VxD: jax.Array, tokens_BxT: jax.Array, dtype) -> Float[Array, "B T D"]:
   """Returns each token's row of the table, in `dtype`.
 
-  Rows are read in the table's float32 and cast afterwards: a frequent token's gradient is a sum over thousands of
-  positions, which in bfloat16 stops growing once a term is less than half of its last digit (4000 ones add up to 256).
+  Rows are read in the table's own type, float32 in training, and cast afterwards: a frequent token's gradient is a sum
+  over thousands of positions, and in bfloat16 a sum stops growing once a term is less than half of its last digit (4000
+  ones add up to 256).
   """
   return table_VxD[tokens_BxT].astype(dtype)
 

@@ -1,6 +1,7 @@
-"""Parameters: one flat dictionary under the recipe's names. Shapes, initial values, and the layer order they serve.
+"""Parameters: one flat dictionary under the recipe's names; their shapes and initial values, and the layer order.
 
-Everything outside the model — optimizer, checkpoint, quantiser, artifact, golden cases — sees parameters in this form.
+Everything outside the model (optimizer, checkpoint, quantiser, artifact, golden cases) sees parameters in this form.
+Letters: see model/__init__.py.
 """
 
 import functools
@@ -16,15 +17,15 @@ from pgolf_jax.settings import ModelConfig
 Params = dict[str, jax.Array]
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-"""The stacked matrices, each [B, m, n], that Muon updates."""
+"""The stacked matrices, each [stack, m, n], that Muon updates."""
 
 SOFTCAPS = ("softcap_pos", "softcap_neg")
-"""The evaluation caps, which no optimizer touches."""
+"""The caps of evaluation, which no optimizer changes."""
 
 
 @functools.cache
 def layer_order(config: ModelConfig, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """(encoder, decoder): physical layers in the order in which they run. Recipe section 2."""
+  """Returns (encoder, decoder): physical layers in the order in which they run. Recipe section 2."""
   layers = list(range(config.num_layers))
   if looping and config.num_loops > 0:
     loop = layers[config.loop_start : config.loop_end + 1]
@@ -35,11 +36,11 @@ def layer_order(config: ModelConfig, looping: bool) -> tuple[tuple[int, ...], tu
 
 @functools.cache
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Name → shape, in the order of the recipe."""
+  """Returns name → shape, in the order of the recipe."""
   m = config
   L, D, H = m.num_layers, m.model_dim, m.num_heads
   skips = min(map(len, layer_order(m, True)))
-  found: dict[str, tuple[int, ...]] = {
+  by_name: dict[str, tuple[int, ...]] = {
     "tok_emb.weight": (m.vocab_size, D),
     "qo_bank": (2 * L, D, D),
     "kv_bank": (2 * L, m.kv_dim, D),
@@ -50,28 +51,31 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     "parallel_resid_lambdas": (L, 2),
   }
   if m.skip_gates:
-    found["skip_gates"] = (skips, D)
+    by_name["skip_gates"] = (skips, D)
   if m.smear_gate:
-    found["smear_gate.weight"] = (1, m.gate_window)
-    found["smear_lambda"] = (1,)
+    by_name["smear_gate.weight"] = (1, m.gate_window)
+    by_name["smear_lambda"] = (1,)
   if m.asym_logit_rescale:
-    found["softcap_pos"] = found["softcap_neg"] = ()
+    by_name["softcap_pos"] = by_name["softcap_neg"] = ()
   for i in range(L):
-    found[f"blocks.{i}.attn_scale"] = found[f"blocks.{i}.mlp_scale"] = (D,)
-    found[f"blocks.{i}.resid_mix"] = (2, D)
-    found[f"blocks.{i}.attn.q_gain"] = (H,)
+    by_name[f"blocks.{i}.attn_scale"] = by_name[f"blocks.{i}.mlp_scale"] = (D,)
+    by_name[f"blocks.{i}.resid_mix"] = (2, D)
+    by_name[f"blocks.{i}.attn.q_gain"] = (H,)
     if m.sparse_attn_gate:
-      found[f"blocks.{i}.attn.attn_gate_w"] = (H, m.gate_window)
-  return found
+      by_name[f"blocks.{i}.attn.attn_gate_w"] = (H, m.gate_window)
+  return by_name
 
 
 def count(config: ModelConfig) -> int:
-  """Number of parameters."""
+  """Returns the number of parameters."""
   return sum(math.prod(shape) for shape in shapes(config).values())
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Initial parameters, float32. Query, key, value and MLP-up matrices are orthogonal; output matrices zero."""
+  """Returns initial parameters in float32, the same for the same key.
+
+  Query, key, value and MLP-up matrices are orthogonal, output matrices zero. Recipe section 2.
+  """
   return {
     name: _initial(name, shape, config, jax.random.fold_in(key, index))
     for index, (name, shape) in enumerate(shapes(config).items())

@@ -190,9 +190,7 @@ TOLERANCES = (
   Tolerance("e2e", "val_bpb_ttt", "bits per byte, adapted", higher_by, 5e-3),
   Tolerance("e2e", "val_loss_*", "validation loss", presence, 0.0),
   # Tensors without moments are stored in float16 or as int8 rows, which every implementation rounds alike.
-  Tolerance(
-    "quantize", "dequantized/*", "GPTQ matrices", rounded_differently, 5e-3, _in_float32, _is_calibrated
-  ),
+  Tolerance("quantize", "dequantized/*", "GPTQ matrices", rounded_differently, 5e-3, _in_float32, _is_calibrated),
   Tolerance("quantize", "dequantized/*", "other tensors", share_that_differs, 0.0, _in_float32),
   Tolerance("ngram", "*", "hints", entries_that_differ, 0.0, _in_float32),
   Tolerance("ttt", "nll", "loss of a target, nats", largest_difference, 1e-3),

@@ -125,9 +125,7 @@ def moments(
     output = bind(settings.model, params)(tokens_BxT, context, collect=collect)
     return jax.lax.psum(output.collected, AXIS)
 
-  summed = jax.shard_map(
-    device_moments, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False
-  )
+  summed = jax.shard_map(device_moments, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False)
   step = jax.jit(lambda total, *arguments: jax.tree.map(jnp.add, total, summed(*arguments)), donate_argnames=("total",))
 
   params = jax.device_put(params, replicated(mesh))

@@ -25,7 +25,7 @@ ENTRY = "pgolf_jax.submission.evaluate"
 """The module that evaluates from a submission folder."""
 
 _SOURCES = (".c", ".h")
-_C_LITERAL_OR_COMMENT = re.compile(r'''"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])+'|/\*.*?\*/|//[^\n]*''', re.DOTALL)
+_C_LITERAL_OR_COMMENT = re.compile(r""""(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])+'|/\*.*?\*/|//[^\n]*""", re.DOTALL)
 # For text: more of a byte follows from the byte before it than from its place in a word.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
 

@@ -1,4 +1,8 @@
-"""Muon for the banks and AdamW for the rest, as optax transformations. Recipe section 3."""
+"""Muon for the banks and AdamW for the rest, as optax transformations. Recipe section 3.
+
+With several devices each orthogonalises its share of a bank's stack: the gradients of a bank arrive as the device's
+slice of the padded stack (`scatter_stacks`), and its updates are gathered before weight decay and learning rate.
+"""
 
 from typing import NamedTuple
 
@@ -14,16 +18,19 @@ _FLOOR = 1e-7  # of a row's norm
 
 
 class MuonState(NamedTuple):
-  momentum: optax.Updates  # M, one array [B, m, n] a bank, in Muon's type
+  """What Muon remembers."""
+
+  momentum: optax.Updates  # M by bank, [stack, m, n], in Muon's type
 
 
 def scale_by_muon(
   *, dtype: jnp.dtype = jnp.bfloat16, steps: int = 5, row_normalize: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-  """Orthogonalised Nesterov momentum, each [m, n] of a stack on its own.
+  """Returns orthogonalised Nesterov momentum, applied to each [m, n] of a stack on its own.
 
   M ← μM + g; u = g + μM; each row of u divided by its 2-norm; u ← `polar_express`(u); u ← √max(1, m/n)·u.
-  The step's μ is the extra argument `momentum` of `update`.
+  The step's μ is the extra argument `momentum` of `update`. It differs from `optax.contrib.muon`: rows are normalised
+  first, μ follows a schedule, M is not bias-corrected, and everything runs in one chosen type.
 
   Args:
     dtype: of M and of everything up to the orthogonalised u. In bfloat16 every product and sum is rounded on its own.
@@ -56,11 +63,11 @@ def scale_by_muon(
   def update(grads, state, params=None, *, momentum, **extra):
     del params, extra
     grads = jax.tree.map(lambda g: rounded(wide(g)), grads)
-    kept = jax.tree.map(lambda m, g: rounded(wide(rounded(momentum * wide(m))) + wide(g)), state.momentum, grads)
+    moments = jax.tree.map(lambda m, g: rounded(wide(rounded(momentum * wide(m))) + wide(g)), state.momentum, grads)
     # PyTorch's `g.add(M, alpha=μ)` rounds μ to the arrays' type and then the sum, but not the product.
     short = wide(rounded(jnp.float32(momentum)))
-    nesterov = jax.tree.map(lambda m, g: rounded(wide(g) + short * wide(m)), kept, grads)
-    return jax.tree.map(direction, nesterov), MuonState(kept)
+    nesterov = jax.tree.map(lambda m, g: rounded(wide(g) + short * wide(m)), moments, grads)
+    return jax.tree.map(direction, nesterov), MuonState(moments)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -68,7 +75,7 @@ def scale_by_muon(
 def make(
   config: OptimizerConfig, *, axis: str | None = None, axis_size: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-  """The whole optimizer over flat parameters.
+  """Returns the whole optimizer over flat parameters.
 
   `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate) and `momentum` (μ).
 
@@ -91,7 +98,7 @@ def make(
 
 
 def group(name: str) -> str:
-  """The group of the optimizer that a parameter belongs to."""
+  """Returns the name of the group that updates a parameter: bank, embedding, scalar or fixed."""
   if name in BANKS:
     return "bank"
   if name in SOFTCAPS:
@@ -104,7 +111,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _with_decay(inner: optax.GradientTransformation, lr: float, decay: float) -> optax.GradientTransformation:
-  """W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·(inner's direction)."""
+  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·(inner's direction)."""
   return optax.chain(inner, _decayed_step(lr, decay))
 
 
@@ -121,22 +128,23 @@ def _decayed_step(lr: float, decay: float) -> optax.GradientTransformationExtraA
 
 
 def _rounded(product: jax.Array) -> jax.Array:
-  """The product as it is: clipping to the finite range keeps the compiler from fusing it into a multiply-add."""
+  """Returns the product unchanged; clipped to the finite range, it is not fused into a multiply-add."""
   largest = jnp.finfo(product.dtype).max
   return jnp.clip(product, -largest, largest)
 
 
 def padded(stack: int, axis_size: int) -> int:
-  """Length of a stack padded to a multiple of the devices."""
+  """Returns the length of a stack padded to a multiple of the devices."""
   return -(-stack // axis_size) * axis_size
 
 
 def pad_stack(x: jax.Array, axis_size: int) -> jax.Array:
+  """Returns the stack with zero matrices at its end, so that devices share it evenly."""
   return jnp.pad(x, ((0, padded(x.shape[0], axis_size) - x.shape[0]), (0, 0), (0, 0)))
 
 
 def scatter_stacks(grads: dict[str, jax.Array], axis: str, axis_size: int) -> dict[str, jax.Array]:
-  """Means over the devices: of a bank, this device's slice of the padded stack; of all else, the whole."""
+  """Returns means over the devices: of a bank this device's slice of the padded stack, of all else the whole."""
 
   def mean(name: str, g: jax.Array) -> jax.Array:
     if name in BANKS:
@@ -147,14 +155,14 @@ def scatter_stacks(grads: dict[str, jax.Array], axis: str, axis_size: int) -> di
 
 
 def scattered_norm(grads: dict[str, jax.Array], axis: str) -> jax.Array:
-  """Global 2-norm of gradients as `scatter_stacks` returns them."""
+  """Returns the 2-norm over all devices of gradients as `scatter_stacks` returns them."""
   squares = {name: jnp.sum(jnp.square(g.astype(jnp.float32))) for name, g in grads.items()}
   banks = sum(squares[name] for name in BANKS)
   return jnp.sqrt(jax.lax.psum(banks, axis) + sum(s for name, s in squares.items() if name not in BANKS))
 
 
 def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_size: int):
-  """`inner` on this device's slice of every stack; its updates are gathered into whole stacks."""
+  """Returns `inner` applied to this device's slice of every stack, its updates gathered into whole stacks."""
 
   def init(params):
     return inner.init(

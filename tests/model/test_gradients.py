@@ -110,15 +110,15 @@ def errors(grads, exact) -> dict[str, float]:
 
 
 def test_every_parameter(of_weights, exact_weights):
-  found = errors(of_weights(jnp.bfloat16), exact_weights)
-  assert found.keys() == parameters.shapes(MODEL).keys() - set(parameters.SOFTCAPS)
-  assert max(found.values()) < BOUND, found
+  error = errors(of_weights(jnp.bfloat16), exact_weights)
+  assert error.keys() == parameters.shapes(MODEL).keys() - set(parameters.SOFTCAPS)
+  assert max(error.values()) < BOUND, error
 
 
 def test_every_adapter(of_adapters, exact_adapters):
-  found = errors(of_adapters(jnp.bfloat16), exact_adapters)
-  assert len(found) == 2 * len(("q", "k", "v", "o", "mlp", "head"))
-  assert max(found.values()) < BOUND, found
+  error = errors(of_adapters(jnp.bfloat16), exact_adapters)
+  assert len(error) == 2 * len(("q", "k", "v", "o", "mlp", "head"))
+  assert max(error.values()) < BOUND, error
 
 
 def sum_in_own_type(x_NxD: jax.Array) -> jax.Array:
@@ -144,13 +144,13 @@ def test_sums_kept_in_bfloat16_are_caught(monkeypatch, of_weights, exact_weights
   for module in (block, gpt):
     monkeypatch.setattr(module, "scaled", lambda x, factor: spread(factor, x) * x)
   monkeypatch.setattr(gpt, "embed", lambda table, tokens, dtype: table.astype(dtype)[tokens])
-  found = errors(of_weights(jnp.bfloat16), exact_weights)
+  error = errors(of_weights(jnp.bfloat16), exact_weights)
   shared = [
-    name for name in found if name.endswith(("scale", "resid_mix", "q_gain", "skip_weights", "lambdas", "gates"))
+    name for name in error if name.endswith(("scale", "resid_mix", "q_gain", "skip_weights", "lambdas", "gates"))
   ]
   assert len(shared) == 4 * MODEL.num_layers + 4
   for name in ("tok_emb.weight", *shared):
-    assert found[name] > 4 * BOUND, (name, found[name])
+    assert error[name] > 4 * BOUND, (name, error[name])
 
 
 def test_an_adapter_whose_gradient_is_added_up_in_bfloat16_is_caught(monkeypatch, of_adapters, exact_adapters):
@@ -170,5 +170,5 @@ def test_an_adapter_whose_gradient_is_added_up_in_bfloat16_is_caught(monkeypatch
 
   monkeypatch.setattr(block, "delta", delta)
   monkeypatch.setattr(gpt, "delta", delta)
-  found = errors(of_adapters(jnp.bfloat16), exact_adapters)
-  assert min(found.values()) > 4 * BOUND, found
+  error = errors(of_adapters(jnp.bfloat16), exact_adapters)
+  assert min(error.values()) > 4 * BOUND, error

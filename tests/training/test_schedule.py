@@ -21,8 +21,8 @@ def test_the_clock_of_the_record_is_596_seconds():
 
 def test_sequence_length_and_looping_by_progress():
   s = schedule()
-  found = [(s.plan(step, 596.0 * p).seq_len, s.plan(step, 596.0 * p).looping) for step, p in enumerate([0, 0.1, 0.11])]
-  assert found == [(1024, False), (1024, False), (2048, False)]
+  shapes = [(s.plan(step, 596.0 * p).seq_len, s.plan(step, 596.0 * p).looping) for step, p in enumerate([0, 0.1, 0.11])]
+  assert shapes == [(1024, False), (1024, False), (2048, False)]
   assert s.plan(4, 596 * 0.36).looping and s.plan(5, 596 * 0.71).seq_len == 3072
 
 
