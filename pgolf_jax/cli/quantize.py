@@ -43,6 +43,7 @@ def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
 
 def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.quantize.make import make
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.files import write_bytes
@@ -57,7 +58,7 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   made = make(
     settings,
     stages.averaged_params(run, mesh),
-    stages.data_folder(settings),
+    locate_prepared(settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )
