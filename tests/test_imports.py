@@ -40,20 +40,21 @@ def module_file(name: str, beside: Path | None = None) -> Path | None:
 
 @cache
 def bound_at_top(path: Path) -> frozenset[str]:
-  """Names that a module binds when it is imported or lists as those it imports late, and the modules of a package."""
+  """Names that a module binds when it is imported, and the modules in its folder if it is a package."""
   if path.is_dir():
     return frozenset(p.stem for p in path.iterdir())
   table = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")
   names = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
   if path.name == "__init__.py":
     names |= {p.stem for p in path.parent.iterdir()}
-  if "__getattr__" in names:
-    names |= {name for node in tree(path).body if _assigns_all(node) for name in ast.literal_eval(node.value)}
+  if "__getattr__" in names:  # what it gives is what the module declares
+    names |= {name for node in tree(path).body if is_declaration(node) for name in ast.literal_eval(node.value)}
   return frozenset(names | MODULE_NAMES)
 
 
-def _assigns_all(node: ast.stmt) -> bool:
-  return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+def is_declaration(node: ast.AST) -> bool:
+  """Whether a statement is `__all__ = […]`."""
+  return isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
 
 
 def faults_of_imports(path: Path) -> list[str]:

@@ -13,12 +13,11 @@ import numpy as np
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.quantize.artifact import read, writer
-from pgolf_jax.quantize.artifact.banks import kind
 from pgolf_jax.quantize.artifact.codecs import NAMES
-from pgolf_jax.quantize.artifact.tensors import Grid
+from pgolf_jax.quantize.artifact.tensors import Grid, kind
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.settings import QuantizeConfig
 
 RECORD = {
   "attn.c_q.weight": (512, 512, 13.0),

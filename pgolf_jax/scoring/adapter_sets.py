@@ -16,7 +16,7 @@ from pgolf_jax.model.adapters import Adapter, Adapters
 from pgolf_jax.scoring.adapters import Learner, Matrices, map_rows
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import Batch, Layout
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 Draw = Callable[[int, int], dict[str, np.ndarray]]
 """(number of the set, rank) → A by kind, on the host, with a row for each document of a batch, in batch order."""

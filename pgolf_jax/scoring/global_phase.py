@@ -14,12 +14,11 @@ from jaxtyping import Integer
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed, segments
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import nll
+from pgolf_jax.model.gpt import bind, nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
 from pgolf_jax.scoring.documents import Document
-from pgolf_jax.settings.config import PhaseConfig, Settings
+from pgolf_jax.settings import PhaseConfig, Settings
 
 
 class PhaseStep(NamedTuple):

@@ -28,7 +28,7 @@ from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score
 from pgolf_jax.scoring.trace import Event, from_json, to_json
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
 
 

@@ -34,7 +34,7 @@ from pgolf_jax.scoring.hints import HintCounter
 from pgolf_jax.scoring.record import Clocks, Evaluation, Progress, Record, identity, total
 from pgolf_jax.scoring.scan import ScanInputs, ScanState, Scored, place_call
 from pgolf_jax.scoring.trace import HintsEvent, ScoreEvent, WeightsEvent
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.runtime.files import write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
-from pgolf_jax.submission import accounting, bundle
-from pgolf_jax.submission.accounting import Account
+from pgolf_jax.submission import bundle
+from pgolf_jax.submission.bundle import Account
 
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
 
@@ -53,7 +53,7 @@ def build(folder: Path, data: bytes, contents: Contents) -> Account:
   config, code = read(data).config, bundle.code()
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0
-  account = accounting.account(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
+  account = bundle.account(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
   require_fit(account, data)
   (folder / "logs").mkdir(parents=True, exist_ok=True)
   write_bytes(folder / "artifact.pgolf", data)
@@ -149,6 +149,6 @@ FOLDER holds `fineweb_val_*.bin` and `fineweb_val_bytes_*.bin`. Needed are Pytho
 requirements.txt, and a C compiler for the hints. For an accelerator, install JAX with its extra, such as `jax[cuda13]`.
 
 ```
-{accounting.table(account)}
+{bundle.table(account)}
 ```
 """

@@ -17,7 +17,7 @@ from pgolf_jax.data.shards import iter_documents, list_shards
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.data.verify import inspect, verify
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 
 def settings_for(path: str, *, vocab_size: int = 1024, is_caseops: bool = True) -> Settings:

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact import read
-from pgolf_jax.quantize.artifact.banks import unbank
 from pgolf_jax.quantize.artifact.codecs import NAMES
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, unbank
 from pgolf_jax.quantize.artifact.writer import write
 
 VECTORS = Path(__file__).parent / "vectors"

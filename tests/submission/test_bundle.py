@@ -31,11 +31,11 @@ NOT_FOR_EVALUATION = (
   "pgolf_jax.quantize.artifact.writer",
   "pgolf_jax.quantize.calibrate",
   "pgolf_jax.quantize.corrections",
-  "pgolf_jax.quantize.fit",
+  "pgolf_jax.quantize.make",
   "pgolf_jax.quantize.gptq",
   "pgolf_jax.quantize.make",
   "pgolf_jax.quantize.quantize",
-  "pgolf_jax.submission.accounting",
+  "pgolf_jax.submission.bundle",
   "pgolf_jax.submission.package",
 )
 EVALUATION_ROOMS = {"data", "errors", "kernels", "model", "quantize", "runtime", "scoring", "settings", "submission"}

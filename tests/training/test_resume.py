@@ -16,7 +16,7 @@ from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.settings.config import (
+from pgolf_jax.settings import (
   DataConfig,
   EvalConfig,
   LengthStage,

@@ -14,11 +14,10 @@ import numpy as np
 from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize.artifact import frame
-from pgolf_jax.quantize.artifact.banks import rebank
 from pgolf_jax.quantize.artifact.codecs import Content, entropy, zstd
 from pgolf_jax.quantize.artifact.streams import Stream, assemble, split
-from pgolf_jax.quantize.artifact.tensors import Quantized
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.quantize.artifact.tensors import Quantized, rebank
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import from_dict
 
 

@@ -20,9 +20,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact.banks import kind
 from pgolf_jax.quantize.artifact.codecs import Content
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Quantized, Rows
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Quantized, Rows, kind
 
 _LARGE = 4096  # fp16 values; a kind with at least as many gets a stream of its own
 _MAX_SIDE = 1 << 20  # rows or columns of a grid
