@@ -61,7 +61,10 @@ def test_what_evaluation_imports_ships_and_nothing_else_does(modules):
 def test_neither_training_nor_quantising_ships(modules):
   assert {name.split(".")[1] for name in modules if "." in name} <= EVALUATION_ROOMS
   assert not [name for name in modules if name.startswith(NOT_FOR_EVALUATION)]
-  assert [name for name in modules if name.startswith("pgolf_jax.data.")] == ["pgolf_jax.data.shards"]
+  assert [name for name in modules if name.startswith("pgolf_jax.data.")] == [
+    "pgolf_jax.data.shards",
+    "pgolf_jax.data.validation",
+  ]
 
 
 def test_c_sources_lose_their_comments_and_still_compile(tmp_path):
