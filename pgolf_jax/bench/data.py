@@ -10,10 +10,9 @@ import sentencepiece
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way
 from pgolf_jax.data import caseops
-from pgolf_jax.data.corpus import Corpus, Position, RawDocument, open_corpus, read_batches
+from pgolf_jax.data.corpus import Corpus, Holdout, Position, RawDocument, digest, open_corpus, read_batches
 from pgolf_jax.data.encode import token_bytes
 from pgolf_jax.data.folder import default_corpus, ensure_default_data
-from pgolf_jax.data.holdout import Holdout, digest
 from pgolf_jax.data.manifest import TOKENIZER, Manifest
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.data.tokenizer import Tokenizer

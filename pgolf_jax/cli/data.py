@@ -1,70 +1,63 @@
 """`pgolf data`: preparing, downloading and checking the text."""
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareArguments:
-  """What `pgolf data prepare` understands."""
-
-  out: Path
-  """Folder to make."""
-  train: Path | None = None
-  """Documents: .jsonl, .jsonl.zst (one object with "text" a line) or a folder of .txt files; if not given, the speeches
-  that come with the package."""
-  val: Path | None = None
-  """Documents from which some are held out, if not from the training documents."""
-  val_docs: int | None = None
-  """How many documents to hold out, from the first; officially 50000. All of --val if not given."""
-  val_every: int = 1
-  """Hold out every N-th document instead of the first ones (1: the first ones)."""
-  tokenizer: Path | None = None
-  """SentencePiece model to use; if not given, a lossless one is trained on the training documents."""
-  vocab_size: int | None = None
-  """Pieces of the tokenizer; 8192 if one is trained and this is not given."""
-  caseops: bool = True
-  """Rewrite capitals by CaseOps first."""
-  shard_tokens: int = 100_000_000
-  """Tokens of a shard."""
-  workers: int | None = None
-  """Processes; one per core if not given."""
-
-
-def prepare(arguments: Annotated[PrepareArguments, tyro.conf.arg(name="")]) -> None:
+def prepare(
+  out: Path,
+  train: Path | None = None,
+  val: Path | None = None,
+  val_docs: int | None = None,
+  val_every: int = 1,
+  tokenizer: Path | None = None,
+  vocab_size: int | None = None,
+  caseops: bool = True,
+  shard_tokens: int = 100_000_000,
+  workers: int | None = None,
+) -> None:
   """Turn documents into shards, byte sidecar, tokenizer and manifest.
 
   After a kill the same command continues where it was. The same text and settings give the same files.
 
   Example: pgolf data prepare --train docs_selected.jsonl --val-docs 50000 --tokenizer published.model --out data/web
+
+  Args:
+    out: folder to make.
+    train: documents: .jsonl, .jsonl.zst (one object with "text" a line) or a folder of .txt files; the speeches that
+      come with the package if not given.
+    val: documents from which some are held out, if not from the training documents.
+    val_docs: how many documents to hold out, from the first; officially 50000. All of --val if not given.
+    val_every: hold out every N-th document instead of the first ones (1: the first ones).
+    tokenizer: SentencePiece model to use; a lossless one is trained on the training documents if not given.
+    vocab_size: pieces of the tokenizer; 8192 if one is trained and this is not given.
+    caseops: rewrite capitals by CaseOps first.
+    shard_tokens: tokens of a shard.
+    workers: processes; one per core if not given.
   """
-  from pgolf_jax.data.corpus import open_corpus
-  from pgolf_jax.data.holdout import Holdout
+  from pgolf_jax.data.corpus import Holdout, open_corpus
   from pgolf_jax.data.prepare import Preparation
   from pgolf_jax.data.prepare import prepare as run
   from pgolf_jax.data.tokenizer import Tokenizer
   from pgolf_jax.errors import UserError
 
-  a = arguments
-  holdout = Holdout(a.val_docs, a.val_every)
-  if a.train is not None:
-    corpus = open_corpus(a.train)
-    if a.val is None and holdout == Holdout(None):
+  holdout = Holdout(val_docs, val_every)
+  if train is not None:
+    corpus = open_corpus(train)
+    if val is None and holdout == Holdout(None):
       raise UserError("say how many documents are held out, as in --val-docs 50000, or give them with --val FILE")
   else:
     from pgolf_jax.data.folder import default_corpus
 
     corpus, default_holdout = default_corpus()
-    if a.val is None and holdout == Holdout(None):
+    if val is None and holdout == Holdout(None):
       holdout = default_holdout
-  tokenizer = Tokenizer.load(a.tokenizer, a.vocab_size) if a.tokenizer else None
-  vocab_size = tokenizer.vocab_size if tokenizer else a.vocab_size or 8192
-  held_out_from = open_corpus(a.val) if a.val else None
-  run(a.out, Preparation(corpus, held_out_from, holdout, tokenizer, vocab_size, a.caseops, a.shard_tokens), a.workers)
-  inspect(a.out)
+  given = Tokenizer.load(tokenizer, vocab_size) if tokenizer else None
+  pieces = given.vocab_size if given else vocab_size or 8192
+  held_out_from = open_corpus(val) if val else None
+  run(out, Preparation(corpus, held_out_from, holdout, given, pieces, caseops, shard_tokens), workers)
+  inspect(out)
 
 
 def inspect(folder: tyro.conf.Positional[Path]) -> None:

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Integer, UInt16
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.corpus import Position, RawBatch, RawDocument
-from pgolf_jax.data.holdout import digest
+from pgolf_jax.data.corpus import Position, RawBatch, RawDocument, digest
 from pgolf_jax.data.shards import BOS
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError

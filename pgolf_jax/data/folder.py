@@ -8,8 +8,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from pgolf_jax.data.corpus import TextFiles
-from pgolf_jax.data.holdout import Holdout
+from pgolf_jax.data.corpus import Holdout, TextFiles
 from pgolf_jax.data.manifest import MANIFEST
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.errors import UserError

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.corpus import Corpus, read_batches
+from pgolf_jax.data.corpus import Corpus, HeldOutDocuments, Holdout, in_training, read_batches, training_texts
 from pgolf_jax.data.encode import EncodedBatch, Encoder, encode_all
-from pgolf_jax.data.holdout import HeldOutDocuments, Holdout, in_training, training_texts
 from pgolf_jax.data.manifest import (
   JOURNAL,
   MANIFEST,

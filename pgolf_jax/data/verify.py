@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_jax.data import caseops
+from pgolf_jax.data.corpus import digest
 from pgolf_jax.data.encode import token_bytes
-from pgolf_jax.data.holdout import digest
 from pgolf_jax.data.manifest import TOKENIZER, Manifest, sha256_of
 from pgolf_jax.data.shards import (
   BOS,

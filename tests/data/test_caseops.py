@@ -48,12 +48,12 @@ def test_decode_inverts_encode(text):
 
 @given(busy_text)
 def test_only_capitals_and_markers_change(text):
-  kept = "".join(c for c in text if not ("A" <= c <= "Z") and c not in MARKERS)
+  unchanged = "".join(c for c in text if not ("A" <= c <= "Z") and c not in MARKERS)
   coded = encode(text)
   assert not any("A" <= c <= "Z" for c in coded)
   if not any(marker in text for marker in MARKERS):
     assert "".join(c for c in coded if c not in MARKERS).lower() == text.lower()
-  assert all(c in coded for c in kept)
+  assert all(c in coded for c in unchanged)
 
 
 MALFORMED = [

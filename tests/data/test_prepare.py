@@ -15,8 +15,7 @@ import pytest
 from pgolf_jax.data import caseops, corpus
 from pgolf_jax.data import encode as encode_module
 from pgolf_jax.data import prepare as prepare_module
-from pgolf_jax.data.corpus import open_corpus
-from pgolf_jax.data.holdout import Holdout
+from pgolf_jax.data.corpus import Holdout, open_corpus
 from pgolf_jax.data.manifest import JOURNAL, MANIFEST, TOKENIZER, Manifest
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.data.shards import iter_documents, list_shards, read_shard, write_shard
@@ -192,7 +191,7 @@ COMMAND = """
 import time
 from pathlib import Path
 from pgolf_jax.data import corpus
-from pgolf_jax.data.holdout import Holdout
+from pgolf_jax.data.corpus import Holdout
 from pgolf_jax.data.prepare import Preparation, prepare
 corpus.BATCH_BYTES = 1 << 13
 class Slow(corpus.JsonLines):  # so that a kill comes before the end on any machine

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.corpus import open_corpus
-from pgolf_jax.data.holdout import Holdout
+from pgolf_jax.data.corpus import Holdout, open_corpus
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.data.shards import read_shard, write_shard

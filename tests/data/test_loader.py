@@ -1,3 +1,5 @@
+"""The training stream: spans of the ranks, the ends of shards, skipping, and continuing at a saved place."""
+
 import numpy as np
 import pytest
 
