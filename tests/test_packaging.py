@@ -15,6 +15,7 @@ def test_every_folder_of_code_is_packaged():
 def test_every_small_golden_case_is_packaged():
   setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
   folder = ROOT / setuptools["package-dir"]["pgolf_jax.parity.golden"]
-  packaged = {path for pattern in setuptools["package-data"]["pgolf_jax.parity.golden"] for path in folder.glob(pattern)}
+  patterns = setuptools["package-data"]["pgolf_jax.parity.golden"]
+  packaged = {path for pattern in patterns for path in folder.glob(pattern)}
   assert folder == ROOT / "tests" / "golden"
   assert {path for path in folder.rglob("*") if path.is_file()} == {path for path in packaged if path.is_file()}
