@@ -17,7 +17,7 @@ import tomli_w
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import write_json, write_text
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import from_toml, to_dict
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from pgolf_jax.audit.audit import audit
+from pgolf_jax.audit import audit
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.model.params import Params
@@ -17,15 +17,13 @@ from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import checks, distributed
-from pgolf_jax.runtime.files import write_bytes
-from pgolf_jax.runtime.lock import locked
+from pgolf_jax.runtime.files import locked, write_bytes
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain, ttt
-from pgolf_jax.settings import check
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
-from pgolf_jax.submission import accounting, bundle
+from pgolf_jax.submission import bundle, package
 
 
 def plain_score(
@@ -76,8 +74,8 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
   code = bundle.code()
-  account = accounting.account(made.data, code, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", accounting.table(account))
+  account = package.count(made.data, code, budget=settings.quantize.budget_bytes)
+  log.info("artifact:\n%s", package.table(account))
   score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
   return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
 

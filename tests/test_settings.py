@@ -3,8 +3,7 @@ import dataclasses
 import pytest
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import check
-from pgolf_jax.settings.config import LengthStage, Settings
+from pgolf_jax.settings import LengthStage, Settings, check
 from pgolf_jax.settings.load import (
   changed,
   check_env_names,

@@ -8,7 +8,7 @@ import numpy as np
 
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.model import params as parameters
-from pgolf_jax.settings.config import EvalConfig, LengthStage, ModelConfig, QuantizeConfig, Settings, TrainConfig
+from pgolf_jax.settings import EvalConfig, LengthStage, ModelConfig, QuantizeConfig, Settings, TrainConfig
 
 MODEL = ModelConfig(
   vocab_size=320,

@@ -5,8 +5,7 @@ import numpy as np
 
 from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.model import params as parameters
-from pgolf_jax.settings import load
-from pgolf_jax.settings.config import (
+from pgolf_jax.settings import (
   EvalConfig,
   HintConfig,
   LoRAConfig,
@@ -16,6 +15,7 @@ from pgolf_jax.settings.config import (
   ShortConfig,
   TrainConfig,
   TTTConfig,
+  load,
 )
 
 SETTINGS = Settings(

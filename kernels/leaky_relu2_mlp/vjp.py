@@ -9,7 +9,7 @@ from pgolf_jax.kernels.numerics import product
 
 
 def with_gradient(up: Callable, up_gradient: Callable) -> Callable[..., jax.Array]:
-  """Returns the operation of api.py, made of the two products that carry the activation in their epilogue.
+  """Returns the operation, made of the two products that carry the activation in their epilogue.
 
   The other products are plain matrix products, which XLA's libraries do best.
 

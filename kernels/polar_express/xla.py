@@ -8,7 +8,7 @@ from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 
 
 def polar_express(u_BxMxN: jax.Array, *, steps: int) -> jax.Array:
-  """Computes the operation of api.py in the type of u, each product and each sum rounded to it on its own.
+  """Computes the operation in the type of u, each product and each sum rounded to it on its own.
 
   Sums inside a product, coefficients and norms are float32.
   """

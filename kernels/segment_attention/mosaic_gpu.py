@@ -42,7 +42,7 @@ def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) ->
 def segment_attention(
   q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, start_BxT: jax.Array, *, max_segment: int
 ) -> jax.Array:
-  """Computes the operation of api.py. Rows of any length are padded to whole blocks of 64."""
+  """Computes the operation. Rows of any length are padded to whole blocks of 64."""
   del max_segment  # each block of queries reads from `start_BxT` how far it goes back
   return _differentiable(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT)
 

@@ -37,7 +37,7 @@ def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) ->
 def segment_attention(
   q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, start_BxT: jax.Array, *, max_segment: int
 ) -> jax.Array:
-  """Computes the operation of api.py. Rows of any length are padded to whole chunks."""
+  """Computes the operation. Rows of any length are padded to whole chunks."""
   B, T, H, C = q_BxTxHxC.shape
   size = -(-min(max_segment, T) // _LANES) * _LANES
   padding = -T % size

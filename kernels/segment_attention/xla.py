@@ -132,7 +132,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> jax.Array:
-  """Computes the operation of api.py. Rows of any length are padded to whole blocks."""
+  """Computes the operation. Rows of any length are padded to whole blocks."""
   T = q_BxTxHxC.shape[1]
   # Larger blocks waste work at segment starts, smaller ones have a higher cost for each block.
   size = min(256, max(16, 1 << (min(max_segment, T) - 1).bit_length()))

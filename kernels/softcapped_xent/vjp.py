@@ -10,7 +10,7 @@ from pgolf_jax.kernels.numerics import softcap
 
 
 def with_gradient(log_sum_exp: Callable, gradient: Callable) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
-  """Returns the operation of api.py, made of two passes over the logits; single columns are gathered in plain JAX.
+  """Returns the operation, made of two passes over the logits; single columns are gathered in plain JAX.
 
   Args:
     log_sum_exp: (z_NxV, cap_pos, cap_neg) → log Σ exp of each row's softcapped logits, float32.

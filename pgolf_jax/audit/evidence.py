@@ -14,13 +14,12 @@ from pgolf_jax.data.loader import Loader
 from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.data.verify import verify
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.checks import Check
 from pgolf_jax.scoring import trace
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.submission import bundle
 
 _STEP_1_AGREEMENT = 0.02  # nats; bfloat16 on another backend stays well within, another text does not

@@ -18,7 +18,7 @@ from pgolf_jax.quantize.artifact.codecs import NAMES
 from pgolf_jax.quantize.artifact.tensors import Grid
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.quantize import quantize
-from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.settings import QuantizeConfig
 
 RECORD = {
   "attn.c_q.weight": (512, 512, 13.0),

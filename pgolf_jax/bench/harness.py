@@ -55,7 +55,7 @@ class Way:
 
   Attributes:
     labels: the leading cells of its row in the table, by heading.
-    prepare: compiles the program and places its arguments; returns a function that does the work once.
+    prepare: makes everything ready; returns a function that does the work once.
     work: of one call.
     wait: blocks until the result of a call is complete.
     count_memory: starts counting before a call; returns a function that reads the count after it.
@@ -140,10 +140,10 @@ def measure(
 
   Args:
     repeats: timed turns.
-    warmups: calls of each way before those. Without one, the first timed call is the one that counts memory first.
-    group_s: calls are repeated, and waited for together, until a turn takes about this many seconds: the start of
-      one call then hides behind the call before.
-    noise: adds the first way once more, under the name "again", to show what ratio and p mean nothing.
+    warmups: untimed calls of each way before the first turn.
+    group_s: least seconds of a turn: a turn makes as many calls as take about that long, and waits for all together,
+      so that the start of a call hides behind the call before.
+    noise: measure the first way once more, as "again", to show which ratios and p-values mean nothing.
 
   Returns:
     The measurements, and a note on each way that did not fit in memory, which is left out.

@@ -13,11 +13,11 @@ import numpy as np
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.kernels import Choice
+from pgolf_jax.kernels import leaky_relu2_mlp as mlp
+from pgolf_jax.kernels import polar_express as polar
+from pgolf_jax.kernels import segment_attention as attention
+from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.hardware import peaks, target
-from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
-from pgolf_jax.kernels.polar_express import api as polar
-from pgolf_jax.kernels.segment_attention import api as attention
-from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.kernels.softcapped_xent import linear
 from pgolf_jax.runtime import distributed
 

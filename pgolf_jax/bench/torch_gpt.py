@@ -14,7 +14,7 @@ from pgolf_jax.bench.harness import Peak
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 from pgolf_jax.model.block import EPS
 from pgolf_jax.model.params import SOFTCAPS, layer_order
-from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training.optimizer import group
 
 
@@ -94,13 +94,6 @@ def _rotate(x, cos, sin):
   return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
-def obstacle(model: ModelConfig) -> str | None:
-  """Why `TorchGPT` is not this model, or None."""
-  written_for = {"smear_gate": True, "skip_gates": True, "sparse_attn_gate": True, "parallel_final_lane": "mean"}
-  other = [f"model.{k}={getattr(model, k)}" for k, value in written_for.items() if getattr(model, k) != value]
-  return f"it is written for the record's switches, not {', '.join(other)}" if other else None
-
-
 class TorchGPT:
   """The model on documents that stand end to end.
 
@@ -137,9 +130,11 @@ class TorchGPT:
     m = self.config
     # Looked up in float32, for the gradients of a token's many uses are added up in the type of the lookup.
     x = F.embedding(tokens_T, self.params["tok_emb.weight"]).to(self.dtype)
-    gate = torch.sigmoid(F.linear(x[1:, : m.gate_window], p["smear_gate.weight"]))
-    inside = (tokens_T[1:, None] != m.bos_id).to(x.dtype)
-    return _norm(torch.cat([x[:1], x[1:] + p["smear_lambda"] * gate * x[:-1] * inside]))
+    if m.smear_gate:
+      gate = torch.sigmoid(F.linear(x[1:, : m.gate_window], p["smear_gate.weight"]))
+      inside = (tokens_T[1:, None] != m.bos_id).to(x.dtype)
+      x = torch.cat([x[:1], x[1:] + p["smear_lambda"] * gate * x[:-1] * inside])
+    return _norm(x)
 
   def _attention(self, p: dict, n, layer: int, angles, lengths):
     m = self.config
@@ -152,8 +147,9 @@ class TorchGPT:
       grouped = y.unflatten(1, (m.num_kv_heads, -1))
       direction = F.normalize(v, dim=-1).unsqueeze(2)
       y = (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(1, 2)
-    gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
-    y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
+    if m.sparse_attn_gate:
+      gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
+      y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
     return p[f"blocks.{layer}.attn_scale"] * F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer])
 
   def _mlp(self, p: dict, n, layer: int):
@@ -190,8 +186,8 @@ class TorchGPT:
       if lanes is None and layer >= m.parallel_start_layer > 0:
         lanes = (x, x)
       if skips:
-        skip = p["skip_weights"][j] * skips.pop()
-        joined = torch.lerp(skip, lanes[0] if lanes else x, torch.sigmoid(p["skip_gates"][j]))
+        skip, joined = p["skip_weights"][j] * skips.pop(), lanes[0] if lanes else x
+        joined = torch.lerp(skip, joined, torch.sigmoid(p["skip_gates"][j])) if m.skip_gates else joined + skip
         x, lanes = (x, (joined, lanes[1])) if lanes else (joined, None)
       if lanes is None:
         x = block(x, layer)
@@ -199,7 +195,8 @@ class TorchGPT:
       a, b = attention(lanes[0], layer)[1], mlp(lanes[1], layer)
       R, P = p["parallel_resid_lambdas"][layer], p["parallel_post_lambdas"][layer]
       lanes = (R[0] * lanes[0] + P[0, 0] * a + P[1, 0] * b, R[1] * lanes[1] + P[0, 1] * a + P[1, 1] * b)
-    x = 0.5 * (lanes[0] + lanes[1]) if lanes else x
+    if lanes:
+      x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
     return F.linear(_norm(x), p["tok_emb.weight"])
 
 

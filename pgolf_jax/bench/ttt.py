@@ -21,7 +21,7 @@ from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import batches, find_documents
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import load
 
 

@@ -24,8 +24,8 @@ def audit(
     probes: perturbations of each kind; each is an evaluation of a small stream.
     probe_tokens: tokens of that stream.
   """
-  from pgolf_jax.audit.audit import audit as audit_run
-  from pgolf_jax.audit.audit import one_config
+  from pgolf_jax.audit import audit as audit_run
+  from pgolf_jax.audit import one_config
   from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed

@@ -22,7 +22,6 @@ def package(
   from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.submission import accounting
   from pgolf_jax.submission import package as packaging
 
   distributed.leave_devices()
@@ -40,7 +39,7 @@ def package(
     logs=logs,
     score=results.get("ttt") or results.get("artifact"),
   )
-  print(accounting.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
+  print(packaging.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
   plain = results.get("artifact", {}).get("bpb")
   rescored = packaging.verify(out, data, expected_bpb=plain)
   print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")

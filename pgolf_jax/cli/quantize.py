@@ -6,8 +6,8 @@ from pathlib import Path
 import tyro
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.settings import QuantizeConfig
 from pgolf_jax.settings.arguments import Defaults
-from pgolf_jax.settings.config import QuantizeConfig
 
 
 def quantize(
@@ -27,7 +27,7 @@ def quantize(
   """
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.lock import locked
+  from pgolf_jax.runtime.files import locked
 
   distributed.start()
   folder = RunFolder(run)
@@ -43,11 +43,12 @@ def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
 
 def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.quantize.make import make
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.files import write_bytes
   from pgolf_jax.runtime.mesh import data_mesh, world_size
-  from pgolf_jax.submission import accounting, bundle
+  from pgolf_jax.submission import bundle, package
 
   if "train" not in run.results():
     raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
@@ -57,13 +58,13 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   made = make(
     settings,
     stages.averaged_params(run, mesh),
-    stages.data_folder(settings),
+    locate_prepared(settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )
   if distributed.is_leader():
     write_bytes(out, made.data)
-  print(accounting.table(accounting.account(made.data, code, budget=settings.quantize.budget_bytes)))
+  print(package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
   if fit:
     clips = {k: v for k, v in dataclasses.asdict(made.config).items() if k.endswith("clip_sigmas")}
     print("clips: " + ", ".join(f"quantize.{name}={value:g}" for name, value in clips.items()))

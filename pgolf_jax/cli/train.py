@@ -4,8 +4,8 @@ from pathlib import Path
 
 import tyro
 
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import Overrides, with_config
-from pgolf_jax.settings.config import Settings
 
 
 def train(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:

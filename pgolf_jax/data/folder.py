@@ -15,7 +15,7 @@ from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import compile_cache, distributed
 from pgolf_jax.runtime.log import log
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 DEFAULT = "default"  # data.path of the default text
 _EVERY, _FIRST = 16, 6

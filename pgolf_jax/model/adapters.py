@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pgolf_jax.model.params import layer_order
-from pgolf_jax.settings.config import ModelConfig, TTTConfig
+from pgolf_jax.settings import ModelConfig, TTTConfig
 
 
 class Adapter(NamedTuple):

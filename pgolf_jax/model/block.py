@@ -1,4 +1,7 @@
-"""One physical layer: attention and MLP, in one residual lane or in two. Letters: see model/__init__.py."""
+"""One physical layer: rotary positions, attention and MLP, in one residual lane or in two.
+
+Letters: see model/__init__.py.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,12 +9,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp_kernel
-from pgolf_jax.model import rotary
+from pgolf_jax.kernels import leaky_relu2_mlp as mlp_kernel
 from pgolf_jax.model.adapters import Adapter, delta
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings import ModelConfig
+
+Angles = tuple[jax.Array, jax.Array]
+
+
+def angles(position_T: Int[Array, " T"], rope_dims: int, base: float) -> Angles:
+  """(cos, sin), each [T, rope_dims/2] in float32, of position · base^(−2i/rope_dims)."""
+  frequency = base ** (-jnp.arange(0, rope_dims, 2, dtype=jnp.float32) / rope_dims)
+  angle = position_T[:, None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BxTxHxC: Float[Array, "B T H C"], angles: Angles) -> Float[Array, "B T H C"]:
+  """Split-half pairs of the leading dimensions: (a, b) → (a·cos + b·sin, −a·sin + b·cos); the rest passes."""
+  cos, sin = (a[:, None].astype(x_BxTxHxC.dtype) for a in angles)
+  half = cos.shape[-1]
+  a, b, rest = jnp.split(x_BxTxHxC, (half, 2 * half), axis=-1)
+  return jnp.concatenate([a * cos + b * sin, b * cos - a * sin, rest], axis=-1)
+
 
 EPS = 1.1920929e-07
 """Epsilon of every norm: float32's, also when the input is bfloat16."""
@@ -62,7 +82,7 @@ class LayerUse(NamedTuple):
   adapters: dict[str, Adapter]
   adapter_scale: float
   attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-  angles: rotary.Angles
+  angles: Angles
   x0: jax.Array
   observe: Callable[[str, jax.Array], None] | None
 
@@ -90,8 +110,8 @@ class Attention(nnx.Module):
 
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
-    q = rotary.rotate(rms_norm(project("q", w.q, m.num_heads)), use.angles)
-    k = rotary.rotate(rms_norm(project("k", w.k, m.num_kv_heads)), use.angles)
+    q = rotate(rms_norm(project("q", w.q, m.num_heads)), use.angles)
+    k = rotate(rms_norm(project("k", w.k, m.num_kv_heads)), use.angles)
     v = project("v", w.v, m.num_kv_heads)
     q = scaled(q, self.q_gain[...][:, None])
     y = use.attend(q, k, v)

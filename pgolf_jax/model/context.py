@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Int
 
-from pgolf_jax.kernels.segment_attention.api import segment_attention, segment_starts
+from pgolf_jax.kernels.segment_attention import segment_attention, segment_starts
 
 
 class Context(NamedTuple):

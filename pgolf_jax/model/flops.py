@@ -6,7 +6,7 @@ matrices need one.
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import BANKS, layer_order
-from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.settings import ModelConfig, Settings
 
 
 def positions(model: ModelConfig, *, looping: bool) -> int:

@@ -15,7 +15,7 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.model.context import segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
-from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.settings import ModelConfig, Settings
 
 _SMALLEST_BUCKET = 64  # tokens
 _EOS = 2

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.numerics import softcap
-from pgolf_jax.model import rotary
+from pgolf_jax.model import block
 from pgolf_jax.model.adapters import Adaptation, Adapter, delta
 from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm, scaled
-from pgolf_jax.model.context import Context
+from pgolf_jax.model.context import Context, packed
 from pgolf_jax.model.params import Params, layer_order
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings import ModelConfig
 
 Collect = Callable[[str, jax.Array], Any]
 """(name of a matrix, its input [B, T, N]) → a statistic: an array or a tree of arrays."""
@@ -83,7 +84,7 @@ class GPT(nnx.Module):
     m = self.config
     adapters, scale = adaptation or Adaptation({}, 1.0)
     x = self._embed(tokens_BxT, context)
-    angles = rotary.angles(
+    angles = block.angles(
       context.first_position + jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base
     )
     x0 = x
@@ -211,3 +212,44 @@ def bind(config: ModelConfig, params: Params) -> GPT:
   """Returns the model with these flat parameters (params.py), which keep their types; to be called while tracing."""
   graph, paths = _structure(config)
   return nnx.merge(graph, nnx.from_flat_state({path: params[name] for name, path in paths.items()}))
+
+
+def nll(
+  model: GPT,
+  tokens_BxT: Int[Array, "B T"],
+  target_BxT: Int[Array, "B T"],
+  context: Context,
+  *,
+  evaluation: bool = False,
+) -> Float[Array, "B T"]:
+  """Returns the negative log-likelihood of every target, in nats.
+
+  Args:
+    evaluation: use the evaluation softcaps rather than the symmetric one of training.
+  """
+  hidden_BxTxD = model(tokens_BxT, context).hidden
+  cap_pos, cap_neg = model.caps(evaluation=evaluation)
+  nll_N = xent.linear_softcapped_xent(
+    hidden_BxTxD.reshape(-1, hidden_BxTxD.shape[-1]),
+    model.tok_emb.weight[...].astype(context.dtype),
+    target_BxT.reshape(-1),
+    cap_pos=cap_pos,
+    cap_neg=cap_neg,
+  )
+  return nll_N.reshape(target_BxT.shape)
+
+
+def packed_nll(
+  model: GPT, tokens_BxT1: Int[Array, "B T1"], *, seq_len: int, looping: bool, dtype, evaluation: bool = False
+) -> Float[Array, "B T"]:
+  """Returns the negative log-likelihood, in nats, of every target of rows of documents end to end.
+
+  Args:
+    tokens_BxT1: rows of T + 1 tokens: inputs are the first T, targets the last T.
+    seq_len: longest segment; see `context.packed`.
+    looping, dtype: see `Context`.
+    evaluation: use the evaluation softcaps rather than the symmetric one of training.
+  """
+  inputs, targets = tokens_BxT1[:, :-1], tokens_BxT1[:, 1:]
+  context = packed(inputs, bos_id=model.config.bos_id, seq_len=seq_len, looping=looping, dtype=dtype)
+  return nll(model, inputs, targets, context, evaluation=evaluation)

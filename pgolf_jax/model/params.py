@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings import ModelConfig
 
 Params = dict[str, jax.Array]
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import check_env_names, from_env
 
 Arrays = dict[str, np.ndarray]

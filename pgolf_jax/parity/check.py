@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from pgolf_jax.parity.case import Arrays, Case, Outputs
-from pgolf_jax.parity.measure import Pair
 from pgolf_jax.parity.run import run
-from pgolf_jax.parity.tolerance import PERTURBATION, tolerance_for
+from pgolf_jax.parity.tolerance import PERTURBATION, Pair, tolerance_for
 
 
 class Row(NamedTuple):

@@ -1,7 +1,9 @@
-"""Our outputs for a golden case, under the names of its expected file, computed by the product's own code."""
+"""Golden cases run by the code that trains, quantises and scores; outputs have the names of the expected file."""
 
 import dataclasses
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -10,22 +12,140 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from pgolf_jax.data.validation import load_validation
+from pgolf_jax.data import caseops
+from pgolf_jax.data.encode import token_bytes
+from pgolf_jax.data.tokenizer import Tokenizer
+from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
-from pgolf_jax.parity import quantize, ttt
+from pgolf_jax.model.gpt import bind, packed_nll
+from pgolf_jax.model.params import Params
 from pgolf_jax.parity.case import Arrays, Case, Outputs
-from pgolf_jax.parity.caseops import run_caseops
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.calibrate import Calibration
+from pgolf_jax.quantize.make import make
+from pgolf_jax.quantize.quantize import quantize
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.scoring import plain
+from pgolf_jax.scoring import plain, ttt
+from pgolf_jax.scoring.adapter_sets import Draw
 from pgolf_jax.scoring.hints import build_hints
-from pgolf_jax.settings import check
+from pgolf_jax.settings import Settings, check
+from pgolf_jax.settings.load import from_env
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.loop import Trainer
+
+
+def run_caseops(case: Case) -> list[dict]:
+  """Rewritten text, ids without the leading bos, bytes per token and their sums, for each document of the case."""
+  tokenizer = Tokenizer.load(case.tokenizer or _find_tokenizer(case))
+  lines = (case.folder / "docs.jsonl").read_text(encoding="utf-8").splitlines()
+  return [_document(json.loads(line)["text"], tokenizer) for line in lines]
+
+
+def _document(text: str, tokenizer: Tokenizer) -> dict:
+  coded = caseops.encode(text)
+  ids = tokenizer.encode(coded)
+  counts = token_bytes(tokenizer, coded, ids)
+  return {
+    "caseops": coded,
+    "ids": ids.tolist(),
+    "bytes": counts.tolist(),
+    "utf8_bytes": len(text.encode()),
+    "sum_bytes": int(counts.sum()),
+  }
+
+
+def _find_tokenizer(case: Case) -> Path:
+  name = case.about["tokenizer"]
+  places = [case.folder / name, case.folder.parent.parent / "tokenizers" / name]
+  for path in places:
+    if path.exists():
+      return path
+  raise UserError(f"The tokenizer {name} is neither at {places[0]} nor at {places[1]}; name it with --tokenizer.")
+
+
+def quantize_case(
+  environ: Mapping[str, str],
+  params: Mapping[str, np.ndarray],
+  hessian: Mapping[str, np.ndarray],
+  act_rms: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Returns `dequantized/{matrix}` of every parameter.
+
+  Args:
+    environ: settings under their environment names.
+    params: fp32 parameters under their bank names.
+    hessian: Hessian of the inputs, by matrix name.
+    act_rms: root mean square of each input, by matrix name.
+  """
+  settings = from_env(environ)
+  tensors = quantize(params, Calibration(hessian, act_rms), settings.quantize)
+  data = writer.write({}, tensors, settings.quantize.codec)
+  return {f"dequantized/{name}": tensor.dequantize() for name, tensor in read(data).tensors.items()}
+
+
+def artifact_params(settings: Settings, params: Params, data: Path) -> Params:
+  """Quantises parameters, calibrated on the training shards in `data`, and returns what the artifact stores of them."""
+  return read(make(settings, params, data).data).params()
+
+
+# The reference's name of each kind of adapter → ours.
+_KINDS = {"q_loras": "q", "k_loras": "k", "v_loras": "v", "o_loras": "o", "mlp_loras": "mlp"}
+
+
+def draw_from(inputs: Arrays) -> Draw:
+  """Returns a function that gives A of adapter set k, by kind of adapter, from `adapter_init/{k}/{name}.A`.
+
+  Its errors: UserError if the case has no set of that number, or one of another rank.
+  """
+
+  def draw(number: int, rank: int) -> Arrays:
+    prefix = f"adapter_init/{number}/"
+    given = {name.removeprefix(prefix): A for name, A in inputs.items() if name.startswith(prefix)}
+    if not given:
+      raise UserError(
+        f"The case has no adapter set {number}, which its settings make the evaluator draw; add it to its inputs."
+      )
+    adapters = {"head": given["lm_head_lora.A"]}
+    for name, kind in _KINDS.items():
+      layers = [given[f"{name}.{p}.A"] for p in range(len(given)) if f"{name}.{p}.A" in given]
+      if layers:
+        adapters[kind] = np.stack(layers)
+    if adapters["head"].shape[1] != rank:
+      raise UserError(f"Adapter set {number} of the case has rank {adapters['head'].shape[1]}, not {rank}.")
+    return adapters
+
+  return draw
+
+
+def run_case(settings: Settings, inputs: Arrays, mesh: Mesh, *, dtype: str = "float32") -> Arrays:
+  """Scores a stream as the reference does, in its order of documents; returns outputs under the case's names.
+
+  Args:
+    inputs: `params/*`, `tokens`, `token_bytes`, and `adapter_init/*` unless adapters are to be drawn at random.
+    dtype: of the computation.
+  """
+  replace = dataclasses.replace
+  settings = replace(
+    settings,
+    ttt=replace(settings.ttt, order="reference", method="exact"),
+    hints=replace(settings.hints, table="reference"),
+    train=replace(settings.train, world_size=1, compute_dtype=dtype),
+  )
+  params = {k.removeprefix("params/"): v for k, v in inputs.items() if k.startswith("params/")}
+  data = ValidationData(inputs["tokens"].astype(np.int32), inputs["token_bytes"].astype(np.int32))
+  draw = draw_from(inputs) if any(name.startswith("adapter_init/") for name in inputs) else None
+  evaluation = ttt.evaluate(settings, params, data, mesh, ttt.Options(draw=draw))
+  return {
+    "nll": evaluation.nll_N.astype(np.float64),
+    "val_loss": np.array([evaluation.score.loss]),
+    "val_bpb": np.array([evaluation.score.bpb]),
+    "hint_ids": evaluation.hint_N,
+    "gate_mask": evaluation.gate_N.astype(np.uint8),
+    **{f"params_after/{k}": np.asarray(v) for k, v in evaluation.params.items()},
+  }
 
 
 def run(case: Case, mesh: Mesh | None = None) -> Outputs:
@@ -112,11 +232,11 @@ def _train(case: Case, mesh: Mesh) -> Arrays:
 def _e2e(case: Case, mesh: Mesh) -> Arrays:
   """Trains, quantises and adapts; each part starts from the reference's weights, so that errors do not add up."""
   trained = _train(case, mesh)
-  artifact = quantize.artifact_params(case.settings, case.expected_under("params_ema/"), case.data)
+  artifact = artifact_params(case.settings, case.expected_under("params_ema/"), case.data)
   validation = load_validation(case.data)
   inputs = {f"params/{name}": value for name, value in case.expected_under("params_dequantized/").items()}
   inputs |= {"tokens": validation.tokens, "token_bytes": validation.token_bytes}
-  adapted = ttt.run_case(case.settings, inputs, mesh, dtype=case.types.compute)
+  adapted = run_case(case.settings, inputs, mesh, dtype=case.types.compute)
   return {
     **trained,
     **_plain_score(case, mesh, artifact, "quantized"),
@@ -127,7 +247,7 @@ def _e2e(case: Case, mesh: Mesh) -> Arrays:
 
 def _quantize(case: Case, mesh: Mesh) -> Arrays:
   moments = (case.under("hessian/"), case.under("act_rms/"))
-  return quantize.quantize_case(case.about["settings"], case.under("params/"), *moments)
+  return quantize_case(case.about["settings"], case.under("params/"), *moments)
 
 
 def _ngram(case: Case, mesh: Mesh) -> Arrays:
@@ -137,7 +257,7 @@ def _ngram(case: Case, mesh: Mesh) -> Arrays:
 
 
 def _ttt(case: Case, mesh: Mesh) -> Arrays:
-  return ttt.run_case(case.settings, case.inputs, mesh, dtype=case.types.compute)
+  return run_case(case.settings, case.inputs, mesh, dtype=case.types.compute)
 
 
 def _params(case: Case) -> parameters.Params:

@@ -7,10 +7,8 @@ import time
 import jax
 
 from pgolf_jax.kernels.hardware import peaks
-from pgolf_jax.plan import collectives
-from pgolf_jax.plan.collectives import Traffic
+from pgolf_jax.plan.compiled import Kernel, Traffic, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
-from pgolf_jax.plan.machine_code import Kernel, read, recorded, table
 from pgolf_jax.plan.programs import Program
 
 _KERNEL = re.compile(r'@mosaic_gpu\w*|@tpu_custom_call|custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
@@ -62,12 +60,12 @@ def examine(program: Program, topology: Topology) -> Finding:
       failure = _first_words(str(e))
   if compiled is None:
     text, parts, fits, num_bytes = lowered.as_text(), {}, False if failure else None, None
-    traffic = collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
+    traffic = compiled.in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
   else:
     text, parts = compiled.as_text(), memory(compiled)
     fits = topology.chip is None or sum(parts.values()) <= topology.chip.memory
     num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
-    traffic = collectives.in_hlo(text, topology.mesh.size)
+    traffic = compiled.in_hlo(text, topology.mesh.size)
   known_kernels = len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values()) if compiled else 0
   return Finding(
     title=program.title,

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.plan.machine_code import SHARED_MEMORY
+from pgolf_jax.plan.compiled import SHARED_MEMORY
 from pgolf_jax.runtime.mesh import AXIS
 
 GIB = 2**30

@@ -10,7 +10,7 @@ from pgolf_jax.model import flops
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.training.schedule import Schedule
 from pgolf_jax.training.step import TrainStep
 

@@ -22,7 +22,7 @@ from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.mesh import AXIS, data_mesh, place, replicated
 from pgolf_jax.runtime.progress import progress
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 _STEP_TOKENS = 16_384  # that a device takes at a time
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pgolf_jax.quantize.artifact.tensors import Grid, LowRank
-from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.settings import QuantizeConfig
 
 
 def choose_groups(

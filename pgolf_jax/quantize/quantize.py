@@ -17,7 +17,7 @@ from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
 from pgolf_jax.quantize.gptq import Grids, gptq, row_step
 from pgolf_jax.runtime.progress import progress
-from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.settings import QuantizeConfig
 
 _LARGEST_HALF = 65_536  # elements; up to here a parameter stays fp16
 _GATE_SIZES = range(32, 8193)  # elements of an attention gate that is stored as integers

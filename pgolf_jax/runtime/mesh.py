@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 AXIS = "data"
 

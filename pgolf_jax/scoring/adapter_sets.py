@@ -16,7 +16,7 @@ from pgolf_jax.model.adapters import Adapter, Adapters
 from pgolf_jax.scoring.adapters import Learner, Matrices, map_rows
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import Batch, Layout
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 Draw = Callable[[int, int], dict[str, np.ndarray]]
 """(number of the set, rank) → A by kind, on the host, with a row for each document of a batch, in batch order."""
@@ -28,27 +28,28 @@ class AdapterSet:
 
   Attributes:
     matrices: its A, on the mesh.
-    label: its number, or "mean".
-    carried: batches whose learning is in A.
+    label: its number.
+    batches: batches whose learning is in A.
   """
 
   matrices: Matrices
   label: str
-  carried: int
+  batches: int
 
 
 class Start(NamedTuple):
   """What a batch starts from.
 
   Attributes:
-    label, carried: of the set that A comes from; see `AdapterSet`.
-    carries: the set that later full batches go on with; None where there is none.
+    label: of the set that A comes from, or "mean".
+    batches: batches whose learning is in A.
+    goes_on: the set that later full batches go on with, its A donated to the learner; None where there is none.
   """
 
   learner: Learner
   label: str
-  carried: int
-  carries: AdapterSet | None
+  batches: int
+  goes_on: AdapterSet | None
 
 
 class AdapterSets:
@@ -99,17 +100,17 @@ class AdapterSets:
     else:
       ids = range(len(batch.documents)) if lora.warm_start_a else [d.index for d in batch.documents]
       adapters = self._make(short, ids)
-    programs, carries = self._programs[short], adapters if is_full else None
+    programs, goes_on = self._programs[short], adapters if is_full else None
     limit = self._ttt.short.doc_len if lora.warm_start_mean_doc_len is None else lora.warm_start_mean_doc_len
     if lora.warm_start_mean and batch.longest <= limit and self._mean_fits(short):
       rows = self._layout.rows
       every_row = jax.tree.map(lambda x: np.repeat(np.expand_dims(x, x.ndim - 2), rows, x.ndim - 2), self._mean)
-      return Start(programs.begin(programs.place(every_row)), "mean", 1, carries)
-    return Start(programs.begin_from_A(adapters.matrices), adapters.label, adapters.carried, carries)
+      return Start(programs.begin(programs.place(every_row)), "mean", 1, goes_on)
+    return Start(programs.begin_from_A(adapters.matrices), adapters.label, adapters.batches, goes_on)
 
   def needs_end(self, start: Start) -> bool:
     """Whether adapters after the batch matter to later ones."""
-    return start.carries is not None or self._ttt.lora.warm_start_mean
+    return start.goes_on is not None or self._ttt.lora.warm_start_mean
 
   def finish(self, batch: Batch, start: Start, adapters: Adapters) -> None:
     """Keeps what later batches start from of the adapters after a batch."""
@@ -120,10 +121,9 @@ class AdapterSets:
         m = np.float32(self._ttt.lora.warm_start_mean_momentum)
         mean = jax.tree.map(lambda old, new: m * old + (1 - m) * new, self._mean, mean)
       self._mean = mean
-    if start.carries is not None:
+    if start.goes_on is not None:
       matrices = {kind: adapter.A for kind, adapter in adapters.items()}
-      label, carried = start.carries.label, start.carries.carried
-      self._carried[batch.is_short] = AdapterSet(matrices, label, carried + 1)
+      self._carried[batch.is_short] = AdapterSet(matrices, start.goes_on.label, start.goes_on.batches + 1)
 
   def _mean_fits(self, short: bool) -> bool:
     return self._mean is not None and self._mean["head"].A.shape[-2] == self._programs[short].spec.rule.rank
@@ -142,7 +142,7 @@ class AdapterSets:
     values, arrays = {"made": self._made, "carried": {}}, {}
     for short, adapters in self._carried.items():
       name = "short" if short else "full"
-      values["carried"][name] = [adapters.label, adapters.carried]
+      values["carried"][name] = [adapters.label, adapters.batches]
       host = self._fetch(short, adapters.matrices, self._ttt.batch_size)
       arrays |= {f"{name}.{kind}.A": A for kind, A in host.items()}
     for kind, adapter in (self._mean or {}).items():
@@ -157,8 +157,8 @@ class AdapterSets:
       by_set.setdefault(group, {}).setdefault(kind, {})[letter] = array
     self._made = values["made"]
     self._carried.clear()
-    for name, (label, carried) in values["carried"].items():
+    for name, (label, batches) in values["carried"].items():
       short = name == "short"
       matrices = self._place(short, {kind: letters["A"] for kind, letters in by_set[name].items()})
-      self._carried[short] = AdapterSet(matrices, label, carried)
+      self._carried[short] = AdapterSet(matrices, label, batches)
     self._mean = {kind: Adapter(**letters) for kind, letters in by_set.get("mean", {}).items()} or None

@@ -15,7 +15,7 @@ import numpy as np
 from pgolf_jax.model import flops
 from pgolf_jax.model.adapters import widths
 from pgolf_jax.scoring.documents import Batch, Document
-from pgolf_jax.settings.config import ModelConfig, TTTConfig
+from pgolf_jax.settings import ModelConfig, TTTConfig
 
 SKIP, SCORE, LEARN = 0, 1, 2
 """Kinds of step: nothing (padding), score alone (no document learns from it), score and then update."""

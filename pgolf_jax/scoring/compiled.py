@@ -30,7 +30,7 @@ from pgolf_jax.scoring.scan import (
   sharded_scan,
   state_shapes,
 )
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 
 class Workload(NamedTuple):

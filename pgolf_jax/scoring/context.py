@@ -22,7 +22,7 @@ from pgolf_jax.model.flops import positions
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.scoring.buckets import Shape
-from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.settings import ModelConfig, Settings
 
 
 class Rows(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Int, Integer
 
 from pgolf_jax.data.validation import ValidationData
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import TTTConfig
+from pgolf_jax.settings import TTTConfig
 
 
 class Document(NamedTuple):

@@ -14,12 +14,11 @@ from jaxtyping import Integer
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed, segments
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import nll
+from pgolf_jax.model.gpt import bind, nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
 from pgolf_jax.scoring.documents import Document
-from pgolf_jax.settings.config import PhaseConfig, Settings
+from pgolf_jax.settings import PhaseConfig, Settings
 
 
 class PhaseStep(NamedTuple):
@@ -164,11 +163,12 @@ class GlobalPhase:
     if self._compiled is not None:
       return
     self._compiled = self.trace().lower().compile()
-    state = PhaseState(jax.tree.map(jnp.copy, params), self._init(params))
+    momentum = self._init(params)
     if self._mesh.devices.flat[0].platform == "cpu":
       return  # nothing is loaded or tuned at the first run there
     tokens = np.random.default_rng(0).integers(0, 64, (self.world, self.row_tokens + 1), dtype=np.int32)
     step = PhaseStep(tokens, np.full(self.world, self.row_tokens, np.int32), 0.0)
+    state = PhaseState(jax.tree.map(jnp.copy, params), momentum)
     jax.block_until_ready(self._compiled(state, self._place(step)))
 
   def run(self, params: Params, stream_N: np.ndarray) -> Params:

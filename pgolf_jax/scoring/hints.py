@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer
 
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring.documents import Document
-from pgolf_jax.settings.config import HintConfig, Settings
+from pgolf_jax.settings import HintConfig, Settings
 
 
 @dataclasses.dataclass(frozen=True)

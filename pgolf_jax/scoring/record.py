@@ -28,7 +28,7 @@ from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score
 from pgolf_jax.scoring.trace import Event, from_json, to_json
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
 
 
@@ -81,10 +81,10 @@ class Evaluation:
     }
 
 
-def identity(settings: Settings, params: Params, data: ValidationData, world: int, *, is_drawn: bool) -> dict:
-  """Returns what changes the result of an evaluation beyond rounding, as hashes and plain values.
+def identify(settings: Settings, params: Params, data: ValidationData, world: int, *, is_drawn: bool) -> dict:
+  """Returns the identity of an evaluation: what changes its result beyond rounding, as hashes and plain values.
 
-  The number of devices does not: documents are scored by themselves, on whatever device.
+  The number of devices is not part of it: a document's scores do not depend on the device that it is on.
 
   Args:
     world: ranks that share out the rows of a global phase; they change the result where there is a phase.
@@ -116,14 +116,15 @@ def _hash(x_N1: np.ndarray) -> str:
 
 
 @dataclasses.dataclass
-class Progress:
+class EvaluationProgress:
   """How far an evaluation is, at the end of a batch.
 
   Attributes:
     batches: batches finished.
     phases: global phases done; the version of the weights.
     adapters: plain values of `AdapterSets.state`.
-    seconds: of the clocks.
+    events: the trace so far.
+    seconds: of the evaluation, and of its hints and global phases.
   """
 
   batches: int = 0
@@ -140,7 +141,7 @@ class Record:
 
   Args:
     data: the stream that is scored.
-    identity: JSON values that decide the result; a folder made with others is refused.
+    identity: JSON values, see `identify`; a folder made with others is refused. Not needed without a folder.
     writes: whether this process writes; of several processes one does.
 
   Attributes:
@@ -151,11 +152,11 @@ class Record:
     UserError: the folder holds another evaluation.
   """
 
-  def __init__(self, folder: Path | None, data: ValidationData, identity: dict, *, writes: bool = True):
+  def __init__(self, folder: Path | None, data: ValidationData, identity: dict | None, *, writes: bool = True):
     self.folder, self._data = folder, data
     self._writes = writes and folder is not None
     self._state_file: str | None = None
-    self.progress = Progress()
+    self.progress = EvaluationProgress()
     if folder is not None:
       folder.mkdir(parents=True, exist_ok=True)
       self._check(identity)
@@ -186,7 +187,7 @@ class Record:
     if path.exists():
       values = json.loads(path.read_text(encoding="utf-8"))
       self._state_file = values.pop("state")
-      self.progress = Progress(**{**values, "events": [from_json(event) for event in values["events"]]})
+      self.progress = EvaluationProgress(**{**values, "events": [from_json(event) for event in values["events"]]})
 
   def _array(self, name: str, size: int, dtype, fill) -> np.ndarray:
     if self.is_resumed:
@@ -219,7 +220,7 @@ class Record:
       self.times_N[targets] = 0
     self._running = total(self.nll_N, self._data)
 
-  def save(self, progress: Progress, arrays: dict[str, np.ndarray]) -> None:
+  def save(self, progress: EvaluationProgress, arrays: dict[str, np.ndarray]) -> None:
     """Makes everything scored so far, and the state after it, what a restart goes on from."""
     if not self._writes:
       return

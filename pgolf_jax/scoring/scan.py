@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.numerics import softcap
-from pgolf_jax.kernels.softcapped_xent import api as xent
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.adapters import Adaptation, Adapters
 from pgolf_jax.model.gpt import bind
@@ -29,7 +29,7 @@ from pgolf_jax.scoring.adapters import Learner, Rule, map_rows, row_specs
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Call, Shape
 from pgolf_jax.scoring.context import Chunk, ChunkContext, Rows, choose_context
 from pgolf_jax.scoring.hints import tilt
-from pgolf_jax.settings.config import ModelConfig, Settings, TTTConfig
+from pgolf_jax.settings import ModelConfig, Settings, TTTConfig
 
 
 class Spec(NamedTuple):

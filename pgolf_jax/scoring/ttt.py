@@ -22,8 +22,7 @@ from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
 from pgolf_jax.runtime.log import log
 from pgolf_jax.runtime.mesh import place, replicated
-from pgolf_jax.runtime.progress import Progress as ProgressBar
-from pgolf_jax.runtime.progress import progress
+from pgolf_jax.runtime.progress import Progress, progress
 from pgolf_jax.scoring import global_phase
 from pgolf_jax.scoring.adapter_sets import AdapterSets, Draw
 from pgolf_jax.scoring.buckets import Call, Costs, WorkPlan, plan_work
@@ -31,10 +30,10 @@ from pgolf_jax.scoring.compiled import Programs, Workload
 from pgolf_jax.scoring.context import Rows
 from pgolf_jax.scoring.documents import Batch, Document, Layout, batches, find_documents, phase_boundaries, select
 from pgolf_jax.scoring.hints import HintCounter
-from pgolf_jax.scoring.record import Clocks, Evaluation, Progress, Record, identity, total
+from pgolf_jax.scoring.record import Clocks, Evaluation, EvaluationProgress, Record, identify, total
 from pgolf_jax.scoring.scan import ScanInputs, ScanState, Scored, place_call
 from pgolf_jax.scoring.trace import HintsEvent, ScoreEvent, WeightsEvent
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +81,10 @@ def evaluate(
   began = time.monotonic()
   plan = Plan.make(settings, data, mesh)
   programs = programs or Programs(settings, mesh, distributions=options.distributions)
-  is_drawn, world = options.draw is None, programs.phase.world
-  marks = identity(settings, params, data, world, is_drawn=is_drawn) if options.folder is not None else {}
-  record = Record(options.folder, data, marks, writes=distributed.is_leader())
+  identity = None  # it takes hashes of all weights and tokens
+  if options.folder is not None:
+    identity = identify(settings, params, data, programs.phase.world, is_drawn=options.draw is None)
+  record = Record(options.folder, data, identity, writes=distributed.is_leader())
   state = _prepare(plan, programs, params, options)
   compilation = time.monotonic() - began
 
@@ -149,11 +149,11 @@ class State:
   """What changes from batch to batch."""
 
   params: Params  # float32, on the mesh
-  inputs: ScanInputs  # parameters in the type of the computation, and the stream; of the last call besides
+  inputs: ScanInputs  # the parameters in the type of the computation, and the stream; rows and calls are added
   memory: Any  # of the chunks' context
   adapters: AdapterSets
   hints: HintCounter
-  done: Progress = dataclasses.field(default_factory=Progress)
+  done: EvaluationProgress = dataclasses.field(default_factory=EvaluationProgress)
 
 
 class RunningCall(NamedTuple):
@@ -196,7 +196,7 @@ def _dispatch(plan: Plan, programs: Programs, state: State, batch: Batch) -> lis
   """Puts a batch's scans on the devices, without waiting for them."""
   start = state.adapters.start(batch)
   documents = tuple(document.index for document in batch.documents)
-  state.done.events.append(ScoreEvent(batch.index, documents, state.done.phases, start.label, start.carried))
+  state.done.events.append(ScoreEvent(batch.index, documents, state.done.phases, start.label, start.batches))
   rows = Rows(
     start=np.array([document.start for document in batch.documents], np.int32),
     targets=np.array([document.targets for document in batch.documents], np.int32),
@@ -234,7 +234,7 @@ def _places(layout: Layout, batch: Batch, call: Call) -> tuple[np.ndarray, np.nd
   return np.where(valid, start_n[document_B][:, None] + within, 0), valid
 
 
-def _collect(plan: Plan, record: Record, running: list[RunningCall], bar: ProgressBar) -> None:
+def _collect(plan: Plan, record: Record, running: list[RunningCall], bar: Progress) -> None:
   """Brings scores to the host and enters them under their targets."""
   for _, target, valid, scored in running:
     steps, target_M = len(valid), target[valid]
@@ -250,7 +250,7 @@ def _collect(plan: Plan, record: Record, running: list[RunningCall], bar: Progre
       log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
 
 
-def _phase_is_due(plan: Plan, done: Progress) -> bool:
+def _phase_is_due(plan: Plan, done: EvaluationProgress) -> bool:
   if done.phases >= len(plan.boundaries):
     return False
   scored = sum(len(batch.documents) for batch in plan.batches[: done.batches])

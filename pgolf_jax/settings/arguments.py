@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import STAGE_KINDS, env_names, from_env, load, parse_stages, stages_as_text
 
 Overrides = Annotated[Settings, tyro.conf.arg(name="")]

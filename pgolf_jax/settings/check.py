@@ -1,7 +1,7 @@
 """Combinations of settings that cannot work, refused before anything starts."""
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 
 
 def check(settings: Settings, *, device_count: int | None = None) -> None:

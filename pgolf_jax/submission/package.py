@@ -1,4 +1,4 @@
-"""The submission folder: what is in it, whether it fits, and whether it scores from itself alone.
+"""The submission folder: its bytes against the budget, what is in it, and whether it scores from itself alone.
 
 artifact.pgolf     the weights
 code.tar.xz        every module that evaluation needs, minified, and the C sources
@@ -10,6 +10,7 @@ README.md, submission.json, logs/
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,13 +20,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.artifact import Artifact, read, writer
+from pgolf_jax.quantize.artifact.streams import describe, split
 from pgolf_jax.runtime.files import write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
-from pgolf_jax.submission import accounting, bundle
-from pgolf_jax.submission.accounting import Account
+from pgolf_jax.submission import bundle
 
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """Bytes of a submission."""
+
+  by_stream: dict[str, int]
+  by_tensor: dict[str, float]  # a stream's bytes shared out by values; the header belongs to no tensor
+  code: int  # archive and starter
+  code_files: int
+  tokenizer: int  # does not count
+  budget: int
+
+  @property
+  def artifact(self) -> int:
+    return sum(self.by_stream.values())
+
+  @property
+  def total(self) -> int:
+    return self.artifact + self.code
+
+  @property
+  def over(self) -> int:
+    """Bytes above the budget; negative where some are left."""
+    return self.total - self.budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +62,38 @@ class Contents:
   tokenizer: Path | None = None  # SentencePiece model
   logs: Sequence[Path] = ()
   score: dict | None = None  # what the run reported for this artifact
+
+
+def count(data: bytes, code: bundle.Code, *, budget: int, tokenizer: int = 0) -> Account:
+  """Returns the account of an artifact with the code that ships beside it.
+
+  Args:
+    data: the artifact.
+    budget: bytes that artifact and code may take.
+    tokenizer: bytes of the tokenizer model.
+  """
+  artifact = read(data)
+  return Account(artifact.stream_bytes, tensor_bytes(artifact), code.size, code.files, tokenizer, budget)
+
+
+def tensor_bytes(artifact: Artifact) -> dict[str, float]:
+  """Returns compressed bytes by tensor: each stream's, shared out over its tensors by their number of values."""
+  shares = dict.fromkeys(artifact.tensors, 0.0)
+  for stream in split([describe(name, tensor) for name, tensor in artifact.tensors.items()]):
+    values = sum(math.prod(shape) for *_, shape in stream.arrays)
+    for name, _, shape in stream.arrays:
+      shares[name] += artifact.stream_bytes[stream.name] * math.prod(shape) / values
+  return shares
+
+
+def table(account: Account) -> str:
+  """Returns the account as lines of text, the largest stream first."""
+  rows = [(name, f"{size:,}") for name, size in sorted(account.by_stream.items(), key=lambda item: -item[1])]
+  rows += [("artifact", f"{account.artifact:,}"), (f"code ({account.code_files} files)", f"{account.code:,}")]
+  rows += [("total", f"{account.total:,}"), ("budget", f"{account.budget:,}"), ("left", f"{-account.over:,}")]
+  rows += [("tokenizer, apart", f"{account.tokenizer:,}")]
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}} {size:>14}" for name, size in rows)
 
 
 def build(folder: Path, data: bytes, contents: Contents) -> Account:
@@ -53,7 +111,7 @@ def build(folder: Path, data: bytes, contents: Contents) -> Account:
   config, code = read(data).config, bundle.code()
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0
-  account = accounting.account(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
+  account = count(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
   require_fit(account, data)
   (folder / "logs").mkdir(parents=True, exist_ok=True)
   write_bytes(folder / "artifact.pgolf", data)
@@ -149,6 +207,6 @@ FOLDER holds `fineweb_val_*.bin` and `fineweb_val_bytes_*.bin`. Needed are Pytho
 requirements.txt, and a C compiler for the hints. For an accelerator, install JAX with its extra, such as `jax[cuda13]`.
 
 ```
-{accounting.table(account)}
+{table(account)}
 ```
 """

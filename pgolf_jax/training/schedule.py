@@ -5,7 +5,7 @@ Plain Python on numbers: a schedule is tested and plotted without a device.
 
 import dataclasses
 
-from pgolf_jax.settings.config import OptimizerConfig, Settings, TrainConfig
+from pgolf_jax.settings import OptimizerConfig, Settings, TrainConfig
 
 
 def lr_factor(config: TrainConfig, progress: float, step: int) -> float:

@@ -18,13 +18,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.mesh import AXIS, place, replicated, shardings, world_size
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.training import optimizer as optimizers
-from pgolf_jax.training.muon import MuonState
+from pgolf_jax.training.optimizer import MuonState
 
 
 class TrainState(NamedTuple):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed
 
-from pgolf_jax.audit import evidence
-from pgolf_jax.audit.audit import one_config
+from pgolf_jax.audit import evidence, one_config
 from pgolf_jax.data.shards import read_shard, shard_path, write_shard
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import checks as outcomes

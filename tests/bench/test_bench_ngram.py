@@ -25,7 +25,7 @@ def test_rows_agree_with_each_other():
   assert all(row.median > 0 and row.core_seconds[0] > 0 and row.roofline > 0 for row in rows)
 
 
-def test_hints_that_differ_are_told():
+def test_hints_that_differ_are_reported():
   hints = bench.Hints(np.array([1, 0, 2]), np.array([True, False, True]), None)
   firsts = {}
   assert bench._compare(firsts, "exact", hints) == bench.Facts(2, None, None)

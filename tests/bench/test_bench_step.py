@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pgolf_jax.bench import harness, step_ways
+from pgolf_jax.bench import harness
 from pgolf_jax.bench import step as bench
 from pgolf_jax.bench.harness import Measurement
-from pgolf_jax.bench.step_ways import Case
+from pgolf_jax.bench.step import Case
 from pgolf_jax.cli import main
 from pgolf_jax.kernels import hardware, prefer
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
 from pgolf_jax.plan.programs import programs
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.settings.config import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -80,7 +80,7 @@ def test_where_memory_is_the_limit_the_roofline_is_that_of_bytes(half_a_second, 
 def test_pytorch_does_the_same_step(monkeypatch):
   """From the same weights, losses and weights after one step of a useful size agree."""
   torch_gpt = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
-  monkeypatch.setattr(step_ways, "LR_SCALE", 1.0)
+  monkeypatch.setattr(bench, "LR_SCALE", 1.0)
   params = bench.first_params(LONG)
   case = Case(LONG, data_mesh(jax.devices()[:1]), params, "step", 32, True)
   state, metrics = case.compiled("xla")(*case.first_step())

@@ -1,7 +1,7 @@
 """`pgolf run` on a folder that another process has."""
 
 from pgolf_jax.cli import main
-from pgolf_jax.runtime.lock import locked
+from pgolf_jax.runtime.files import locked
 
 
 def test_a_folder_in_use_is_refused_and_left_as_it_is(tmp_path, capsys):

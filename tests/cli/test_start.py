@@ -11,7 +11,7 @@ import tomli_w
 from pgolf_jax.cli import VERBS, main
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import distributed, xla_options
-from pgolf_jax.settings.config import Settings
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
 
 

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import pytest
 
 from pgolf_jax import kernels
+from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import operation
-from pgolf_jax.kernels.leaky_relu2_mlp import api as mlp
-from pgolf_jax.kernels.polar_express import api as polar
+from pgolf_jax.kernels import polar_express as polar
 
 ROOT = Path(operation.__file__).parent
-FOLDERS = sorted(file.parent.name for file in ROOT.glob("*/api.py"))
+FOLDERS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 OPERATIONS = {
   name: module.OPERATION
   for name in FOLDERS
-  if hasattr(module := importlib.import_module(f"pgolf_jax.kernels.{name}.api"), "OPERATION")
+  if hasattr(module := importlib.import_module(f"pgolf_jax.kernels.{name}"), "OPERATION")
 }
 MLP = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((128, 128), (256, 128), (128, 256))]
 
@@ -117,7 +117,7 @@ def test_pallas_is_not_imported_where_it_is_not_used():
   """It would take a second of every start on a CPU."""
   program = """
 import sys, jax.numpy as jnp
-from pgolf_jax.kernels.leaky_relu2_mlp.api import leaky_relu2_mlp
+from pgolf_jax.kernels.leaky_relu2_mlp import leaky_relu2_mlp
 leaky_relu2_mlp(jnp.ones((2, 4)), jnp.ones((8, 4)), jnp.ones((4, 8)), slope=0.3)
 assert not any("pallas.mosaic_gpu" in name or "pallas.tpu" in name for name in sys.modules)
 """

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import hardware, hopper
-from pgolf_jax.kernels.segment_attention import api as attention
+from pgolf_jax.kernels import segment_attention as attention
 from pgolf_jax.kernels.segment_attention import mosaic_tpu
 
 

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgolf_jax.kernels.segment_attention.api import segment_starts
+from pgolf_jax.kernels.segment_attention import segment_starts
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.parity.case import Case
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings import ModelConfig
 
 torch_gpt = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
 
@@ -41,13 +40,13 @@ def assert_near(actual: np.ndarray, expected: np.ndarray, tolerance: float, name
 
 
 @pytest.mark.parametrize("looping", [False, True])
-def test_pytorch_agrees_with_the_golden_case(golden, looping):
-  case = Case.load(golden("forward"))
+@pytest.mark.parametrize("cases", ["small_golden", "golden"])
+def test_pytorch_agrees_with_the_golden_case(cases, looping, request):
+  case = Case.load(request.getfixturevalue(cases)("forward"))
   form = f"loop{looping:d}/"
   expected = {name.removeprefix(form): x for name, x in case.expected.items() if name.startswith(form)}
   params = {name.removeprefix("params/"): x for name, x in case.inputs.items() if name.startswith("params/")}
   m, tokens_T1 = case.settings.model, case.inputs["tokens"]
-  assert torch_gpt.obstacle(m) is None
   model = torch_gpt.TorchGPT(m, params)
   lengths = segment_lengths(tokens_T1[:-1], case.about["max_doc_len"], m.bos_id)
   assert len(set(lengths)) > 1
@@ -60,7 +59,14 @@ def test_pytorch_agrees_with_the_golden_case(golden, looping):
 
 
 @pytest.mark.parametrize("looping", [False, True])
-@pytest.mark.parametrize("change", [{}, {"rope_dims": 0, "ln_scale": False, "parallel_start_layer": 0}])
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    {"rope_dims": 0, "ln_scale": False, "parallel_start_layer": 0},
+    {"smear_gate": False, "skip_gates": False, "sparse_attn_gate": False, "parallel_final_lane": "attn"},
+  ],
+)
 def test_the_model_agrees_with_pytorch(looping, change):
   config = dataclasses.replace(CONFIG, **change)
   random = np.random.default_rng(0)

@@ -11,8 +11,7 @@ from tiny_model import MODEL, SETTINGS, random_params
 from pgolf_jax.data import caseops
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.generate import Sampling, generate, next_logits, sample
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 
 
 class Letters:

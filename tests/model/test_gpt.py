@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.kernels.segment_attention.api import segment_starts
+from pgolf_jax.kernels.segment_attention import segment_starts
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.context import packed
-from pgolf_jax.model.gpt import bind, parameter_names
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll, parameter_names
 from pgolf_jax.model.params import layer_order
-from pgolf_jax.settings.config import ModelConfig
+from pgolf_jax.settings import ModelConfig
 
 RECORD = ModelConfig()
 SMALL = ModelConfig(

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgolf_jax.kernels.softcapped_xent import api as xent
+from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.model import adapters as model_adapters
 from pgolf_jax.model import block, gpt
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.adapters import Adaptation, Adapter
 from pgolf_jax.model.context import packed
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
-from pgolf_jax.settings.config import ModelConfig, Settings
+from pgolf_jax.model.gpt import bind, packed_nll
+from pgolf_jax.settings import ModelConfig, Settings
 
 BOUND = 0.03
 """Of a gradient's error, relative to the gradient's norm."""

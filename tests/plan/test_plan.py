@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import flops
-from pgolf_jax.plan import collectives, hardware, machine_code
+from pgolf_jax.plan import compiled, hardware
 from pgolf_jax.plan.examine import examine, report
 from pgolf_jax.plan.programs import Program, programs
-from pgolf_jax.settings.config import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -92,7 +92,7 @@ def test_the_step_compiles_for_an_h100_that_is_not_there():
   assert {"all-gather", "all-reduce", "reduce-scatter"} <= found.traffic.keys()
   products = [kernel for kernel in found.machine_code if kernel.products]
   assert {kernel.name.split("/")[0] for kernel in products} == {"segment_attention", "leaky_relu2_mlp"}
-  assert all(0 < k.registers <= 255 and 0 < k.shared <= machine_code.SHARED_MEMORY for k in found.machine_code)
+  assert all(0 < k.registers <= 255 and 0 < k.shared <= compiled.SHARED_MEMORY for k in found.machine_code)
   assert not any(k.spilled for k in found.machine_code if "attention" in k.name)
   again = examine(step, topology)
   assert again.known_kernels == sum(found.machine_code.values()) and not again.machine_code
@@ -135,11 +135,11 @@ info    : used 123 registers, used 16 barriers, 8 stack, 1025 bytes smem, 1088 b
     sizes = "dynamic_shared_memory_size %7 {\n dynamic_shared_memory_size %c44056_i32 a"
     (folder / f"{name}.mlir-passes.log").write_text(sizes)
   products = (("m64n128k16", 1), ("m64n64k16", 2))
-  kernel = machine_code.Kernel("attention/second", 123, 12, products, 44_073, 384, ("'setmaxnreg' ignored.",))
-  assert machine_code.read(folder) == {kernel: 2}
+  kernel = compiled.Kernel("attention/second", 123, 12, products, 44_073, 384, ("'setmaxnreg' ignored.",))
+  assert compiled.read(folder) == {kernel: 2}
   assert kernel.blocks_on_sm == 1, "48 thousand registers each"
   assert dataclasses.replace(kernel, threads=128).blocks_on_sm == 4
-  lines = machine_code.table({kernel: 2})
+  lines = compiled.table({kernel: 2})
   assert "1 × m64n128k16, 2 × m64n64k16" in lines[1] and lines[-1].endswith("ignored. (attention/second)")
 
 
@@ -154,7 +154,7 @@ def test_a_record_ignores_the_cache_and_leaves_things_as_they_were(monkeypatch):
     return any("compile_requests_use_cache" in event for event in events)
 
   assert asks_the_cache(1.0)
-  with machine_code.recorded() as folder:
+  with compiled.recorded() as folder:
     assert os.environ["MOSAIC_GPU_DUMP_TO"] == str(folder) and folder.is_dir()
     assert not asks_the_cache(2.0)
   assert os.environ["MOSAIC_GPU_DUMP_TO"] == "elsewhere" and not folder.exists()
@@ -191,8 +191,8 @@ def test_collectives_are_counted_with_their_bytes():
   lowered = f.lower(jax.ShapeDtypeStruct((64, 16), jnp.float32))
   whole, part = 64 * 16 * 4, 8 * 16 * 4
   expected = {"all-gather": (1, whole), "reduce-scatter": (1, whole), "all-reduce": (1, part)}
-  assert collectives.in_stablehlo(lowered.compiler_ir("stablehlo"), 8) == expected
-  assert collectives.in_hlo(lowered.compile().as_text(), 8) == expected
+  assert compiled.in_stablehlo(lowered.compiler_ir("stablehlo"), 8) == expected
+  assert compiled.in_hlo(lowered.compile().as_text(), 8) == expected
 
 
 def test_collectives_that_run_beside_other_work_count_once():
@@ -205,7 +205,7 @@ def test_collectives_that_run_beside_other_work_count_once():
   %rs = ((bf16[8,64]{1,0}, bf16[8]{0}), (bf16[1,64]{1,0}, bf16[1]{0})) reduce-scatter-start(%e, %f), to_apply=%add
   %rs-done = (bf16[1,64]{1,0}, bf16[1]{0}) reduce-scatter-done(%rs)
   """
-  assert collectives.in_hlo(text, 8) == {
+  assert compiled.in_hlo(text, 8) == {
     "all-gather": (1, 16 * 16 * 4),
     "all-reduce": (2, 2 * 8 + 4 * 4 + 32 * 4),
     "reduce-scatter": (1, 8 * 65 * 2),
@@ -215,14 +215,14 @@ def test_collectives_that_run_beside_other_work_count_once():
 def test_a_chain_of_fusions_with_one_exchange_counts_once():
   gather = '  %{} = f32[8,64]{{1,0}} all-gather(%p), channel_id=1, frontend_attributes={{chain_id="{}"}}\n'
   text = "".join(gather.format(f"all-gather.{i}", i // 3) for i in range(6))
-  assert collectives.in_hlo(text + "  %all-gather = f32[8,2]{1,0} all-gather(%p), channel_id=1\n", 8) == {
+  assert compiled.in_hlo(text + "  %all-gather = f32[8,2]{1,0} all-gather(%p), channel_id=1\n", 8) == {
     "all-gather": (3, 2 * 8 * 64 * 4 + 8 * 2 * 4)
   }
 
 
 def test_an_all_reduce_sends_twice_what_a_gather_does():
-  assert collectives.Traffic(1, 800).sent("all-reduce", 8) == 2 * collectives.Traffic(1, 800).sent("all-gather", 8)
-  assert collectives.Traffic(1, 800).sent("all-gather", 8) == 700
+  assert compiled.Traffic(1, 800).sent("all-reduce", 8) == 2 * compiled.Traffic(1, 800).sent("all-gather", 8)
+  assert compiled.Traffic(1, 800).sent("all-gather", 8) == 700
 
 
 def test_the_formula_counts_what_xla_counts():

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import zstandard
 
-from pgolf_jax.quantize.artifact import frame
+from pgolf_jax.quantize.artifact import reader
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Rows
 
 CONFIG = {"model": {"num_layers": 2, "rope_base": 10000.0}, "note": "μ"}
@@ -46,16 +46,16 @@ def sample_tensors(seed: int = 0) -> dict:
 
 def sealed(data: bytes) -> bytes:
   """The bytes with a checksum that fits them."""
-  prefix, body = data[: frame.PREFIX.size], data[frame.START :]
+  prefix, body = data[: reader.PREFIX.size], data[reader.START :]
   return prefix + hashlib.blake2b(prefix + body, digest_size=16).digest() + body
 
 
 def with_header(data: bytes, change) -> bytes:
   """The artifact with its header passed through `change` (which may edit in place or give another), sealed anew."""
-  magic, version, number, size = frame.PREFIX.unpack_from(data)
-  body = data[frame.START :]
+  magic, version, number, size = reader.PREFIX.unpack_from(data)
+  body = data[reader.START :]
   header = json.loads(zstandard.ZstdDecompressor().decompress(body[:size]))
   changed = change(header)
   header = header if changed is None else changed
   packed = zstandard.ZstdCompressor().compress(header if isinstance(header, bytes) else json.dumps(header).encode())
-  return sealed(frame.PREFIX.pack(magic, version, number, len(packed)) + bytes(16) + packed + body[size:])
+  return sealed(reader.PREFIX.pack(magic, version, number, len(packed)) + bytes(16) + packed + body[size:])

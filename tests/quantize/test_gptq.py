@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pgolf_jax.parity.quantize import quantize_case
+from pgolf_jax.parity.run import quantize_case
 from pgolf_jax.quantize.artifact.banks import unbank
 from pgolf_jax.quantize.artifact.tensors import LowRank
 from pgolf_jax.quantize.calibrate import Calibration

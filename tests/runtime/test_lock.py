@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.lock import locked
+from pgolf_jax.runtime.files import locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pgolf_jax.runtime.lock import locked
+from pgolf_jax.runtime.files import locked
 with locked(Path(sys.argv[1])):
   print("locked", flush=True)
   time.sleep(60)

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from pgolf_jax.kernels.ngram.reference import NgramModel
 from pgolf_jax.scoring.hints import HintStream, build_hints
-from pgolf_jax.settings.config import HintConfig
+from pgolf_jax.settings import HintConfig
 from pgolf_jax.settings.load import from_env
 
 BOS = 1

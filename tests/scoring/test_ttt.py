@@ -1,6 +1,7 @@
 """What must hold of test-time training whatever the model: once, causal, the same however the work is laid out."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -13,12 +14,13 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.record import Record, identity
+from pgolf_jax.scoring.record import Record, identify
 from pgolf_jax.scoring.trace import WeightsEvent, find_cycle
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
 
 
+@functools.cache
 def programs_on(settings, devices):
   """Programs that evaluations of one shape share, so that they compile once."""
   return ttt.Programs(settings, data_mesh(jax.devices()[:devices]))
@@ -29,9 +31,22 @@ def evaluate(settings, data, *, programs=None, params=None, **options):
   return ttt.evaluate(settings, params or random_params(), data, programs.mesh, ttt.Options(**options), programs)
 
 
-def test_every_target_is_scored_once():
-  data = random_documents(LENGTHS)
-  found = evaluate(SETTINGS, data)
+@pytest.fixture(scope="module")
+def in_a_folder(tmp_path_factory):
+  """(folder, data, evaluation of the data kept in the folder)."""
+  folder, data = tmp_path_factory.mktemp("evaluation"), random_documents(LENGTHS)
+  return folder, data, evaluate(SETTINGS, data, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def with_phase():
+  """(settings with a global phase, data, their evaluation)."""
+  settings, data = changed(SETTINGS, phase__prefix_docs=5), random_documents(LENGTHS)
+  return settings, data, evaluate(settings, data)
+
+
+def test_every_target_is_scored_once(in_a_folder):
+  _, data, found = in_a_folder
   assert (found.times_N == 1).all()
   assert found.score.targets == len(data.tokens) - 1
   assert found.score.text_bytes == data.token_bytes[1:].sum()
@@ -92,10 +107,8 @@ def test_a_phase_whose_chunks_hold_no_row_moves_no_weight():
     np.testing.assert_array_equal(found.params[name], value)
 
 
-def test_strict_order_is_acyclic_and_reference_order_is_not():
-  data = random_documents(LENGTHS)
-  settings = changed(SETTINGS, phase__prefix_docs=5)
-  strict = evaluate(settings, data)
+def test_strict_order_is_acyclic_and_reference_order_is_not(with_phase):
+  settings, data, strict = with_phase
   reference = evaluate(changed(settings, order="reference"), data)
   assert find_cycle(strict.trace) is None
   assert find_cycle(reference.trace)
@@ -122,16 +135,14 @@ def evaluate_until_killed(settings, data, folder, *, after, **options):
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, after):
-  data = random_documents(LENGTHS)
-  settings = changed(SETTINGS, phase__prefix_docs=5)
-  programs = programs_on(settings, 1)
-  whole = evaluate(settings, data, programs=programs)
-  evaluate_until_killed(settings, data, tmp_path, after=after, programs=programs)
-  found = evaluate(settings, data, programs=programs, folder=tmp_path, save_seconds=0)
+def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, with_phase, after):
+  settings, data, whole = with_phase
+  evaluate_until_killed(settings, data, tmp_path, after=after)
+  found = evaluate(settings, data, folder=tmp_path, save_seconds=0)
   np.testing.assert_array_equal(found.nll_N, whole.nll_N)
   assert (found.times_N == 1).all()
   assert found.trace == whole.trace
+  assert found.recompilations == 0
   for name, value in whole.params.items():
     np.testing.assert_array_equal(found.params[name], value, err_msg=name)
 
@@ -158,6 +169,7 @@ def test_a_killed_evaluation_goes_on_with_another_number_of_devices(tmp_path, me
 
   found = evaluate(settings, data, programs=four, folder=tmp_path / "8", save_seconds=0)
   assert found.trace == whole.trace
+  assert found.recompilations == 0
   np.testing.assert_allclose(document_means(found, data), document_means(whole, data), rtol=0, atol=1e-6)
 
 
@@ -176,7 +188,7 @@ def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, chang
   settings, data, params = changed(SETTINGS, phase__prefix_docs=3), random_documents(LENGTHS[:2]), random_params()
 
   def marks(settings, data, params=params, is_drawn=True):
-    return identity(settings, params, data, settings.train.world_size, is_drawn=is_drawn)
+    return identify(settings, params, data, settings.train.world_size, is_drawn=is_drawn)
 
   before, after = marks(settings, data), marks(*change(settings, data))
   assert [key for key in before if before[key] != after[key]] == [name]
@@ -186,7 +198,7 @@ def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, chang
 def test_the_identity_of_an_evaluation_leaves_out_what_does_not():
   data, params = random_documents(LENGTHS[:2]), random_params()
   others = (changed(SETTINGS, enabled=False), with_train(SETTINGS, world_size=2, iterations=7, batch_tokens=1024))
-  first, *rest = (identity(s, params, data, s.train.world_size, is_drawn=True) for s in (SETTINGS, *others))
+  first, *rest = (identify(s, params, data, s.train.world_size, is_drawn=True) for s in (SETTINGS, *others))
   assert all(marks == first for marks in rest)
 
 
@@ -194,8 +206,7 @@ def with_train(settings, **changes):
   return dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
 
 
-def test_a_folder_of_another_evaluation_is_refused(tmp_path):
-  data = random_documents(LENGTHS[:2])
-  evaluate(SETTINGS, data, folder=tmp_path)
+def test_a_folder_of_another_evaluation_is_refused(in_a_folder):
+  folder, data, _ = in_a_folder
   with pytest.raises(UserError, match="another evaluation"):
-    evaluate(dataclasses.replace(SETTINGS, seed=5), data, folder=tmp_path)
+    evaluate(dataclasses.replace(SETTINGS, seed=5), data, folder=folder)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pgolf_jax.parity.ttt import run_case
+from pgolf_jax.parity.run import run_case
 from pgolf_jax.runtime.mesh import data_mesh
 from pgolf_jax.settings.load import from_env
 

@@ -11,13 +11,11 @@ import pytest
 from tiny_model import SETTINGS, random_params, with_quantize, write_data
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.gpt import bind
-from pgolf_jax.model.loss import packed_nll
+from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.quantize.artifact import load, read, writer
-from pgolf_jax.quantize.fit import scaled
-from pgolf_jax.quantize.make import make
+from pgolf_jax.quantize.make import make, scaled
 from pgolf_jax.settings.load import from_dict
-from pgolf_jax.submission import accounting, bundle, package
+from pgolf_jax.submission import bundle, package
 from pgolf_jax.submission.evaluate import main, score
 
 
@@ -73,7 +71,7 @@ def test_files_that_are_no_artifact_are_refused(artifact, tmp_path):
 
 def test_account_adds_up(artifact):
   data = artifact.read_bytes()
-  account = accounting.account(data, code(110), tokenizer=7, budget=50)
+  account = package.count(data, code(110), tokenizer=7, budget=50)
   assert account.artifact == len(data)
   assert account.total == len(data) + 110
   assert account.over == account.total - 50
@@ -85,19 +83,19 @@ def test_account_adds_up(artifact):
 def test_over_budget_is_refused_with_a_way_out(artifact):
   stored = read(artifact.read_bytes())
   zstd = writer.write(stored.config, stored.tensors, "zstd")
-  account = accounting.account(zstd, code(), budget=len(zstd) - 1000)
+  account = package.count(zstd, code(), budget=len(zstd) - 1000)
   with pytest.raises(
     UserError, match=r"1,000 over the budget .*codec='entropy' saves .*times as wide would fit .*--fit"
   ):
     package.require_fit(account, zstd)
-  package.require_fit(accounting.account(zstd, code(), budget=len(zstd)), zstd)
+  package.require_fit(package.count(zstd, code(), budget=len(zstd)), zstd)
 
 
 def test_suggested_clips_do_fit(artifact, data):
   stored = artifact.read_bytes()
   budget = int(len(stored) * 0.9)
   with pytest.raises(UserError) as refused:
-    package.require_fit(accounting.account(stored, code(), budget=budget), stored)
+    package.require_fit(package.count(stored, code(), budget=budget), stored)
   multiplier = float(str(refused.value).split("clips ")[1].split(" times")[0])
   again = make(with_quantize(**vars(scaled(SETTINGS.quantize, multiplier))), random_params(), data)
   assert len(again.data) == pytest.approx(budget, rel=0.01)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.mesh import data_mesh
-from pgolf_jax.settings.config import (
+from pgolf_jax.settings import (
   DataConfig,
   EvalConfig,
   LengthStage,
@@ -43,27 +45,30 @@ SETTINGS = Settings(
   quantize=QuantizeConfig(reserve_seconds=0.0),
 )  # fmt: skip
 
+ONE_LENGTH = dataclasses.replace(SETTINGS.train, seq_schedule=(LengthStage(16, 1.0),))
+"""One program to compile in place of two, for tests in which lengths play no part."""
+
 PROGRAM = """
-import sys, time
+import json, sys, time
+import jax
 import numpy as np
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.training import loop
 from pgolf_jax.runtime.mesh import data_mesh
-import jax
+from pgolf_jax.training import loop
 report = loop.Trainer._report
 def slowly(self, *args):  # so that a kill has something to interrupt
   report(self, *args)
   time.sleep(0.02)
 loop.Trainer._report = slowly
-state, _ = loop.Trainer(RunFolder(sys.argv[1]), data_mesh(jax.devices()[:1]), sys.argv[2]).train()
+state, result = loop.Trainer(RunFolder(sys.argv[1]), data_mesh(jax.devices()[:1]), sys.argv[2]).train()
 np.savez(sys.argv[1] + "/final.npz", **{k: np.asarray(v) for k, v in state.average.items()})
+open(sys.argv[1] + "/result.json", "w").write(json.dumps(result))
 """
 
 
-@pytest.fixture
-def data(tmp_path):
-  folder = tmp_path / "data"
-  folder.mkdir()
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
   tokens = np.random.default_rng(0).integers(1, 64, 9000)
   tokens[0] = 1
   for index, part in enumerate(np.split(tokens, [5000])):
@@ -92,24 +97,34 @@ def train_with_kills(run, data, kills, rng):
     return done
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+  """The folder of a run that nothing interrupted."""
+  folder = tmp_path_factory.mktemp("whole") / "run"
+  RunFolder(folder, SETTINGS)
+  train_with_kills(folder, data, 0, random.Random(0))
+  return folder
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, data, kills):
-  rng = random.Random(kills)
-  for name, count in (("whole", 0), ("killed", kills)):
-    RunFolder(tmp_path / name, SETTINGS)
-    killed = train_with_kills(tmp_path / name, data, count, rng)
-    assert killed == count
-  whole, again = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, data, whole, kills):
+  RunFolder(tmp_path / "killed", SETTINGS)
+  assert train_with_kills(tmp_path / "killed", data, kills, random.Random(kills)) == kills
+  expected, again = (read_metrics(folder / "metrics.jsonl") for folder in (whole, tmp_path / "killed"))
   assert [line["step"] for line in again] == list(range(1, 61))
-  assert [line["loss"] for line in again] == [line["loss"] for line in whole]
-  a, b = (np.load(tmp_path / name / "final.npz") for name in ("whole", "killed"))
+  assert [line["loss"] for line in again] == [line["loss"] for line in expected]
+  a, b = (np.load(folder / "final.npz") for folder in (whole, tmp_path / "killed"))
   assert all(np.array_equal(a[k], b[k]) for k in a.files)
 
 
-def test_a_checkpoint_moves_between_numbers_of_devices(tmp_path, data):
-  import jax
+def test_nothing_is_compiled_inside_the_clock(whole):
+  result = json.loads((whole / "result.json").read_text())
+  assert result["recompilations_in_clock"] == 0 and result["steps"] == 60
 
-  train = dataclasses.replace(SETTINGS.train, iterations=20, stop_step=10, checkpoint_every_steps=0)
+
+def test_a_checkpoint_moves_between_numbers_of_devices(tmp_path, data):
+
+  train = dataclasses.replace(ONE_LENGTH, iterations=20, stop_step=10, checkpoint_every_steps=0)
   optimizer = dataclasses.replace(SETTINGS.optimizer, clip_scope="global")
   losses = {}
   for name, devices in (("same", (1, 1)), ("moved", (2, 1))):
@@ -125,11 +140,10 @@ def test_a_checkpoint_moves_between_numbers_of_devices(tmp_path, data):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data):
-  import jax
 
   optimizer = dataclasses.replace(SETTINGS.optimizer, embed_lr=1e30, grad_clip_norm=0.0)
   settings = dataclasses.replace(
-    SETTINGS, optimizer=optimizer, train=dataclasses.replace(SETTINGS.train, checkpoint_every_steps=1)
+    SETTINGS, optimizer=optimizer, train=dataclasses.replace(ONE_LENGTH, checkpoint_every_steps=1)
   )
   run = RunFolder(tmp_path / "run", settings)
   with pytest.raises(UserError, match=r"stopped at step \d+: loss"):
@@ -139,23 +153,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
   assert kept and max(kept) < bad
 
 
-def test_nothing_is_compiled_inside_the_clock(tmp_path, data):
-  import jax
-
-  run = RunFolder(tmp_path / "run", SETTINGS)
-  _, result = Trainer(run, data_mesh(jax.devices()[:1]), data).train()
-  assert result["recompilations_in_clock"] == 0 and result["steps"] == 60
-
-
 def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
-  import jax
-  import jax.numpy as jnp
 
   settings = dataclasses.replace(
-    SETTINGS,
-    train=dataclasses.replace(
-      SETTINGS.train, iterations=2, seq_schedule=(LengthStage(16, 1.0),), checkpoint_every_steps=0
-    ),
+    SETTINGS, train=dataclasses.replace(ONE_LENGTH, iterations=2, checkpoint_every_steps=0)
   )
   trainer = Trainer(RunFolder(tmp_path / "run", settings), data_mesh(jax.devices()[:1]), data)
   step = trainer.loader.step

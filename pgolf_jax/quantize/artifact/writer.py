@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pgolf_jax.quantize.artifact import frame
 from pgolf_jax.quantize.artifact.codecs import Content, entropy, search, zstd
-from pgolf_jax.quantize.artifact.reader import require_finite
+from pgolf_jax.quantize.artifact.reader import pack, require_finite
 from pgolf_jax.quantize.artifact.streams import describe, field_of, split
 from pgolf_jax.quantize.artifact.tensors import Quantized
 
@@ -29,7 +28,7 @@ def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec:
     require_finite(stream, arrays)
     streams.append(encode_stream(codec, stream.content, arrays))
   header = {"config": dict(config), "streams": [len(stream) for stream in streams], "tensors": table}
-  return frame.pack(codec, header, streams)
+  return pack(codec, header, streams)
 
 
 def encode_stream(codec: str, content: Content, arrays: Sequence[np.ndarray]) -> bytes:

@@ -11,7 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels.leaky_relu2_mlp import api, mosaic_gpu, mosaic_tpu, xla
+from pgolf_jax.kernels import leaky_relu2_mlp
+from pgolf_jax.kernels.leaky_relu2_mlp import mosaic_gpu, mosaic_tpu, xla
 
 
 def draw(seed, n, d, f, dtype):
@@ -22,7 +23,7 @@ def draw(seed, n, d, f, dtype):
 
 
 class Cases(BackendCases):
-  operation = api.OPERATION
+  operation = leaky_relu2_mlp.OPERATION
   results = ("y", "dx", "d_up", "d_down")
   differentiated = 3
   static = ("slope",)
@@ -75,7 +76,7 @@ class TestMosaicTpuFloat32(TestMosaicTpu):
 
 
 def test_every_backend_is_tested():
-  assert backends_under_test(Cases) | {"reference"} == set(api.OPERATION.backends)
+  assert backends_under_test(Cases) | {"reference"} == set(leaky_relu2_mlp.OPERATION.backends)
 
 
 @pytest.mark.parametrize("d", [64, 256])
@@ -131,8 +132,8 @@ def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
 
 def test_slope_decides_the_negative_side():
   x, up, down = jnp.array([[-2.0]]), jnp.ones((1, 1)), jnp.ones((1, 1))
-  assert api.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0] == 1.0
-  assert jax.grad(lambda x: api.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0])(x)[0, 0] == -1.0
+  assert leaky_relu2_mlp.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0] == 1.0
+  assert jax.grad(lambda x: leaky_relu2_mlp.leaky_relu2_mlp(x, up, down, slope=0.5)[0, 0])(x)[0, 0] == -1.0
 
 
 def shapes(n, d, f, dtype):
@@ -161,7 +162,7 @@ def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, d, f, dtype):
 
 
 def test_chooses_xla_on_a_cpu_and_says_why():
-  name, reason = api.OPERATION.choose(*shapes(128, 128, 128, jnp.bfloat16)[:3], slope=0.3)
+  name, reason = leaky_relu2_mlp.OPERATION.choose(*shapes(128, 128, 128, jnp.bfloat16)[:3], slope=0.3)
   assert name == "xla"
   assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
 
@@ -169,18 +170,18 @@ def test_chooses_xla_on_a_cpu_and_says_why():
 def test_refuses_with_the_numbers():
   x, up, down, _ = draw(0, 8, 16, 32, jnp.float32)
   with pytest.raises(ValueError, match=r"\(8, 16\).*\(32, 16\).*\(32, 16\)"):
-    api.leaky_relu2_mlp(x, up, up, slope=0.3)
+    leaky_relu2_mlp.leaky_relu2_mlp(x, up, up, slope=0.3)
   with pytest.raises(ValueError, match="float32, bfloat16 and float32"):
-    api.leaky_relu2_mlp(x, up.astype(jnp.bfloat16), down, slope=0.3)
+    leaky_relu2_mlp.leaky_relu2_mlp(x, up.astype(jnp.bfloat16), down, slope=0.3)
   with pytest.raises(ValueError, match=r"slope=1\.5"):
-    api.leaky_relu2_mlp(x, up, down, slope=1.5)
+    leaky_relu2_mlp.leaky_relu2_mlp(x, up, down, slope=1.5)
   with pytest.raises(ValueError, match="no implementation='triton'"):
-    api.leaky_relu2_mlp(x, up, down, slope=0.3, implementation="triton")
+    leaky_relu2_mlp.leaky_relu2_mlp(x, up, down, slope=0.3, implementation="triton")
 
 
 def test_mosaic_gpu_refuses_what_it_cannot_do(pretend_hopper):
   def insist(d, f, dtype=jnp.bfloat16):
-    return api.OPERATION.choose(*shapes(8, d, f, dtype)[:3], slope=0.3, implementation="mosaic_gpu")
+    return leaky_relu2_mlp.OPERATION.choose(*shapes(8, d, f, dtype)[:3], slope=0.3, implementation="mosaic_gpu")
 
   with pretend_hopper():
     assert insist(64, 256).name == "mosaic_gpu"
@@ -194,7 +195,7 @@ def test_mosaic_gpu_refuses_what_it_cannot_do(pretend_hopper):
 
 def test_mosaic_tpu_refuses_what_it_cannot_do(pretend_tpu):
   def insist(d, f, dtype, n=8):
-    return api.OPERATION.choose(*shapes(n, d, f, dtype)[:3], slope=0.3, implementation="mosaic_tpu")
+    return leaky_relu2_mlp.OPERATION.choose(*shapes(n, d, f, dtype)[:3], slope=0.3, implementation="mosaic_tpu")
 
   with pretend_tpu():
     assert insist(128, 256, jnp.bfloat16).name == "mosaic_tpu"

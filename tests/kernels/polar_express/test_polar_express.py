@@ -8,7 +8,7 @@ import pytest
 from backend_cases import BackendCases, backends_under_test
 from hypothesis import strategies as st
 
-from pgolf_jax.kernels.polar_express import api
+from pgolf_jax.kernels import polar_express
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 
 
@@ -26,7 +26,7 @@ class Cases(BackendCases):
 
   @staticmethod
   def operation(u, *, implementation):
-    return [api.polar_express(u, steps=steps, implementation=implementation) for steps in range(1, 6)]
+    return [polar_express.polar_express(u, steps=steps, implementation=implementation) for steps in range(1, 6)]
 
   @classmethod
   def cases(cls):
@@ -45,14 +45,14 @@ class TestXla(Cases):
 
 
 def test_every_backend_is_tested():
-  assert backends_under_test(Cases) | {"reference"} == set(api.OPERATION.backends)
+  assert backends_under_test(Cases) | {"reference"} == set(polar_express.OPERATION.backends)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 32, 96), (2, 96, 32)])
 def test_singular_values_come_near_one(shape, dtype):
   u = random(0, shape, dtype)
-  singular = np.linalg.svd(np.asarray(jax.jit(api.polar_express)(u), np.float32), compute_uv=False)
+  singular = np.linalg.svd(np.asarray(jax.jit(polar_express.polar_express)(u), np.float32), compute_uv=False)
   assert singular.min() > 0.7
   assert singular.max() < 1.3
 
@@ -85,7 +85,7 @@ def test_bfloat16_rounds_each_product_and_each_sum(shape):
   a whole array changes most of its numbers."""
   u = random(3, shape, jnp.bfloat16)
   for steps in (1, 2):
-    got = np.asarray(jax.jit(lambda u, steps=steps: api.polar_express(u[None], steps=steps)[0])(u))
+    got = np.asarray(jax.jit(lambda u, steps=steps: polar_express.polar_express(u[None], steps=steps)[0])(u))
     want = rounded_one_by_one(np.asarray(u), steps)
     assert (got != want).mean() < 0.02 * steps
     assert np.abs(got.astype(np.float32) - want.astype(np.float32)).max() < 0.05
@@ -94,14 +94,14 @@ def test_bfloat16_rounds_each_product_and_each_sum(shape):
 def test_no_compiler_may_skip_a_rounding():
   """A cast alone leaves XLA free to keep float32 inside a fusion, which some of its backends do and others do not."""
   u = jax.ShapeDtypeStruct((2, 16, 16), jnp.bfloat16)
-  text = jax.jit(lambda u: api.polar_express(u, steps=3)).lower(u).as_text()
+  text = jax.jit(lambda u: polar_express.polar_express(u, steps=3)).lower(u).as_text()
   norms, per_step = 3, 8
   assert text.count("stablehlo.reduce_precision") == norms + 3 * per_step
 
 
 def test_matrices_of_a_stack_do_not_mix():
   u = random(4, (3, 12, 20), jnp.float32)
-  orthogonalise = jax.jit(api.polar_express)
+  orthogonalise = jax.jit(polar_express.polar_express)
   whole = orthogonalise(u)
   for i in range(3):
     np.testing.assert_allclose(whole[i], orthogonalise(u[i : i + 1])[0], atol=1e-5)
@@ -109,6 +109,6 @@ def test_matrices_of_a_stack_do_not_mix():
 
 def test_refuses_with_the_numbers():
   with pytest.raises(ValueError, match=r"not \(4, 4\) of float32"):
-    api.polar_express(jnp.zeros((4, 4)))
+    polar_express.polar_express(jnp.zeros((4, 4)))
   with pytest.raises(ValueError, match=r"steps=6 must lie in 1\.\.5"):
-    api.polar_express(jnp.zeros((1, 4, 4)), steps=6)
+    polar_express.polar_express(jnp.zeros((1, 4, 4)), steps=6)

@@ -9,7 +9,7 @@ import resource
 from functools import partial
 
 import jax, jax.numpy as jnp
-from pgolf_jax.kernels.segment_attention.api import segment_attention, segment_starts
+from pgolf_jax.kernels.segment_attention import segment_attention, segment_starts
 
 T, H, K, C = 98_304, 8, 4, 64
 q, k, v = (jax.ShapeDtypeStruct((1, T, heads, C), jnp.float32) for heads in (H, K, K))

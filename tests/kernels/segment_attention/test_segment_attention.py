@@ -11,7 +11,8 @@ import pytest
 from backend_cases import BackendCases, backends_under_test, with_gradient
 from hypothesis import strategies as st
 
-from pgolf_jax.kernels.segment_attention import api, mosaic_tpu
+from pgolf_jax.kernels import segment_attention
+from pgolf_jax.kernels.segment_attention import mosaic_tpu
 
 
 def starts(cuts, t, longest):
@@ -24,7 +25,7 @@ def starts(cuts, t, longest):
 
 
 class Cases(BackendCases):
-  operation = api.OPERATION
+  operation = segment_attention.OPERATION
   results = ("y", "dq", "dk", "dv")
   differentiated = 3
   static = ("max_segment",)
@@ -103,7 +104,7 @@ class TestMosaicTpu(Cases):
 
 
 def test_every_backend_is_tested():
-  assert backends_under_test(Cases) | {"reference"} == set(api.OPERATION.backends)
+  assert backends_under_test(Cases) | {"reference"} == set(segment_attention.OPERATION.backends)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_lowers_for_hopper_with_three_kernels(hopper_kernels, b, t, h, k, c):
 def obstacle(backend, width, dtype):
   shape = jax.ShapeDtypeStruct((1, 8, 2, width), dtype)
   start = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  return api.OPERATION.obstacle(backend, shape, shape, shape, start, max_segment=8)
+  return segment_attention.OPERATION.obstacle(backend, shape, shape, shape, start, max_segment=8)
 
 
 def test_mosaic_gpu_says_what_it_cannot_do(pretend_hopper):
@@ -142,8 +143,8 @@ def test_mosaic_tpu_says_what_it_cannot_do(pretend_tpu):
 def test_refuses_with_the_numbers():
   q, k, start = jnp.zeros((1, 8, 3, 4)), jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 8), jnp.int32)
   with pytest.raises(ValueError, match="the 3 query heads must be a multiple of the 2"):
-    api.segment_attention(q, k, k, start, max_segment=8)
+    segment_attention.segment_attention(q, k, k, start, max_segment=8)
   with pytest.raises(ValueError, match=r"\(1, 8, 3, 4\).*\(1, 7, 2, 4\)"):
-    api.segment_attention(q, k[:, :7], k[:, :7], start, max_segment=8)
+    segment_attention.segment_attention(q, k[:, :7], k[:, :7], start, max_segment=8)
   with pytest.raises(ValueError, match="max_segment=0"):
-    api.segment_attention(q, q, q, start, max_segment=0)
+    segment_attention.segment_attention(q, q, q, start, max_segment=0)

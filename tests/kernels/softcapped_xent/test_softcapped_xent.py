@@ -10,7 +10,8 @@ from backend_cases import BackendCases, backends_under_test, distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.kernels.softcapped_xent import api, linear, mosaic_tpu, xla
+from pgolf_jax.kernels import softcapped_xent as xent
+from pgolf_jax.kernels.softcapped_xent import linear, mosaic_tpu, xla
 
 CAPS = {"cap_pos": 30.0, "cap_neg": 12.0}
 
@@ -36,8 +37,8 @@ class Cases(BackendCases):
 
   @staticmethod
   def operation(z, same_z, target, hint, **options):
-    with_hint = api.softcapped_xent_with_hint(z, target, hint, **options)
-    return *with_hint, api.softcapped_xent(same_z, target, **options)
+    with_hint = xent.softcapped_xent_with_hint(z, target, hint, **options)
+    return *with_hint, xent.softcapped_xent(same_z, target, **options)
 
   @classmethod
   def cases(cls):
@@ -94,7 +95,7 @@ class TestMosaicTpuFloat32(TestMosaicTpu):
 
 
 def test_every_backend_is_tested():
-  assert backends_under_test(Cases) | {"reference"} == set(api.OPERATION.backends)
+  assert backends_under_test(Cases) | {"reference"} == set(xent.OPERATION.backends)
 
 
 def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
@@ -132,7 +133,7 @@ def test_linear_form_agrees_in_blocks_of_any_number_of_tokens(monkeypatch, n):
 
   def dense(x, weight):
     z = jnp.einsum("nd,vd->nv", x, weight, precision="highest")
-    return api.softcapped_xent(z, target, **CAPS, implementation="reference")
+    return xent.softcapped_xent(z, target, **CAPS, implementation="reference")
 
   def with_gradient(f, x, weight):
     nll, pull = jax.vjp(f, x, weight)
@@ -140,7 +141,7 @@ def test_linear_form_agrees_in_blocks_of_any_number_of_tokens(monkeypatch, n):
 
   @jax.jit
   def both(x, weight):
-    in_blocks = with_gradient(lambda *a: api.linear_softcapped_xent(*a, target, **CAPS), x, weight)
+    in_blocks = with_gradient(lambda *a: xent.linear_softcapped_xent(*a, target, **CAPS), x, weight)
     return in_blocks, with_gradient(dense, x, weight)
 
   for got, want in zip(*both(x, weight), strict=True):
@@ -160,7 +161,7 @@ def test_linear_form_never_holds_all_logits():
   target = jax.ShapeDtypeStruct((n,), jnp.int32)
 
   def loss(x, weight, target):
-    return api.linear_softcapped_xent(x, weight, target, **CAPS).mean()
+    return xent.linear_softcapped_xent(x, weight, target, **CAPS).mean()
 
   memory = jax.jit(jax.grad(loss, (0, 1))).lower(x, weight, target).compile().memory_analysis()
   assert memory.temp_size_in_bytes < n * v * 4 / 2
@@ -168,7 +169,7 @@ def test_linear_form_never_holds_all_logits():
 
 def gradient_of_the_head(x, weight, target):
   def loss(x, weight):
-    return api.linear_softcapped_xent(x, weight, target, **CAPS).mean()
+    return xent.linear_softcapped_xent(x, weight, target, **CAPS).mean()
 
   return jax.grad(loss, (0, 1))(x, weight)
 
@@ -195,13 +196,13 @@ def test_blocks_of_the_linear_form_fill_a_gpu(pretend_hopper):
 def test_caps_get_no_gradient():
   z, target, *_ = draw(0, 3, 5, 1.0, jnp.float32)
   for name in ("xla", "reference"):
-    loss = lambda cap, name=name: api.softcapped_xent(z, target, cap_pos=cap, cap_neg=cap, implementation=name).sum()  # noqa: E731
+    loss = lambda cap, name=name: xent.softcapped_xent(z, target, cap_pos=cap, cap_neg=cap, implementation=name).sum()  # noqa: E731
     assert jax.jit(jax.grad(loss))(30.0) == 0
 
 
 def test_probabilities_sum_to_one():
   z = draw(1, 1, 40, 50.0, jnp.float32)[0]
-  nll = jax.jit(lambda z: api.softcapped_xent(jnp.tile(z, (40, 1)), jnp.arange(40), **CAPS))(z)
+  nll = jax.jit(lambda z: xent.softcapped_xent(jnp.tile(z, (40, 1)), jnp.arange(40), **CAPS))(z)
   assert abs(np.exp(-np.asarray(nll)).sum() - 1) < 1e-5
 
 
@@ -211,7 +212,7 @@ def test_lowers_for_hopper_with_both_kernels(hopper_kernels, n, v):
   index = jax.ShapeDtypeStruct((n,), jnp.int32)
 
   def loss(z, target, hint):
-    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, **CAPS)
+    nll, hint_logp = xent.softcapped_xent_with_hint(z, target, hint, **CAPS)
     return nll.mean() + hint_logp.mean()
 
   assert hopper_kernels(jax.grad(loss), z, index, index) == 2
@@ -224,7 +225,7 @@ def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, v, dtype):
   z, index = jax.ShapeDtypeStruct((n, v), dtype), jax.ShapeDtypeStruct((n,), jnp.int32)
 
   def loss(z, target, hint):
-    nll, hint_logp = api.softcapped_xent_with_hint(z, target, hint, **CAPS)
+    nll, hint_logp = xent.softcapped_xent_with_hint(z, target, hint, **CAPS)
     return nll.mean() + hint_logp.mean()
 
   assert tpu_kernels(jax.grad(loss), z, index, index) == 2
@@ -232,7 +233,7 @@ def test_compiles_for_a_tpu_with_both_kernels(tpu_kernels, n, v, dtype):
 
 def choose(n, v, dtype, implementation=None):
   index = jax.ShapeDtypeStruct((n,), jnp.int32)
-  return api.OPERATION.choose(jax.ShapeDtypeStruct((n, v), dtype), index, None, **CAPS, implementation=implementation)
+  return xent.OPERATION.choose(jax.ShapeDtypeStruct((n, v), dtype), index, None, **CAPS, implementation=implementation)
 
 
 def test_chooses_xla_on_a_cpu_and_says_why():
@@ -244,11 +245,11 @@ def test_chooses_xla_on_a_cpu_and_says_why():
 def test_refuses_with_the_numbers(pretend_hopper, pretend_tpu):
   z, target, *_ = draw(0, 6, 5, 1.0, jnp.float32)
   with pytest.raises(ValueError, match=r"\(5,\) of int32 for z_NxV.shape=\(6, 5\)"):
-    api.softcapped_xent(z, target[:5], **CAPS)
+    xent.softcapped_xent(z, target[:5], **CAPS)
   with pytest.raises(ValueError, match=r"not \(6,\) of int32"):
-    api.softcapped_xent(target, target, **CAPS)
+    xent.softcapped_xent(target, target, **CAPS)
   with pytest.raises(ValueError, match=r"\(6, 5\).*\(7, 4\)"):
-    api.linear_softcapped_xent(z, jnp.zeros((7, 4)), target, **CAPS)
+    xent.linear_softcapped_xent(z, jnp.zeros((7, 4)), target, **CAPS)
   with pretend_hopper(), pytest.raises(ValueError, match="N=6 and V=5"):
     choose(6, 5, jnp.bfloat16, "mosaic_gpu")
   with pretend_tpu():

@@ -1,9 +1,13 @@
 """The entropy model of quantised matrices: a low-rank mean, and noise around it whose width depends on row and column.
 
 A trained matrix on the grids of its rows is close to rounded normal noise. Its width differs from column to column
-(inputs differ in size) and sometimes from row to row, and an embedding has a mean that few directions explain. A matrix
-is therefore stored as the factors of its mean, the width classes of its columns and rows, and its integers under the
-laws that these select. M rows, N columns.
+(inputs differ in size) and sometimes from row to row. An embedding also has a mean that few directions explain: its
+rows drift together, and tokens that never occurred stay together. A matrix is therefore stored as the factors of its
+mean, the width classes of its columns and rows, and its integers under the laws that these select. M rows, N columns,
+R rank.
+
+Reading a mean is whole-number arithmetic, done in float64 where that is exact (products and sums below 2^53, in any
+order), so every machine computes the same one.
 """
 
 import dataclasses
@@ -25,14 +29,47 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   put_counted,
   take_counted,
 )
-from pgolf_jax.quantize.artifact.codecs.laws import CLASSES, PHASE_BITS, PHASES, SHAPES
-from pgolf_jax.quantize.artifact.codecs.means import MAX_RANK, WORD, Mean, put_mean, take_mean
+from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, CLASSES, PHASE_BITS, PHASES, SHAPES, STEPS
 
 ROW_STEP = 2  # row classes are multiples of this many width classes
+MAX_RANK = 16
+LEAST_SIDE = 2 * MAX_RANK  # rows and columns of a matrix that may have a mean
+B_LIMIT = 2**10 - 1
+FACTOR_BITS = 16  # fraction bits of the factor from A·B to the mean
+_WORD = distribution(np.ones(1 << 16))
 
+_COEFFICIENT_BITS = 8  # of A's coefficients, coded under counts; lower bits are stored as they are
+_MAX_SHIFT = 7
+_BASIS = distribution(laws.weights(CENTRE + 3 * STEPS, 0, 0, -B_LIMIT, B_LIMIT))
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values
 _REACH = 255  # of an integer less its mean: −128 … 127 less −127 … 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """mean_MxN = A·B · factor / 2^16 in units of 1/PHASES; of the transposed matrix where `flipped`."""
+
+  a_MxR: np.ndarray  # int32
+  b_RxN: np.ndarray  # int32
+  factor: int
+  flipped: bool
+
+  @property
+  def rank(self) -> int:
+    return self.b_RxN.shape[0]
+
+  def phases(self, row=slice(None), column=slice(None)) -> np.ndarray:
+    """Returns a part of the mean, int32 [columns, rows], in units of 1/PHASES and within the range of int8.
+
+    Args:
+      row, column: indices of the part.
+    """
+    left, right = (column, row) if self.flipped else (row, column)
+    product = np.matmul(self.a_MxR[left].astype(np.float64), self.b_RxN[:, right].astype(np.float64)).astype(np.int64)
+    mean = (product * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
+    mean = np.clip(mean, -127 * PHASES, 127 * PHASES).astype(np.int32)
+    return mean if self.flipped else mean.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +110,20 @@ def put_grids(writer: Writer, arrays: Sequence[np.ndarray], models: Sequence[Mod
   high = max(high, low + 1)  # the coder has no alphabets of one symbol
   stream = _Laws(_best_shape((piece for p in pieces for piece in p), low, high), low, high)
   for value in (stream.shape, low + _REACH, high + _REACH):
-    writer.put(np.array([value]), WORD)
+    writer.put(np.array([value]), _WORD)
   put_counted(writer, np.array([model.rank for model in models], np.int32), MAX_RANK + 1)
   put_counted(writer, joined([model.column_N for model in models]), CLASSES)
   put_counted(writer, joined([model.row_M for model in models]) + _ROW_CENTRE, 2 * _ROW_CENTRE)
   for model, matrix_pieces in zip(models, pieces, strict=True):
     if model.mean is not None:
-      put_mean(writer, model.mean)
+      _put_mean(writer, model.mean)
     for width, phase, values in matrix_pieces:
       writer.put(values - low, stream.of(width, phase))
 
 
 def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
   """Reads what `put_grids` wrote. Raises ArtifactError on what it cannot have written."""
-  shape, low, high = (int(reader.take(1, WORD)[0]) for _ in range(3))
+  shape, low, high = (int(reader.take(1, _WORD)[0]) for _ in range(3))
   stream = _Laws(shape, low - _REACH, high - _REACH)
   if shape >= len(SHAPES) or not stream.low < stream.high <= _REACH + 1:
     raise ArtifactError("A stream of the artifact names a distribution that does not exist: it is damaged.")
@@ -96,7 +133,7 @@ def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
   rows = parts(rows, [(m,) for m, _ in shapes])
   matrices = []
   for size, rank, column_N, row_M in zip(shapes, ranks, columns, rows, strict=True):
-    model = Model(take_mean(reader, size, rank) if rank else None, column_N, row_M)
+    model = Model(_take_mean(reader, size, rank) if rank else None, column_N, row_M)
     matrices.append(_take_grid(reader, model, stream))
   return matrices
 
@@ -160,3 +197,43 @@ def _best_shape(pieces: Iterable[tuple[int, int, np.ndarray]], low: int, high: i
     return total
 
   return min(range(len(SHAPES)), key=bits)
+
+
+def _put_mean(writer: Writer, mean: Mean) -> None:
+  """Writes a mean."""
+  for word in (int(mean.flipped), mean.factor >> 16, mean.factor & 0xFFFF):
+    writer.put(np.array([word]), _WORD)
+  for coefficients in mean.a_MxR.T:
+    _put_coefficients(writer, coefficients)
+  writer.put(mean.b_RxN + B_LIMIT, _BASIS)
+
+
+def _take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
+  """Reads the mean of a matrix of this shape. Raises ArtifactError if such a matrix cannot have one."""
+  if min(shape) < LEAST_SIDE:
+    raise ArtifactError("A stream of the artifact gives a mean to a matrix too small for it: it is damaged.")
+  flipped, high, low = (int(reader.take(1, _WORD)[0]) for _ in range(3))
+  tall, wide = shape[::-1] if flipped else shape
+  a_MxR = np.stack([_take_coefficients(reader, tall) for _ in range(rank)], axis=1)
+  b_RxN = reader.take(rank * wide, _BASIS).reshape(rank, wide) - B_LIMIT
+  return Mean(a_MxR, b_RxN, high << 16 | low, bool(flipped))
+
+
+def _put_coefficients(writer: Writer, values: np.ndarray) -> None:
+  """Writes whole numbers below 2^15 in size: the lowest bits as they are, the rest under counts."""
+  shift = max(0, int(np.abs(values).max(initial=0)).bit_length() - _COEFFICIENT_BITS)
+  high = values >> shift
+  low, top = int(high.min(initial=0)), int(high.max(initial=0))
+  for word in (shift, low + 256, top + 256):
+    writer.put(np.array([word]), _WORD)
+  put_counted(writer, high - low, top - low + 2)
+  if shift:
+    writer.put(values & ((1 << shift) - 1), distribution(np.ones(1 << shift)))
+
+
+def _take_coefficients(reader: Reader, count: int) -> np.ndarray:
+  shift, low, top = (int(reader.take(1, _WORD)[0]) for _ in range(3))
+  if shift > _MAX_SHIFT or not low <= top <= 512:
+    raise ArtifactError("A stream of the artifact names a distribution that does not exist: it is damaged.")
+  values = (take_counted(reader, count, top - low + 2) + low - 256) << shift
+  return values | reader.take(count, distribution(np.ones(1 << shift))) if shift else values

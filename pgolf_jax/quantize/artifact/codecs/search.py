@@ -12,9 +12,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pgolf_jax.quantize.artifact.codecs import laws
-from pgolf_jax.quantize.artifact.codecs.grids import ROW_STEP, Model
+from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
 from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, CLASSES, PHASES
-from pgolf_jax.quantize.artifact.codecs.means import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, Mean
 
 _PATIENCE = 2  # directions that may pass without saving anything
 

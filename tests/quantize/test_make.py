@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize.fit import fit
-from pgolf_jax.settings.config import QuantizeConfig
+from pgolf_jax.quantize.make import fit
+from pgolf_jax.settings import QuantizeConfig
 
 
 def sized(bytes_at_one: float, parameters: int):
