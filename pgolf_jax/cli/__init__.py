@@ -1,13 +1,14 @@
-"""The program `pgolf`: one module a verb, imported only when its verb is called.
+"""The program `pgolf`: a few modules of verbs, each imported only when one of its verbs is called.
 
-A verb's module has `COMMANDS`: name → function, or "" → function for a verb that is one command. A function's
-parameters are the command's options and its docstring is the command's help. Where options have defaults that come
-from a file, the function is wrapped in `settings.arguments.Defaults`.
+A module has `COMMANDS`: verb → name → function; the name is "" for a verb that is one command. A function's parameters
+are the command's options and its docstring is the command's help. Where options have defaults that come from a file,
+the function is wrapped in `settings.arguments.Defaults`.
 """
 
 import difflib
 import importlib
 import sys
+from collections.abc import Callable
 
 import tyro
 
@@ -27,6 +28,19 @@ VERBS = {
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
 }
+_MODULES = {
+  "run": ("run", "train", "plan"),
+  "data": ("data",),
+  "artifact": ("quantize", "package", "generate"),
+  "proof": ("eval", "audit", "parity"),
+  "bench": ("bench",),
+}
+
+
+def commands(verb: str) -> dict[str, Callable | Defaults]:
+  """Returns a verb's commands by name; "" is the name of the only one of a verb that is one command."""
+  module = next(module for module, verbs in _MODULES.items() if verb in verbs)
+  return importlib.import_module(f"pgolf_jax.cli.{module}").COMMANDS[verb]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
   if verb not in VERBS:
     return _fail(_unknown("verb", verb, VERBS), 2)
   try:
-    return _call(verb, importlib.import_module(f"pgolf_jax.cli.{verb}").COMMANDS, rest)
+    return _call(verb, commands(verb), rest)
   except UserError as e:
     if debug:
       raise
@@ -55,18 +69,18 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r} (pgolf --debug … shows where)", 1)
 
 
-def _call(verb: str, commands: dict, args: list[str]) -> int:
+def _call(verb: str, choices: dict, args: list[str]) -> int:
   """Runs one command of a verb with its options read from `args`."""
   name = ""
-  if "" not in commands:
+  if "" not in choices:
     if not args or args[0] in ("-h", "--help"):
-      summaries = {name: command.__doc__.strip().splitlines()[0] for name, command in commands.items()}
+      summaries = {name: command.__doc__.strip().splitlines()[0] for name, command in choices.items()}
       print(_usage(f"pgolf {verb} WHAT …    (pgolf {verb} WHAT --help tells more)", summaries))
       return 0 if args else 2
     name, *args = args
-    if name not in commands:
-      return _fail(_unknown(f"pgolf {verb}", name, commands), 2)
-  command, program = commands[name], f"pgolf {verb} {name}".strip()
+    if name not in choices:
+      return _fail(_unknown(f"pgolf {verb}", name, choices), 2)
+  command, program = choices[name], f"pgolf {verb} {name}".strip()
   function = command.bound(program, args) if isinstance(command, Defaults) else command
   return tyro.cli(function, args=args, prog=program, registry=schedules) or 0
 

@@ -3,11 +3,13 @@
 from pgolf_jax.bench import compress, data, kernels, ngram, start, step, ttt
 
 COMMANDS = {
-  "kernels": kernels.COMMAND,
-  "step": step.COMMAND,
-  "start": start.COMMAND,
-  "ttt": ttt.COMMAND,
-  "data": data.COMMAND,
-  "ngram": ngram.COMMAND,
-  "compress": compress.COMMAND,
+  "bench": {
+    "kernels": kernels.COMMAND,
+    "step": step.COMMAND,
+    "start": start.COMMAND,
+    "ttt": ttt.COMMAND,
+    "data": data.COMMAND,
+    "ngram": ngram.COMMAND,
+    "compress": compress.COMMAND,
+  }
 }

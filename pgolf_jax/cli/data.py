@@ -155,4 +155,4 @@ def download(name: tyro.conf.Positional[str], out: Path, train_shards: int = 80)
     print(path)
 
 
-COMMANDS = {"prepare": prepare, "inspect": inspect, "verify": verify, "download": download}
+COMMANDS = {"data": {"prepare": prepare, "inspect": inspect, "verify": verify, "download": download}}

@@ -1,14 +1,12 @@
-import importlib
-
 import pytest
 
 from pgolf_jax import stages
-from pgolf_jax.cli import VERBS, main
+from pgolf_jax.cli import VERBS, commands, main
 
 
 def test_every_verb_explains_itself_with_an_example(capsys):
   for verb in VERBS:
-    for name in importlib.import_module(f"pgolf_jax.cli.{verb}").COMMANDS:
+    for name in commands(verb):
       command = [verb, name] if name else [verb]
       try:
         status = main([*command, "--help"])

@@ -1,0 +1,182 @@
+"""The verbs about an artifact: `pgolf quantize`, `pgolf package` and `pgolf generate`."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.settings import QuantizeConfig
+from pgolf_jax.settings.arguments import Defaults
+
+
+def quantize(
+  run: tyro.conf.Positional[Path],
+  out: Path | None = None,
+  fit: bool = False,
+  quantize: QuantizeConfig = QuantizeConfig(),
+) -> None:
+  """Quantise the averaged weights of a run into an artifact, and list its bytes by stream.
+
+  Example: pgolf quantize runs/demo --fit --quantize.codec entropy
+
+  Args:
+    run: run folder with finished training.
+    out: the artifact's file; artifact.pgolf in the run folder if not given.
+    fit: search for the finest clips with which artifact and code fit the budget.
+  """
+  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.files import locked
+
+  distributed.start()
+  folder = RunFolder(run)
+  with locked(folder.path):
+    _quantize(folder, out or folder.artifact, fit, quantize)
+
+
+def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
+  from pgolf_jax.run_folder import RunFolder
+
+  return {} if path is None else {"quantize": RunFolder(path).settings.quantize}
+
+
+def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
+  from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.quantize.make import make
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.files import write_bytes
+  from pgolf_jax.runtime.mesh import data_mesh, world_size
+  from pgolf_jax.submission import bundle, package
+
+  if "train" not in run.results():
+    raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
+  mesh = data_mesh()
+  settings = dataclasses.replace(run.settings, quantize=config)
+  code = bundle.code()
+  made = make(
+    settings,
+    stages.averaged_params(run, mesh),
+    locate_prepared(settings),
+    world=world_size(settings, mesh),
+    fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
+  )
+  if distributed.is_leader():
+    write_bytes(out, made.data)
+  print(package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
+  if fit:
+    clips = {k: v for k, v in dataclasses.asdict(made.config).items() if k.endswith("clip_sigmas")}
+    print("clips: " + ", ".join(f"quantize.{name}={value:g}" for name, value in clips.items()))
+  print(f"{out}: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in made.seconds.items()))
+
+
+def package(
+  run: tyro.conf.Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False
+) -> None:
+  """Build a submission folder from a run, count its bytes, and score it from itself alone in a fresh process.
+
+  Example: pgolf package runs/demo --out submissions/demo
+
+  Args:
+    run: run folder with an artifact.
+    out: the submission folder; RUN/submission if not given.
+    data: folder of validation shards; the run's own if not given.
+    ttt: check the score with test-time training as well as the plain one.
+  """
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.submission import package as packaging
+
+  distributed.leave_devices()
+  folder = RunFolder(run)
+  if not folder.artifact.is_file():
+    raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
+  data = data or locate_prepared(folder.settings)
+  tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
+  logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
+  results = folder.results()
+  out = out or folder.path / "submission"
+  contents = packaging.Contents(
+    name=folder.path.resolve().name,
+    tokenizer=tokenizer if tokenizer.is_file() else None,
+    logs=logs,
+    score=results.get("ttt") or results.get("artifact"),
+  )
+  print(packaging.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
+  plain = results.get("artifact", {}).get("bpb")
+  rescored = packaging.verify(out, data, expected_bpb=plain)
+  print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")
+  if ttt:
+    expected = results.get("ttt", {}).get("bpb")
+    rescored = packaging.verify(out, data, expected_bpb=expected, ttt=True)
+    print(f"with test-time training: {rescored['bpb']:.5f} bits per byte")
+  print(f"{out}: complete")
+
+
+def generate(
+  artifact: tyro.conf.Positional[Path],
+  prompt: str = "",
+  tokens: int = 200,
+  temperature: float = 0.8,
+  top_p: float = 0.95,
+  seed: int = 0,
+  tokenizer: Path | None = None,
+) -> None:
+  """Continue a prompt with an artifact's model, and print each piece as soon as it is certain.
+
+  Example: pgolf generate runs/demo/artifact.pgolf --prompt "My fellow citizens," --temperature 0.7
+
+  Args:
+    artifact: an artifact's file, or the folder of a run or submission that holds one.
+    prompt: text to continue.
+    tokens: makes at most so many.
+    temperature: 0 takes the likeliest token each time; 1 samples as the model says.
+    top_p: sample from the fewest tokens that together have this probability.
+    seed: the same seed gives the same text.
+    tokenizer: the model's .model file; tokenizer.model beside the artifact, or the run's, if not given.
+  """
+  import jax.numpy as jnp
+
+  from pgolf_jax.data.tokenizer import Tokenizer
+  from pgolf_jax.model import generate as generation
+  from pgolf_jax.quantize.artifact import load
+  from pgolf_jax.runtime import distributed
+
+  distributed.start()
+  path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
+  settings, params = load(path)
+  pieces = generation.generate(
+    settings,
+    {name: jnp.asarray(value) for name, value in params.items()},
+    Tokenizer.load(tokenizer or _tokenizer_beside(path)),
+    prompt,
+    generation.Sampling(tokens, temperature, top_p, seed),
+  )
+  print(prompt, end="", flush=True)
+  for piece in pieces:
+    print(piece, end="", flush=True)
+  print()
+
+
+def _tokenizer_beside(path: Path) -> Path:
+  """Returns tokenizer.model next to the artifact, or the tokenizer of the run whose folder holds it."""
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.run_folder import RunFolder
+
+  if (path.parent / "tokenizer.model").is_file():
+    return path.parent / "tokenizer.model"
+  if (path.parent / "config.toml").is_file():
+    settings = RunFolder(path.parent).settings
+    return Path(settings.data.tokenizer or locate_prepared(settings) / "tokenizer.model")
+  raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")
+
+
+COMMANDS = {
+  "quantize": {"": Defaults(quantize, _read_run, example="runs/demo")},
+  "package": {"": package},
+  "generate": {"": generate},
+}

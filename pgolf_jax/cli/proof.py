@@ -1,0 +1,201 @@
+"""The verbs that score and prove: `pgolf eval`, `pgolf audit` and `pgolf parity`."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def evaluate(
+  target: Annotated[Path, tyro.conf.Positional],
+  ttt: bool = True,
+  weights: Literal["artifact", "averaged"] = "artifact",
+  data: Path | None = None,
+  documents: int | None = None,
+  order: Literal["strict", "reference"] | None = None,
+  method: Literal["exact", "cached"] | None = None,
+  out: Path | None = None,
+) -> None:
+  """Score a run or a bare artifact on the validation documents, with test-time training or without.
+
+  Settings are the run's or the artifact's; environment names of the recipe go over them.
+
+  Example: TTT_CHUNK_SIZE=32 pgolf eval runs/demo/artifact.pgolf --data data/web --documents 100
+
+  Args:
+    target: run folder or artifact.
+    ttt: score first, then learn, chunk by chunk, with hints; or plainly.
+    weights: of a run: those of its artifact, or the averaged ones before quantising.
+    data: folder of shards and sidecar; the run's if not given.
+    documents: score only the first so many.
+    order: of hints and documents, if not as configured.
+    method: exact windows or cached keys and values, if not as configured.
+    out: folder for scores and progress; the same command goes on there after a kill.
+  """
+  import dataclasses
+  import os
+
+  from pgolf_jax import stages
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.data.validation import load_validation
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.quantize import artifact
+  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.mesh import data_mesh
+  from pgolf_jax.scoring import documents as streams
+  from pgolf_jax.scoring import ttt as training
+  from pgolf_jax.settings import check
+  from pgolf_jax.settings.load import from_env
+
+  distributed.start()
+  mesh = data_mesh()
+  if target.is_dir():
+    run = RunFolder(target)
+    settings = run.settings
+    if weights == "artifact":
+      params = artifact.load(run.artifact)[1]
+    else:
+      params = stages.averaged_params(run, mesh)
+  else:
+    settings, params = artifact.load(target)
+    if weights == "averaged":
+      raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
+  settings = from_env(os.environ, base=settings)
+  changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
+  settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
+  check.check(settings)
+  folder = data or locate_prepared(settings)
+  stream = streams.first_documents(load_validation(folder), documents, settings.model.bos_id)
+  if ttt:
+    result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)
+  else:
+    result = stages.plain_score(settings, params, mesh, "scoring", stream)
+  for name, value in result.items():
+    print(f"{name:<28}{value:,.5f}" if isinstance(value, float) else f"{name:<28}{value}")
+
+
+def audit(
+  runs: Annotated[list[Path], tyro.conf.Positional],
+  data: Path | None = None,
+  probes: int = 3,
+  probe_tokens: int = 600,
+) -> int:
+  """Check every rule of scoring on one run, or on all seeds of a set, and print the evidence.
+
+  Exit status 1 if a rule is broken. In reference order the trace is reported as not acyclic.
+
+  Example: pgolf audit runs/demo
+
+  Args:
+    runs: run folders.
+    data: folder of shards and sidecar; the run's if not given.
+    probes: perturbations of each kind; each is an evaluation of a small stream.
+    probe_tokens: tokens of that stream.
+  """
+  from pgolf_jax.audit import audit as audit_run
+  from pgolf_jax.audit import one_config
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.checks import table
+  from pgolf_jax.runtime.mesh import data_mesh
+
+  distributed.start()
+  mesh = data_mesh()
+  folders = [RunFolder(path) for path in runs]
+  made = []
+  for run in folders:
+    data_folder = data or locate_prepared(run.settings)
+    checks = list(audit_run(run, data_folder, mesh, probe_tokens=probe_tokens, count=probes))
+    print(f"{run.path}\n{table(checks)}")
+    made += checks
+  if len(folders) > 1:
+    made.append(one_config(folders))
+    print(table(made[-1:]))
+  return int(any(check.passed is False for check in made))
+
+
+def run(
+  case: tyro.conf.Positional[Path],
+  out: Path,
+  dtype: Literal["float32", "bfloat16"] | None = None,
+  tokenizer: Path | None = None,
+) -> None:
+  """Write our outputs for a golden case, under the names of its expected file.
+
+  Example: pgolf parity run tests/golden/forward --out ours.safetensors
+
+  Args:
+    case: folder of the case.
+    out: file to write: safetensors, or JSON lines for the kind `caseops`.
+    dtype: type to compute in, in place of the one that the reference computed in.
+    tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
+  """
+  from pgolf_jax.parity import run as parity_run
+  from pgolf_jax.parity.case import Case, write_outputs
+  from pgolf_jax.runtime import distributed
+
+  distributed.start()
+  outputs = parity_run.run(Case.load(case, dtype=dtype, tokenizer=tokenizer))
+  write_outputs(out, outputs)
+  print(f"{len(outputs)} {'tensors' if isinstance(outputs, dict) else 'documents'} written to {out}")
+
+
+def check(
+  case: tyro.conf.Positional[Path | None] = None,
+  all: bool = False,
+  ours: Path | None = None,
+  dtype: Literal["float32", "bfloat16"] | None = None,
+  tensors: bool = False,
+  tokenizer: Path | None = None,
+) -> int:
+  """Compare a golden case, or all of a folder, with what this installation computes on this device.
+
+  Prints the errors beside their tolerances; exit status 1 if one is too large. On an accelerator, and in another type
+  than the reference's, tolerances are derived from the perturbation floor: how far our outputs move when every weight
+  moves by one part in ten million.
+
+  Example: pgolf parity check --all
+
+  Args:
+    case: folder of the case; with --all a folder of cases, or nothing for the small cases that come with the package.
+    all: check all cases of the folder.
+    ours: file that `pgolf parity run` wrote; the case is run now if not given.
+    dtype: type to compute in, in place of the one that the reference computed in.
+    tensors: print one line per tensor instead of one per quantity.
+    tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
+  """
+  from pgolf_jax.errors import UserError
+  from pgolf_jax.parity import check as parity_check
+  from pgolf_jax.parity.case import Case, find_cases, shipped_cases
+  from pgolf_jax.parity.run import run as run_case
+  from pgolf_jax.runtime import distributed
+
+  if not all and case is None:
+    raise UserError("Name the folder of a golden case, or ask for all that come with the package with --all.")
+  if all and ours is not None:
+    raise UserError("--ours holds the outputs of one case; name that case in place of --all.")
+  distributed.start()
+  folders = find_cases(case or shipped_cases()) if all else [case]
+  failed = []
+  for folder in folders:
+    began = time.monotonic()
+    this = Case.load(folder, dtype=dtype, tokenizer=tokenizer)
+    outputs = this.read_outputs(ours) if ours else run_case(this)
+    floors = parity_check.measure_floors(this) if parity_check.needs_floors(this) else None
+    rows = parity_check.check(this, outputs, floors)
+    print(f"{folder.name}: {this.kind}, {parity_check.arithmetic(this)}, {time.monotonic() - began:.1f} s")
+    print(parity_check.table(rows, everything=tensors) + "\n")
+    if not parity_check.agrees(rows):
+      failed.append(folder.name)
+  print(f"{len(folders) - len(failed)} of {len(folders)} cases agree.")
+  return int(bool(failed))
+
+
+COMMANDS = {
+  "eval": {"": evaluate},
+  "audit": {"": audit},
+  "parity": {"run": run, "check": check},
+}
