@@ -248,7 +248,7 @@ def needs_floors(case: Case) -> bool:
 
 
 def measure_floors(case: Case) -> dict[str, float]:
-  """Tensor → its perturbation floor, in the measure of its tolerance; see tolerance.py."""
+  """Tensor → its perturbation floor, in the measure of its tolerance; see `TOLERANCES`."""
   exact = dataclasses.replace(case, dtype="float32")
   base, moved = run(exact), run(dataclasses.replace(exact, perturbation=PERTURBATION))
   scaled = {

@@ -6,7 +6,7 @@ Layout, little-endian:
   16 bytes before it | header | streams, one after the other
 
 The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the table: form, name, shape and what else
-the form needs), `streams` (bytes of each). Which arrays lie in which stream follows from the table; see streams.py.
+the form needs), `streams` (bytes of each). Which arrays lie in which stream follows from the table.
 
 Reading takes any bytes and either returns what was written or raises ArtifactError: the claims in the header are
 checked against each other and against a bound on parameters before memory is taken for them. Weights are computed with
