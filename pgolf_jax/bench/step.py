@@ -283,7 +283,7 @@ def _start(config: Path, cache: Path) -> None:
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
-  program = f"from pgolf_jax.bench import start; start.train_one_step({str(config)!r})"
+  program = f"from pgolf_jax.bench import step; step.train_one_step({str(config)!r})"
   subprocess.run([sys.executable, "-c", program], env=environ, check=True, capture_output=True)
 
 
