@@ -1,4 +1,8 @@
-"""The one exception whose message is meant for the person at the terminal."""
+"""What the program tells a person: errors that they can put right, and the outcomes of checks."""
+
+
+import dataclasses
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -7,3 +11,31 @@ class UserError(Exception):
 
 class ArtifactError(UserError):
   """An artifact that cannot be read or made; the message says what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """The outcome of one check."""
+
+  name: str
+  passed: bool | None  # None: the check could not be made
+  finding: str  # the evidence, or why the check could not be made
+
+
+def table(checks: Sequence[Check]) -> str:
+  """One line per check: whether it holds, and the evidence."""
+  words = {True: "holds", False: "BROKEN", None: "-"}
+  width = max(len(check.name) for check in checks)
+  return "\n".join(f"{words[check.passed]:<7} {check.name:<{width}}  {check.finding}" for check in checks)
+
+
+def summary(checks: Sequence[Check]) -> str:
+  """One line: how many checks hold, which are broken, and how many could not be made."""
+  broken = [check.name for check in checks if check.passed is False]
+  unmade = sum(check.passed is None for check in checks)
+  parts = [f"{len(checks) - len(broken) - unmade} of {len(checks)} checks hold"]
+  if broken:
+    parts.append(f"broken: {', '.join(broken)}")
+  if unmade:
+    parts.append(f"{unmade} could not be made")
+  return "; ".join(parts)

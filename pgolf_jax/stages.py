@@ -9,17 +9,18 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from pgolf_jax import errors
 from pgolf_jax.audit import audit
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
-from pgolf_jax.data.validation import ValidationData, load_validation
+from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime import checks, distributed
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
 from pgolf_jax.runtime.files import locked, write_bytes
 from pgolf_jax.runtime.log import log, log_to
-from pgolf_jax.runtime.mesh import data_mesh, usable_devices, world_size
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
@@ -92,7 +93,7 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
   """Audits the run; the table goes to the log, every check with its evidence to the results."""
   made = list(audit(run, locate_prepared(run.settings), mesh))
-  log.info("audit:\n%s", checks.table(made))
+  log.info("audit:\n%s", errors.table(made))
   broken = [check.name for check in made if check.passed is False]
   return {"broken": broken, "checks": [dataclasses.asdict(check) for check in made]}
 
@@ -164,7 +165,7 @@ def table(run: RunFolder) -> str:
     note = f"{ttt['order']} order, {ttt['method']}; without hints {ttt['bpb_without_hints']:.5f}"
     rows.append(("test-time training", f"{ttt['bpb']:.5f}", ttt["seconds"], note))
   if audit := results.get("audit"):
-    note = checks.summary([checks.Check(**check) for check in audit["checks"]])
+    note = errors.summary([errors.Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
   head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
   return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.model import params as parameters
 from pgolf_jax.settings import (
   EvalConfig,

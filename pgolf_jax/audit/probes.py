@@ -10,13 +10,12 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.errors import Check
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime.checks import Check
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.record import Evaluation
-from pgolf_jax.scoring.trace import HintsEvent, ScoreEvent
+from pgolf_jax.scoring.record import Evaluation, HintsEvent, ScoreEvent
 from pgolf_jax.settings import Settings
 
 Evaluate = Callable[[np.ndarray], Evaluation]

@@ -16,7 +16,7 @@ from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.quantize.artifact.codecs import NAMES
 from pgolf_jax.quantize.artifact.tensors import Grid, kind
 from pgolf_jax.quantize.calibrate import Calibration
-from pgolf_jax.quantize.quantize import quantize
+from pgolf_jax.quantize.make import quantize
 from pgolf_jax.settings import QuantizeConfig
 
 RECORD = {

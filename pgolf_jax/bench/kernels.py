@@ -12,13 +12,12 @@ import numpy as np
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
-from pgolf_jax.kernels import Choice
+from pgolf_jax.kernels import Choice, softcapped_xent
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
 from pgolf_jax.kernels import segment_attention as attention
 from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.hardware import peaks, target
-from pgolf_jax.kernels.softcapped_xent import linear
 from pgolf_jax.runtime import distributed
 
 Operation = Literal[
@@ -197,7 +196,7 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
     (0,),
   )
   weight = normal(V, D, scale=0.05)
-  n = linear.block_size(tokens, V)
+  n = softcapped_xent.block_size(tokens, V)
   block = jax.ShapeDtypeStruct((n, V), dtype), jax.ShapeDtypeStruct((n,), y_N.dtype)
   num_bytes = size * (tokens * D + V * D)
   yield Case(

@@ -1,8 +1,15 @@
-"""`pgolf bench step`: the training step of a config on the devices that are there, beside plain XLA and PyTorch."""
+"""The training step of a config on the devices that are there, and the way to the first one.
+
+`pgolf bench step` times the step beside plain XLA and PyTorch; `pgolf bench start` times a process as far as its first
+step, with an empty and a warm compile cache.
+"""
 
 import dataclasses
 import functools
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,17 +23,21 @@ from jax.sharding import Mesh
 from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
+from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
-from pgolf_jax.plan.examine import memory
+from pgolf_jax.plan import memory
+from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.mesh import data_mesh, usable_devices
+from pgolf_jax.runtime.distributed import data_mesh, usable_devices
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.arguments import Defaults, settings_of
-from pgolf_jax.training.schedule import Schedule
+from pgolf_jax.settings.load import load
+from pgolf_jax.training import Schedule
+from pgolf_jax.training.loop import Trainer
 from pgolf_jax.training.step import StepInputs, TrainState, TrainStep, chosen
 
 Pass = Literal["forward", "gradient", "step"]
@@ -245,3 +256,44 @@ def _read_config(path: Path | None) -> dict[str, StepArgs]:
 
 
 COMMAND = Defaults(step, _read_config, example="configs/demo.toml", optional=True)
+
+
+def start(config: tyro.conf.Positional[Path], repeats: int = 5) -> None:
+  """Time a process as far as its first training step, with an empty compile cache and with a full one.
+
+  Example: pgolf bench start configs/demo.toml
+
+  Args:
+    config: TOML file of settings.
+    repeats: starts of either kind, after one of each that does not count.
+  """
+  distributed.leave_devices()
+  with tempfile.TemporaryDirectory() as folder:
+    ways = [
+      Way({"compile cache": "empty"}, lambda: lambda: _start(config, Path(tempfile.mkdtemp(dir=folder)))),
+      Way({"compile cache": "warm"}, lambda: lambda: _start(config, Path(folder, "warm"))),
+    ]
+    measurements, _ = harness.measure(ways, repeats)
+  harness.show(f"start, {config}", measurements, {**harness.SECONDS, **harness.CORES, **harness.COMPARISON})
+
+
+def _start(config: Path, cache: Path) -> None:
+  environ = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+  program = f"from pgolf_jax.bench import step; step.train_one_step({str(config)!r})"
+  subprocess.run([sys.executable, "-c", program], env=environ, check=True, capture_output=True)
+
+
+def train_one_step(config: str) -> None:
+  """Trains for one step in a run folder that is then deleted."""
+  settings = load(config)
+  settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, stop_step=1))
+  distributed.start()
+  with tempfile.TemporaryDirectory() as folder:
+    Trainer(RunFolder(folder, settings), data_mesh(), ensure_prepared(settings)).train()
+
+
+START = start

@@ -16,7 +16,7 @@ from pgolf_jax.bench.harness import Peak, Way
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 from pgolf_jax.model.block import EPS
 from pgolf_jax.model.params import SOFTCAPS, layer_order
-from pgolf_jax.runtime.mesh import world_size
+from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training.optimizer import group
 

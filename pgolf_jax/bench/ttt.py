@@ -12,10 +12,10 @@ import tyro
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work, figure, percentage
 from pgolf_jax.data.folder import locate_prepared
-from pgolf_jax.data.validation import ValidationData, load_validation
+from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import buckets
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import batches, find_documents

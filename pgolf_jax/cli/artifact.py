@@ -46,8 +46,8 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.quantize.make import make
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.distributed import data_mesh, world_size
   from pgolf_jax.runtime.files import write_bytes
-  from pgolf_jax.runtime.mesh import data_mesh, world_size
   from pgolf_jax.submission import bundle, package
 
   if "train" not in run.results():

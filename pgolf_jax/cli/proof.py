@@ -38,12 +38,12 @@ def evaluate(
 
   from pgolf_jax import stages
   from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.data.validation import load_validation
+  from pgolf_jax.data.shards import load_validation
   from pgolf_jax.errors import UserError
   from pgolf_jax.quantize import artifact
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.mesh import data_mesh
+  from pgolf_jax.runtime.distributed import data_mesh
   from pgolf_jax.scoring import documents as streams
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
@@ -97,10 +97,10 @@ def audit(
   from pgolf_jax.audit import audit as audit_run
   from pgolf_jax.audit import one_config
   from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.errors import table
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.checks import table
-  from pgolf_jax.runtime.mesh import data_mesh
+  from pgolf_jax.runtime.distributed import data_mesh
 
   distributed.start()
   mesh = data_mesh()
@@ -133,8 +133,8 @@ def run(
     dtype: type to compute in, in place of the one that the reference computed in.
     tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
   """
+  from pgolf_jax.parity import Case, write_outputs
   from pgolf_jax.parity import run as parity_run
-  from pgolf_jax.parity.case import Case, write_outputs
   from pgolf_jax.runtime import distributed
 
   distributed.start()
@@ -168,8 +168,8 @@ def check(
     tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
   """
   from pgolf_jax.errors import UserError
+  from pgolf_jax.parity import Case, find_cases, shipped_cases
   from pgolf_jax.parity import check as parity_check
-  from pgolf_jax.parity.case import Case, find_cases, shipped_cases
   from pgolf_jax.parity.run import run as run_case
   from pgolf_jax.runtime import distributed
 

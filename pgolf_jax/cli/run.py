@@ -65,8 +65,7 @@ def plan(
   os.environ["JAX_PLATFORMS"] = "cpu"
   if topology.lower().startswith("h100"):
     jax_setup.add_gpu_flags(os.environ)
-  from pgolf_jax.plan import hardware
-  from pgolf_jax.plan.examine import examine, programs, report
+  from pgolf_jax.plan import examine, hardware, programs, report
 
   described = hardware.topology(topology)
   check.check(settings, device_count=described.mesh.size)

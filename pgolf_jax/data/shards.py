@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Integer, UInt16
@@ -154,3 +155,34 @@ def _checked(split: str) -> str:
   if split not in SPLITS:
     raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
   return split
+
+
+class ValidationData(NamedTuple):
+  """The validation stream.
+
+  Attributes:
+    tokens: token ids, of which all but the first are targets.
+    token_bytes: UTF-8 bytes of original text that each token stands for.
+  """
+
+  tokens: Integer[np.ndarray, "N1"]
+  token_bytes: Integer[np.ndarray, "N1"]
+
+
+def load_validation(folder: str | Path) -> ValidationData:
+  """Returns the validation stream of a data folder.
+
+  Raises:
+    UserError: a shard is damaged or missing, the sidecar has another length than the tokens, or there is no target.
+  """
+  tokens, token_bytes = (
+    np.concatenate([np.asarray(read_shard(path)) for path in list_shards(Path(folder), split)]).astype(np.int32)
+    for split in ("val", "val_bytes")
+  )
+  if len(tokens) != len(token_bytes):
+    raise UserError(
+      f"{folder}: {len(tokens)} validation tokens but {len(token_bytes)} sidecar entries; prepare the data again."
+    )
+  if len(tokens) < 2:
+    raise UserError(f"{folder}: {len(tokens)} validation tokens leave nothing to predict; prepare the data again.")
+  return ValidationData(tokens, token_bytes)

@@ -23,8 +23,7 @@ from pgolf_jax.data.shards import (
   shard_path,
 )
 from pgolf_jax.data.tokenizer import Tokenizer
-from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.checks import Check
+from pgolf_jax.errors import Check, UserError
 from pgolf_jax.runtime.log import progress
 
 

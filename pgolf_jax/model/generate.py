@@ -12,7 +12,7 @@ from pgolf_jax.data import caseops
 from pgolf_jax.data.shards import BOS
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.context import segments
+from pgolf_jax.model import segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.settings import ModelConfig, Settings

@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.numerics import softcap
-from pgolf_jax.model import block
+from pgolf_jax.model import Context, block, packed
 from pgolf_jax.model.adapters import Adaptation, Adapter, delta
 from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm, scaled
-from pgolf_jax.model.context import Context, packed
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.settings import ModelConfig
 

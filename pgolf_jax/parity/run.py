@@ -14,20 +14,19 @@ from jax.sharding import Mesh
 
 from pgolf_jax.data import caseops
 from pgolf_jax.data.encode import token_bytes
+from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
-from pgolf_jax.data.validation import ValidationData, load_validation
 from pgolf_jax.errors import UserError
+from pgolf_jax.model import packed
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.context import packed
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.parity.case import Arrays, Case, Outputs
+from pgolf_jax.parity import Arrays, Case, Outputs
 from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.quantize.calibrate import Calibration
-from pgolf_jax.quantize.make import make
-from pgolf_jax.quantize.quantize import quantize
+from pgolf_jax.quantize.make import make, quantize
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.scoring.adapter_sets import Draw
 from pgolf_jax.scoring.hints import build_hints

@@ -1,0 +1,220 @@
+"""The programs of a run, traced from shapes alone: the train step, the test-time training scan, the global phase."""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable
+
+import jax
+
+from pgolf_jax.kernels.hardware import peaks
+from pgolf_jax.model import flops
+from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
+from pgolf_jax.plan.hardware import GIB, Topology
+from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
+from pgolf_jax.scoring.global_phase import GlobalPhase
+from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
+from pgolf_jax.settings import Settings
+from pgolf_jax.training import Schedule
+from pgolf_jax.training.step import TrainStep
+
+VALIDATION_TOKENS = 47_853_344
+"""Tokens of the official validation split, which lies on every device during an evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One program of a run.
+
+  Attributes:
+    trace: traces it, from shapes alone.
+    flops: of its matrix products on one device, by formula.
+  """
+
+  title: str
+  trace: Callable[[], jax.stages.Traced]
+  flops: float
+
+
+def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
+  """Returns the programs that a run of these settings compiles for a mesh.
+
+  Args:
+    mesh: real, described or abstract, with the axis `data`.
+    every_shape: include the train step of every sequence length and looping mode, not only the last, the largest.
+  """
+  shapes = Schedule(settings).shapes()
+  chosen = [_train_step(settings, mesh, *shape) for shape in (shapes if every_shape else shapes[-1:])]
+  if settings.ttt.enabled:
+    chosen.append(_ttt_scan(settings, mesh))
+    if settings.ttt.phase.prefix_docs > 0:
+      chosen.append(_global_phase(settings, mesh))
+  return chosen
+
+
+def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Program:
+  trace = functools.partial(TrainStep(settings, mesh).trace, seq_len, looping)
+  title = f"train step, segments up to {seq_len}, looping {'on' if looping else 'off'}"
+  return Program(title, trace, flops.train_step(settings, mesh.size, seq_len, looping=looping))
+
+
+def _ttt_scan(settings: Settings, mesh) -> Program:
+  """The scan whose window is full and in which no document has ended: the largest of an evaluation."""
+  ttt = settings.ttt
+  shape = Shape(-(-ttt.batch_size // mesh.size), ttt.seq_len, ttt.chunk_size)
+  spec = Spec.choose(settings, short=False)
+
+  def trace():
+    arguments = abstract(mesh, spec, shape, shape.slots, VALIDATION_TOKENS + ttt.seq_len + ttt.chunk_size)
+    return sharded_scan(mesh, spec, shape).trace(*arguments)
+
+  title = (
+    f"TTT, {STEPS_PER_CALL} chunks of {shape.width} with windows of {shape.window}, {shape.slots} documents a device"
+  )
+  return Program(title, trace, STEPS_PER_CALL * Costs.estimate(settings.model, ttt).step(shape, learn=True))
+
+
+def _global_phase(settings: Settings, mesh) -> Program:
+  phase = GlobalPhase(settings, mesh)
+  rows = phase.world // mesh.size if phase.world % mesh.size == 0 else phase.world
+  work = 3 * flops.forward(settings.model, rows * phase.row_tokens, phase.seq_len, looping=True)
+  return Program(f"TTT, global phase, {phase.world} rows of {phase.row_tokens} tokens", phase.trace, work)
+
+
+_KERNEL = re.compile(r'@mosaic_gpu\w*|@tpu_custom_call|custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
+_GPU_KERNEL = re.compile(r'\bkernel_hash = "([^"]*)"')
+_TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|[Ee]xceed(s|ed).*memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """The examination of one program.
+
+  Attributes:
+    seconds: spent on tracing, lowering and compiling.
+    memory: bytes of one device, by part; empty where the program was not compiled.
+    fits: whether the memory is enough; None where that is not known.
+    flops: of matrix products on one device, by formula.
+    kernels: number of Pallas kernels in the program's text.
+    traffic: by kind of collective.
+    floors: seconds that the program takes at least, by the part of the hardware that limits it.
+    failure: the compiler's message on a program that does not fit.
+    machine_code: of the Pallas kernels, where they were compiled for a GPU, and how often each was.
+    known_kernels: number of kernels for GPUs that this process compiled before, and so not again for this program.
+  """
+
+  title: str
+  seconds: float
+  memory: dict[str, int]
+  fits: bool | None
+  flops: float
+  kernels: int
+  traffic: dict[str, Traffic]
+  floors: dict[str, float]
+  failure: str | None = None
+  machine_code: dict[Kernel, int] = dataclasses.field(default_factory=dict)
+  known_kernels: int = 0
+
+
+def examine(program: Program, topology: Topology) -> Finding:
+  """Traces and lowers a program for the topology, and compiles it where that is possible."""
+  began = time.perf_counter()
+  lowered = program.trace().lower(lowering_platforms=(topology.platform,))
+  compiled, machine_code, failure = None, {}, None
+  if not topology.only_lowers:
+    try:
+      compiled, machine_code = _compile(lowered, topology)
+    except jax.errors.JaxRuntimeError as e:
+      if not _TOO_LARGE.search(str(e)):
+        raise
+      failure = _first_words(str(e))
+  if compiled is None:
+    text, parts, fits, num_bytes = lowered.as_text(), {}, False if failure else None, None
+    traffic = in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
+  else:
+    text, parts = compiled.as_text(), memory(compiled)
+    fits = topology.chip is None or sum(parts.values()) <= topology.chip.memory
+    num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
+    traffic = in_hlo(text, topology.mesh.size)
+  known_kernels = len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values()) if compiled else 0
+  return Finding(
+    title=program.title,
+    seconds=time.perf_counter() - began,
+    memory=parts,
+    fits=fits,
+    flops=program.flops,
+    kernels=len(_KERNEL.findall(text)),
+    traffic=traffic,
+    floors=_floors(program.flops, num_bytes, traffic, topology),
+    failure=failure,
+    machine_code=machine_code,
+    known_kernels=max(0, known_kernels),
+  )
+
+
+def _compile(lowered: jax.stages.Lowered, topology: Topology) -> tuple[jax.stages.Compiled, dict[Kernel, int]]:
+  """Returns the compiled program and, for GPUs, the machine code of its kernels."""
+  if topology.platform != "cuda":
+    return lowered.compile(), {}
+  with recorded() as folder:
+    return lowered.compile(), read(folder)
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+  """Returns the bytes of one device that a program needs, by part; nothing where the backend does not say."""
+  m = compiled.memory_analysis()
+  if m is None:
+    return {}
+  # Outputs that take the place of donated arguments need no memory of their own.
+  return {
+    "arguments": m.argument_size_in_bytes,
+    "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
+    "temporaries": m.temp_size_in_bytes,
+    "code": m.generated_code_size_in_bytes,
+  }
+
+
+def _floors(flops: float, num_bytes: float | None, traffic: dict[str, Traffic], topology: Topology) -> dict[str, float]:
+  limits, chip = peaks(topology.kind), topology.chip
+  floors = {}
+  if limits is not None:
+    floors["products"] = flops / limits.flops_per_s
+    if num_bytes:
+      floors["memory"] = num_bytes / limits.bytes_per_s
+  if chip is not None and traffic:
+    floors["collectives"] = sum(t.sent(kind, topology.mesh.size) for kind, t in traffic.items()) / chip.link
+  return floors
+
+
+def _first_words(message: str) -> str:
+  line = next((line for line in message.splitlines() if _TOO_LARGE.search(line)), message.splitlines()[0])
+  return line[:300]
+
+
+def report(finding: Finding, topology: Topology) -> str:
+  """Returns the finding as lines of text."""
+  done = "lowered" if topology.only_lowers else "compiled"
+  lines = [f"{finding.title}: {done} in {finding.seconds:.0f} s, {finding.kernels} Pallas kernels"]
+  if finding.failure:
+    lines.append(f"  memory        DOES NOT FIT: {finding.failure}")
+  elif finding.memory:
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in finding.memory.items())
+    total = sum(finding.memory.values()) / GIB
+    available = "" if topology.chip is None else f" of {topology.chip.memory / GIB:.1f}"
+    verdict = "" if topology.chip is None else ", fits" if finding.fits else ", DOES NOT FIT"
+    lines.append(f"  memory        {total:.2f}{available} GiB a device{verdict} ({parts})")
+  else:
+    lines.append("  memory        not known without compiling")
+  lines.append(f"  work          {finding.flops / 1e12:.2f} TFLOP a device in products, by formula")
+  for kind, t in sorted(finding.traffic.items()):
+    lines.append(f"  {kind:<18}{t.count:>4}, {t.bytes / 1e6:,.1f} MB in all")
+  if finding.floors:
+    each = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in finding.floors.items())
+    longest = max(finding.floors.values()) * 1e3
+    lines.append(f"  time          at least {longest:.1f} ms at the chips' peak rates ({each})")
+  if finding.machine_code:
+    lines += ["  machine code", *table(finding.machine_code)]
+  if finding.known_kernels:
+    lines.append(f"    {finding.known_kernels} more, which a program above has too")
+  return "\n".join(lines)

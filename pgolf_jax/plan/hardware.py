@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.plan.compiled import SHARED_MEMORY
-from pgolf_jax.runtime.mesh import AXIS
+from pgolf_jax.runtime.distributed import AXIS
 
 GIB = 2**30
 

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.context import packed, segments
+from pgolf_jax.model import packed, segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
+from pgolf_jax.runtime.distributed import AXIS, data_mesh, place, replicated
 from pgolf_jax.runtime.log import progress
-from pgolf_jax.runtime.mesh import AXIS, data_mesh, place, replicated
 from pgolf_jax.settings import Settings
 
 _STEP_TOKENS = 16_384  # that a device takes at a time

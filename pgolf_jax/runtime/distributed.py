@@ -1,4 +1,4 @@
-"""Several processes working on one run: how they find each other, and who speaks for all.
+"""Several devices and several processes on one run: the mesh, how processes find each other, and who speaks for all.
 
 All processes see the same run folder and data folder. Process 0, the leader, alone writes files and logs; Orbax shares
 out the writing of checkpoints by itself.
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import jax_setup, log
+from pgolf_jax.settings import Settings
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -128,3 +129,39 @@ def leader_first(name: str) -> Iterator[None]:
   finally:
     if is_leader():
       barrier(name)
+
+
+AXIS = "data"
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+  """A mesh of these devices, or of all devices of all processes, along the axis `data`."""
+  return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
+
+
+def usable_devices(micro_batches: int) -> list[jax.Device]:
+  """The devices of a run: in one process the most that can share a step's micro-batches evenly, in several all."""
+  devices = jax.devices()
+  if jax.process_count() > 1:
+    return devices
+  return devices[: max(n for n in range(1, len(devices) + 1) if micro_batches % n == 0)]
+
+
+def world_size(settings: Settings, mesh: Mesh) -> int:
+  """The number of ranks that share out the stream: one per device unless the settings say otherwise."""
+  return settings.train.world_size or mesh.size
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what lies whole on every device."""
+  return NamedSharding(mesh, P())
+
+
+def shardings(mesh: Mesh, specs):
+  """A tree of PartitionSpecs as NamedShardings."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def place(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
+  """A host array on the mesh; every process holds the whole of it and places its own part."""
+  return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from pgolf_jax.model import adapters as model_adapters
 from pgolf_jax.model.adapters import Adapter, Adapters
-from pgolf_jax.runtime.mesh import AXIS
+from pgolf_jax.runtime.distributed import AXIS
 from pgolf_jax.settings import ModelConfig, TTTConfig
 
 _ADAM_EPS = 1e-10

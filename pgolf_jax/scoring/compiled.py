@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.mesh import AXIS, place, replicated
+from pgolf_jax.runtime.distributed import AXIS, place, replicated
 from pgolf_jax.scoring import adapters as adapting
 from pgolf_jax.scoring.adapters import Learner
 from pgolf_jax.scoring.buckets import LEARN, SCORE, Call, Shape, Step

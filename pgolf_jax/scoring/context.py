@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pgolf_jax.model import Context, segments
 from pgolf_jax.model.adapters import Adaptation
-from pgolf_jax.model.context import Context, segments
 from pgolf_jax.model.flops import positions
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import TTTConfig
 

@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Integer
 
+from pgolf_jax.model import packed, segments
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.context import packed, segments
 from pgolf_jax.model.gpt import bind, nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
+from pgolf_jax.runtime.distributed import AXIS, place, replicated, world_size
 from pgolf_jax.scoring.documents import Document
 from pgolf_jax.settings import PhaseConfig, Settings
 

@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.distributed import AXIS, place, replicated, world_size
 from pgolf_jax.runtime.log import progress
-from pgolf_jax.runtime.mesh import AXIS, place, replicated, world_size
 from pgolf_jax.settings import Settings
 
 

@@ -1,10 +1,10 @@
-"""The scores of an evaluation, their identity, and the folder from which a killed evaluation goes on.
+"""The scores of an evaluation, their identity and trace, and the folder from which a killed evaluation goes on.
 
 identity.json       what is scored with what; another evaluation is refused
 nll.npy             nats of every target, tilted; NaN before it is scored
 model_nll.npy       the same before the tilt
 times.npy           how often each target was scored
-trace.jsonl         see trace.py
+trace.jsonl         one event a line: which state scored which document
 progress.json       batches finished, clocks, events of the trace, adapter sets
 state-….safetensors adapters that the next batch goes on with, rows in the order of a batch's documents
 weights-….safetensors  model weights after the last global phase
@@ -12,24 +12,135 @@ documents.jsonl     one line a document, when all are scored
 """
 
 import dataclasses
+import graphlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime.files import write_arrays, write_json, write_json_lines
+from pgolf_jax.runtime.files import read_json_lines, write_arrays, write_json, write_json_lines
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score
-from pgolf_jax.scoring.trace import Event, from_json, to_json
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class HintsEvent:
+  """The n-gram counts were extended by these documents, in this order; each one's hints come from the counts before."""
+
+  kind: ClassVar[str] = "hints"
+  documents: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreEvent:
+  """Documents were scored.
+
+  Attributes:
+    batch: index of their batch.
+    documents: their indices.
+    weights: version of the model weights.
+    adapters: label of the adapter set.
+    carried: batches that used this set before, and whose learning is in its A.
+  """
+
+  kind: ClassVar[str] = "score"
+  batch: int
+  documents: tuple[int, ...]
+  weights: int
+  adapters: str
+  carried: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsEvent:
+  """A global phase over these documents made a version of the model weights."""
+
+  kind: ClassVar[str] = "weights"
+  version: int
+  documents: tuple[int, ...]
+
+
+Event = HintsEvent | ScoreEvent | WeightsEvent
+
+_KINDS = {event.kind: event for event in (HintsEvent, ScoreEvent, WeightsEvent)}
+
+
+def to_json(event: Event) -> dict:
+  """Returns the event as a JSON object."""
+  return {"event": event.kind, **dataclasses.asdict(event)}
+
+
+def from_json(line: dict) -> Event:
+  """Inverse of `to_json`."""
+  fields = {name: tuple(value) if name == "documents" else value for name, value in line.items() if name != "event"}
+  return _KINDS[line["event"]](**fields)
+
+
+def read(path: Path) -> list[Event]:
+  """Returns the events of a trace file, one JSON object a line."""
+  return [from_json(line) for line in read_json_lines(path)]
+
+
+def find_cycle(events: Sequence[Event]) -> list[str] | None:
+  """Returns a cycle among "depends on" of scores and states, or None if some order of documents explains all scores.
+
+  A state that a document's tokens went into comes after that document's score; a score comes after the states
+  that it was made with.
+  """
+  graph: dict[str, set[str]] = {}
+
+  def after(later: str, *earlier: str | None) -> None:
+    graph.setdefault(later, set()).update(filter(None, earlier))
+
+  counts = None
+  carried: dict[str, str] = {}
+  for event in events:
+    scores = [_score(index) for index in event.documents]
+    match event:
+      case HintsEvent():
+        for index in event.documents:
+          extended = f"counts with document {index}"
+          after(_score(index), counts)
+          after(extended, counts, _score(index))
+          counts = extended
+      case ScoreEvent():
+        state = f"adapters {event.adapters} after batch {event.batch}"
+        before = carried.get(event.adapters) if event.carried else None
+        for score in scores:
+          after(score, f"weights {event.weights}", before)
+        after(state, *scores)
+        carried[event.adapters] = state
+      case WeightsEvent():
+        after(f"weights {event.version}", f"weights {event.version - 1}", *scores)
+  try:
+    graphlib.TopologicalSorter(graph).prepare()
+  except graphlib.CycleError as error:
+    return list(error.args[1])
+  return None
+
+
+def _score(document: int) -> str:
+  return f"score of document {document}"
+
+
+def times_scored(events: Iterable[Event]) -> dict[int, int]:
+  """Returns document index → how often it was scored."""
+  times: dict[int, int] = {}
+  for event in events:
+    if isinstance(event, ScoreEvent):
+      for index in event.documents:
+        times[index] = times.get(index, 0) + 1
+  return times
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pgolf_jax.model.adapters import Adaptation, Adapters
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.mesh import AXIS, place, shardings
+from pgolf_jax.runtime.distributed import AXIS, place, shardings
 from pgolf_jax.scoring import adapters as adapting
 from pgolf_jax.scoring.adapters import Learner, Rule, map_rows, row_specs
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Call, Shape

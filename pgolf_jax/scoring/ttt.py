@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
+from pgolf_jax.runtime.distributed import place, replicated
 from pgolf_jax.runtime.log import Progress, log, progress
-from pgolf_jax.runtime.mesh import place, replicated
 from pgolf_jax.scoring import global_phase
 from pgolf_jax.scoring.adapter_sets import AdapterSets, Draw
 from pgolf_jax.scoring.buckets import Call, Costs, WorkPlan, plan_work
@@ -29,9 +29,18 @@ from pgolf_jax.scoring.compiled import Programs, Workload
 from pgolf_jax.scoring.context import Rows
 from pgolf_jax.scoring.documents import Batch, Document, Layout, batches, find_documents, phase_boundaries, select
 from pgolf_jax.scoring.hints import HintCounter
-from pgolf_jax.scoring.record import Clocks, Evaluation, EvaluationProgress, Record, identify, total
+from pgolf_jax.scoring.record import (
+  Clocks,
+  Evaluation,
+  EvaluationProgress,
+  HintsEvent,
+  Record,
+  ScoreEvent,
+  WeightsEvent,
+  identify,
+  total,
+)
 from pgolf_jax.scoring.scan import ScanInputs, ScanState, Scored, place_call
-from pgolf_jax.scoring.trace import HintsEvent, ScoreEvent, WeightsEvent
 from pgolf_jax.settings import Settings
 
 

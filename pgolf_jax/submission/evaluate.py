@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from pgolf_jax.data.validation import load_validation
+from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import load
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import plain
 
 

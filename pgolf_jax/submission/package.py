@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
-from pgolf_jax.quantize.artifact.streams import describe, split
+from pgolf_jax.quantize.artifact.reader import describe, split
 from pgolf_jax.runtime.files import write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle

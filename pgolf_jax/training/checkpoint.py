@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import BANKS, Params
-from pgolf_jax.runtime.mesh import replicated
+from pgolf_jax.runtime.distributed import replicated
 from pgolf_jax.training.optimizer import MuonState, pad_stack
 from pgolf_jax.training.step import TrainState, TrainStep
 

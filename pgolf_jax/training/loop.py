@@ -28,10 +28,10 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import MetricsWriter, RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
+from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.runtime.log import Progress, log, progress
-from pgolf_jax.runtime.mesh import world_size
+from pgolf_jax.training import Schedule, StepPlan
 from pgolf_jax.training.checkpoint import Checkpoints
-from pgolf_jax.training.schedule import Schedule, StepPlan
 from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep, chosen
 
 Programs = dict[tuple[int, bool], jax.stages.Compiled]

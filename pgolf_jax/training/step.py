@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, Int
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
 from pgolf_jax.kernels import segment_attention as attention
+from pgolf_jax.kernels import softcapped_xent
 from pgolf_jax.kernels import softcapped_xent as xent
-from pgolf_jax.kernels.softcapped_xent import linear
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime.mesh import AXIS, place, replicated, shardings, world_size
+from pgolf_jax.runtime.distributed import AXIS, place, replicated, shardings, world_size
 from pgolf_jax.settings import Settings
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.optimizer import MuonState
@@ -229,7 +229,7 @@ def chosen(settings: Settings) -> dict[str, str]:
     array(1, N, dtype="int32"),
   )
   x, up, down = array(N, m.model_dim), array(m.mlp_dim, m.model_dim), array(m.model_dim, m.mlp_dim)
-  block = linear.block_size(N, m.vocab_size)
+  block = softcapped_xent.block_size(N, m.vocab_size)
   z, target = array(block, m.vocab_size), array(block, dtype="int32")
   caps = {"cap_pos": m.logit_softcap, "cap_neg": m.logit_softcap}
   bank = array(2 * m.num_layers, m.model_dim, m.model_dim, dtype=settings.optimizer.muon_dtype)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed
 
-from pgolf_jax.audit import evidence, one_config
+from pgolf_jax import audit
+from pgolf_jax import errors as outcomes
+from pgolf_jax.audit import one_config
 from pgolf_jax.data.shards import read_shard, shard_path, write_shard
+from pgolf_jax.errors import Check
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime import checks as outcomes
-from pgolf_jax.runtime.checks import Check
 
 
 def by_name(checks):
@@ -38,7 +39,7 @@ def damaged(prepared, tmp_path):
 
 
 def test_prepared_data_holds(prepared):
-  checks = list(evidence.data_checks(prepared))
+  checks = list(audit.data_checks(prepared))
   assert [check.passed for check in checks] == [True] * 3, outcomes.table(checks)
 
 
@@ -47,31 +48,31 @@ def test_a_wrong_sidecar_is_caught(damaged):
   values = read_shard(path).copy()
   values[np.flatnonzero(values > 1)[0]] += 1
   write_shard(path, values)
-  assert not by_name(evidence.data_checks(damaged))["data: text"]
+  assert not by_name(audit.data_checks(damaged))["data: text"]
 
 
 def test_a_validation_document_in_training_is_caught(damaged):
   train, val = (read_shard(shard_path(damaged, split, 0)) for split in ("train", "val"))
   end = np.flatnonzero(val == 1)[1]
   write_shard(shard_path(damaged, "train", 0), np.concatenate([train, val[:end]]))
-  assert not by_name(evidence.data_checks(damaged))["data: overlap"]
+  assert not by_name(audit.data_checks(damaged))["data: overlap"]
 
 
 def test_an_artifact_over_the_budget_is_caught(tmp_path):
   artifact = tmp_path / "artifact.pgolf"
   artifact.write_bytes(b"x" * 1000)
-  assert not evidence.size(artifact, 1000).passed
-  assert evidence.size(artifact, 16_000_000).passed
+  assert not audit.size(artifact, 1000).passed
+  assert audit.size(artifact, 16_000_000).passed
 
 
 def test_clocks():
   settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, max_wallclock_seconds=600.0))
   good = {"train": {"seconds": 599.9, "recompilations_in_clock": 0}, "ttt": {"seconds": 550.0}}
-  assert by_name(evidence.clocks(good, settings)) == {"clock: train": True, "clock: ttt": True}
+  assert by_name(audit.clocks(good, settings)) == {"clock: train": True, "clock: ttt": True}
   late = {"train": {"seconds": 640.0}, "ttt": {"seconds": 650.0}}
-  assert by_name(evidence.clocks(late, settings)) == {"clock: train": False, "clock: ttt": False}
+  assert by_name(audit.clocks(late, settings)) == {"clock: train": False, "clock: ttt": False}
   recompiled = {"ttt": {"seconds": 10.0, "recompilations_in_clock": 2}}
-  assert by_name(evidence.clocks(recompiled, settings)) == {"clock: train": None, "clock: ttt": False}
+  assert by_name(audit.clocks(recompiled, settings)) == {"clock: train": None, "clock: ttt": False}
 
 
 def test_a_first_loss_of_other_data_is_caught(tmp_path):
@@ -81,11 +82,11 @@ def test_a_first_loss_of_other_data_is_caught(tmp_path):
   run = RunFolder(tmp_path / "run", SETTINGS)
   line = {"step": 1, "loss": 3.8712, "seq_len": 512, "looping": False}
   run.metrics.write_text(json.dumps(line) + "\n")
-  expected = float(evidence.first_step(run, tmp_path).finding.split()[-1])
+  expected = float(audit.first_step(run, tmp_path).finding.split()[-1])
   run.metrics.write_text(json.dumps({**line, "loss": expected}) + "\n")
-  assert evidence.first_step(run, tmp_path).passed
+  assert audit.first_step(run, tmp_path).passed
   run.metrics.write_text(json.dumps({**line, "loss": expected + 0.1}) + "\n")
-  assert not evidence.first_step(run, tmp_path).passed
+  assert not audit.first_step(run, tmp_path).passed
 
 
 def test_runs_of_a_set_share_a_config(tmp_path):

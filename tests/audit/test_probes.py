@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.audit import evidence, probes
-from pgolf_jax.audit.evidence import acyclic
-from pgolf_jax.data.validation import ValidationData
-from pgolf_jax.model.context import Context
+from pgolf_jax import audit
+from pgolf_jax import errors as outcomes
+from pgolf_jax.audit import acyclic, probes
+from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.model import Context
 from pgolf_jax.model.gpt import bind
-from pgolf_jax.runtime import checks as outcomes
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import buckets, scan, ttt
 from pgolf_jax.scoring.context import Window
 from pgolf_jax.scoring.hints import HintStream
-from pgolf_jax.scoring.trace import ScoreEvent, WeightsEvent
+from pgolf_jax.scoring.record import ScoreEvent, WeightsEvent
 
 DATA = random_documents([40, 31, 52, 36, 45])
 FUTURE, TARGET, NORMAL, ONCE = range(4)
@@ -170,7 +170,7 @@ def by_name(checks):
 
 
 def test_scores_of_a_run_hold(scored):
-  assert set(by_name(evidence.scores(scored, DATA, SETTINGS)).values()) == {True}
+  assert set(by_name(audit.scores(scored, DATA, SETTINGS)).values()) == {True}
 
 
 def test_a_target_scored_twice_in_the_run_is_caught(scored, tmp_path):
@@ -178,12 +178,12 @@ def test_a_target_scored_twice_in_the_run_is_caught(scored, tmp_path):
   times = np.load(tmp_path / "times.npy")
   times[11] = 2
   np.save(tmp_path / "times.npy", times)
-  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["every target scored exactly once"]
+  assert not by_name(audit.scores(tmp_path, DATA, SETTINGS))["every target scored exactly once"]
 
 
 def test_a_wrong_sidecar_is_caught_by_the_bytes_of_the_score(scored):
   data = DATA._replace(token_bytes=DATA.token_bytes + (np.arange(len(DATA.tokens)) == 9))
-  assert not by_name(evidence.scores(scored, data, SETTINGS))["bytes of the score"]
+  assert not by_name(audit.scores(scored, data, SETTINGS))["bytes of the score"]
 
 
 def test_a_trace_with_a_later_document_in_the_counts_is_caught(scored, tmp_path):
@@ -192,4 +192,4 @@ def test_a_trace_with_a_later_document_in_the_counts_is_caught(scored, tmp_path)
   score = next(event for event in events if event["event"] == "score")
   weights = {"event": "weights", "version": 1, "documents": score["documents"]}
   (tmp_path / "trace.jsonl").write_text("".join(json.dumps(e) + "\n" for e in [{**score, "weights": 1}, weights]))
-  assert not by_name(evidence.scores(tmp_path, DATA, SETTINGS))["one order explains every score"]
+  assert not by_name(audit.scores(tmp_path, DATA, SETTINGS))["one order explains every score"]

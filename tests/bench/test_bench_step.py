@@ -16,8 +16,8 @@ from pgolf_jax.cli import main
 from pgolf_jax.kernels import hardware, prefer
 from pgolf_jax.model import flops
 from pgolf_jax.model import params as parameters
-from pgolf_jax.plan.examine import programs
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.plan import programs
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.settings import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(

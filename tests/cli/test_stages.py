@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from pgolf_jax.runtime.mesh import usable_devices
+from pgolf_jax.runtime.distributed import usable_devices
 
 
 @pytest.mark.parametrize("micro_batches, devices", [(1, 1), (6, 6), (8, 8), (12, 6), (7, 7)])

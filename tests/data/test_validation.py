@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from pgolf_jax.data.shards import shard_path, write_shard
-from pgolf_jax.data.validation import load_validation
+from pgolf_jax.data.shards import load_validation, shard_path, write_shard
 from pgolf_jax.errors import UserError
 
 

@@ -98,7 +98,7 @@ def test_the_losses_are_the_same(runs):
 def test_averaged_weights_and_score_are_the_same(runs):
   import jax
 
-  from pgolf_jax.runtime.mesh import data_mesh
+  from pgolf_jax.runtime.distributed import data_mesh
   from pgolf_jax.stages import averaged_params
 
   mesh = data_mesh(jax.devices()[:1])

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 
 DATA = random_documents([30, 9, 75, 41, 22, 60, 14, 33, 51, 27, 18, 66, 38, 29, 45, 12])

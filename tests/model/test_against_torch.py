@@ -10,7 +10,7 @@ import pytest
 from pgolf_jax.kernels.segment_attention import segment_starts
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
-from pgolf_jax.parity.case import Case
+from pgolf_jax.parity import Case
 from pgolf_jax.settings import ModelConfig
 
 torch_gpt = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")

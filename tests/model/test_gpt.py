@@ -7,8 +7,8 @@ import pytest
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.segment_attention import segment_starts
+from pgolf_jax.model import packed
 from pgolf_jax.model import params as parameters
-from pgolf_jax.model.context import packed
 from pgolf_jax.model.gpt import bind, packed_nll, parameter_names
 from pgolf_jax.model.params import layer_order
 from pgolf_jax.settings import ModelConfig

@@ -12,10 +12,9 @@ import pytest
 
 from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.model import adapters as model_adapters
-from pgolf_jax.model import block, gpt
+from pgolf_jax.model import block, gpt, packed
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.adapters import Adaptation, Adapter
-from pgolf_jax.model.context import packed
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.settings import ModelConfig, Settings
 

@@ -8,10 +8,9 @@ from safetensors.numpy import save_file
 
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
-from pgolf_jax.parity.case import Case
-from pgolf_jax.parity.check import agrees, check, measure_floors, table
+from pgolf_jax.parity import Case
+from pgolf_jax.parity.check import TOLERANCES, agrees, check, measure_floors, table, tolerance_for
 from pgolf_jax.parity.run import run
-from pgolf_jax.parity.tolerance import TOLERANCES, tolerance_for
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from pgolf_jax.parity.case import Case, find_cases, shipped_cases
+from pgolf_jax.parity import Case, find_cases, shipped_cases
 from pgolf_jax.parity.check import agrees, check, needs_floors, table
 from pgolf_jax.parity.run import run
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 
 SMALL = [path.name for path in find_cases(shipped_cases())]
 

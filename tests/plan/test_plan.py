@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import flops
-from pgolf_jax.plan import compiled, hardware
-from pgolf_jax.plan.examine import Program, examine, programs, report
+from pgolf_jax.plan import Program, compiled, examine, hardware, programs, report
 from pgolf_jax.settings import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(

@@ -10,7 +10,7 @@ from tiny_model import MODEL, SETTINGS, random_params, with_quantize, write_data
 
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
-from pgolf_jax.model.context import packed, segments
+from pgolf_jax.model import packed, segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.quantize.calibrate import draw_rows, moments, row_count
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact.codecs import NAMES, laws, search
+from pgolf_jax.quantize.artifact.codecs import NAMES, ans, search
 from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, distribution, put_counted, take_counted
 from pgolf_jax.quantize.artifact.reader import decode_stream
 from pgolf_jax.quantize.artifact.writer import encode_stream
@@ -134,33 +134,33 @@ def test_degenerate_matrices():
     assert len(assert_returns("entropy", "grid", [q])) < 0.5 * q.size
 
 
-@pytest.mark.parametrize("shape", range(len(laws.SHAPES)))
+@pytest.mark.parametrize("shape", range(len(ans.SHAPES)))
 def test_laws_have_the_spread_that_they_name(shape):
   for width in (20, 32, 43, 50):
-    weights = laws.weights(width, shape, 3, -60, 60)
+    weights = ans.weights(width, shape, 3, -60, 60)
     values = np.arange(-60, 61)
     share = weights / weights.sum()
     mean = np.sum(share * values)
-    assert np.isclose(mean, 3 / laws.PHASES, atol=0.02 if width > 30 else 0.2)
+    assert np.isclose(mean, 3 / ans.PHASES, atol=0.02 if width > 30 else 0.2)
     if width > 30:
       variance = np.sum(share * np.square(values - mean))
-      assert np.isclose(variance, laws.sigma(width) ** 2 + 1 / 12, rtol=0.02)
+      assert np.isclose(variance, ans.sigma(width) ** 2 + 1 / 12, rtol=0.02)
 
 
 def test_law_is_the_normal_law():
-  sigma, phase = laws.sigma(44), 5
-  weights = laws.weights(44, 0, phase, -40, 40)
+  sigma, phase = ans.sigma(44), 5
+  weights = ans.weights(44, 0, phase, -40, 40)
 
   def below(x):
-    return 0.5 * (1 + math.erf((x - phase / laws.PHASES) / (sigma * math.sqrt(2))))
+    return 0.5 * (1 + math.erf((x - phase / ans.PHASES) / (sigma * math.sqrt(2))))
 
   exact = np.array([below(v + 0.5) - below(v - 0.5) for v in range(-40, 41)])
   assert np.abs(weights / weights.sum() - exact).max() < 2e-4
 
 
 def test_laws_are_the_same_on_every_machine():
-  assert laws.weights(44, 0, 3, -6, 6).astype(int).tolist() == LAW_44
-  assert laws.weights(37, 1, 0, -4, 4).astype(int).tolist() == LAW_37
+  assert ans.weights(44, 0, 3, -6, 6).astype(int).tolist() == LAW_44
+  assert ans.weights(37, 1, 0, -4, 4).astype(int).tolist() == LAW_37
 
 
 @given(st.lists(st.integers(0, 40), max_size=400), st.integers(41, 300))

@@ -12,7 +12,7 @@ from pgolf_jax.parity.run import quantize_case
 from pgolf_jax.quantize.artifact.tensors import LowRank, unbank
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.gptq import Grids, gptq, inverse_factor, row_step
-from pgolf_jax.quantize.quantize import quantize
+from pgolf_jax.quantize.make import quantize
 from pgolf_jax.settings.load import from_env
 
 

@@ -5,8 +5,8 @@ import numpy as np
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.audit import probes
-from pgolf_jax.data.validation import ValidationData
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 
 CACHED = changed(SETTINGS, method="cached")

@@ -9,13 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.data.validation import ValidationData
+from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.record import Record, identify
-from pgolf_jax.scoring.trace import WeightsEvent, find_cycle
+from pgolf_jax.scoring.record import Record, WeightsEvent, find_cycle, identify
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
 

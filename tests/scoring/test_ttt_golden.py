@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pgolf_jax.parity.run import run_case
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.settings.load import from_env
 
 

@@ -17,7 +17,7 @@ import pytest
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.settings import (
   DataConfig,
   EvalConfig,
@@ -53,7 +53,7 @@ import json, sys, time
 import jax
 import numpy as np
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.training import loop
 report = loop.Trainer._report
 def slowly(self, *args):  # so that a kill has something to interrupt

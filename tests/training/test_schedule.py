@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from pgolf_jax.settings import LengthStage, Settings, TrainConfig
-from pgolf_jax.training.schedule import Schedule, lr_factor, muon_momentum
+from pgolf_jax.training import Schedule, lr_factor, muon_momentum
 
 RECORD = Settings()
 

@@ -11,7 +11,7 @@ import pytest
 
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
-from pgolf_jax.runtime.mesh import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.settings import ModelConfig, OptimizerConfig, Settings, TrainConfig
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.step import TrainStep

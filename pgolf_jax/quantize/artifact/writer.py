@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pgolf_jax.quantize.artifact.codecs import Content, entropy, search, zstd
-from pgolf_jax.quantize.artifact.reader import pack, require_finite
-from pgolf_jax.quantize.artifact.streams import describe, field_of, split
+from pgolf_jax.quantize.artifact.reader import describe, field_of, pack, require_finite, split
 from pgolf_jax.quantize.artifact.tensors import Quantized
 
 

@@ -10,8 +10,9 @@ from backend_cases import BackendCases, backends_under_test, distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgolf_jax.kernels import softcapped_xent
 from pgolf_jax.kernels import softcapped_xent as xent
-from pgolf_jax.kernels.softcapped_xent import linear, mosaic_tpu, xla
+from pgolf_jax.kernels.softcapped_xent import mosaic_tpu, xla
 
 CAPS = {"cap_pos": 30.0, "cap_neg": 12.0}
 
@@ -126,7 +127,7 @@ def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
 
 @pytest.mark.parametrize("n", [1, 7, 16, 23])
 def test_linear_form_agrees_in_blocks_of_any_number_of_tokens(monkeypatch, n):
-  monkeypatch.setattr(linear, "_BLOCK_LOGITS", 8 * 30)
+  monkeypatch.setattr(xent, "_BLOCK_LOGITS", 8 * 30)
   random = np.random.default_rng(n)
   x, weight, d_nll = (random.standard_normal(shape, np.float32) for shape in ((n, 10), (30, 10), (n,)))
   target = random.integers(0, 30, n, np.int32)
@@ -150,7 +151,7 @@ def test_linear_form_agrees_in_blocks_of_any_number_of_tokens(monkeypatch, n):
 
 def test_no_block_of_the_linear_form_is_larger_than_its_bound():
   for tokens, vocabulary in ((1, 30), (98304, 8192), (65600, 8192), (5, 2**26)):
-    blocks, size = linear.block_count(tokens, vocabulary), linear.block_size(tokens, vocabulary)
+    blocks, size = softcapped_xent.block_count(tokens, vocabulary), softcapped_xent.block_size(tokens, vocabulary)
     assert (blocks - 1) * size < tokens <= blocks * size
     assert size == 1 or size * vocabulary <= 2**25
 

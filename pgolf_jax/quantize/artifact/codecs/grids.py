@@ -18,8 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact.codecs import laws
+from pgolf_jax.quantize.artifact.codecs import ans
 from pgolf_jax.quantize.artifact.codecs.ans import (
+  CENTRE,
+  CLASSES,
+  PHASE_BITS,
+  PHASES,
+  SHAPES,
+  STEPS,
   Distribution,
   Reader,
   Writer,
@@ -29,7 +35,6 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   put_counted,
   take_counted,
 )
-from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, CLASSES, PHASE_BITS, PHASES, SHAPES, STEPS
 
 ROW_STEP = 2  # row classes are multiples of this many width classes
 MAX_RANK = 16
@@ -40,7 +45,7 @@ _WORD = distribution(np.ones(1 << 16))
 
 _COEFFICIENT_BITS = 8  # of A's coefficients, coded under counts; lower bits are stored as they are
 _MAX_SHIFT = 7
-_BASIS = distribution(laws.weights(CENTRE + 3 * STEPS, 0, 0, -B_LIMIT, B_LIMIT))
+_BASIS = distribution(ans.weights(CENTRE + 3 * STEPS, 0, 0, -B_LIMIT, B_LIMIT))
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values
 _REACH = 255  # of an integer less its mean: −128 … 127 less −127 … 127
@@ -99,7 +104,7 @@ class _Laws:
 
 @functools.lru_cache(maxsize=1024)
 def _distribution(*law: int) -> Distribution:
-  return distribution(laws.weights(*law))
+  return distribution(ans.weights(*law))
 
 
 def put_grids(writer: Writer, arrays: Sequence[np.ndarray], models: Sequence[Model]) -> None:
@@ -192,7 +197,7 @@ def _best_shape(pieces: Iterable[tuple[int, int, np.ndarray]], low: int, high: i
   def bits(shape: int) -> float:
     total = 0.0
     for (width, phase), count in counts.items():
-      weights = laws.weights(width, shape, phase, low, high)
+      weights = ans.weights(width, shape, phase, low, high)
       total -= float(np.sum(count * np.log2(weights / weights.sum())))
     return total
 

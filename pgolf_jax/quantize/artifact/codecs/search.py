@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pgolf_jax.quantize.artifact.codecs import laws
+from pgolf_jax.quantize.artifact.codecs import ans
+from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, PHASES
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
-from pgolf_jax.quantize.artifact.codecs.laws import CENTRE, CLASSES, PHASES
 
 _PATIENCE = 2  # directions that may pass without saving anything
 
@@ -28,8 +28,8 @@ _HALF_LOG2E = 0.5 * 1.4426950408889634
 _UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
 _ROUNDING = _UNIT // 12
 # Variance up to which a class is the nearest one: half a class above its own.
-_BOUNDS = np.array([_UNIT * (laws.sigma(c) * 1.0442737824274138) ** 2 for c in range(CLASSES - 1)])
-_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / laws.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
+_BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in range(CLASSES - 1)])
+_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
 
 
 def fit_all(arrays: Sequence[np.ndarray]) -> list[Model]:
@@ -186,7 +186,7 @@ def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) 
   for _ in range(4):
     used_U, inverse_N, count_U = np.unique(column_N, return_inverse=True, return_counts=True)
     name_U = np.log2(len(column_N) / count_U)
-    value_NxU = rows * used_U / laws.STEPS + np.outer(column_square_N, _HALF_LOG2E * _inverse_variance(used_U) / 2**20)
+    value_NxU = rows * used_U / ans.STEPS + np.outer(column_square_N, _HALF_LOG2E * _inverse_variance(used_U) / 2**20)
     chosen_N = np.argmin(value_NxU + name_U, axis=1)
     if np.array_equal(chosen_N, inverse_N):
       break
@@ -202,7 +202,7 @@ def _column_squares(square_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
 def _bits(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> float:
   """Bits of normal values under these classes, up to a constant, and of the classes themselves."""
   columns, rows = len(column_N), len(row_M)
-  widths = (rows * int(column_N.sum()) + columns * ROW_STEP * int(row_M.sum())) / laws.STEPS
+  widths = (rows * int(column_N.sum()) + columns * ROW_STEP * int(row_M.sum())) / ans.STEPS
   spread = np.sum(_column_squares(square_MxN, row_M) * _inverse_variance(column_N)) / 2**20
   names = 0.0
   for classes in (column_N, row_M):
