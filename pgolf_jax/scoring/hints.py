@@ -59,7 +59,7 @@ class HintStream:
     # As published, no hint means confidence 0, and a threshold of 0 lets that through, as a hint at token 0.
     self._is_always_open = config.table == "reference" and config.threshold <= 0
 
-  def add(self, document: Integer[np.ndarray, "N+1"]) -> Hints:
+  def add(self, document: Integer[np.ndarray, "N1"]) -> Hints:
     """Returns hints for `document[1:]`, and counts these targets for the documents after it."""
     if len(document) and self._state.last != document[0]:
       self._state.seed(document[:1])
@@ -146,13 +146,13 @@ class HintCounter:
 
 
 def tilt(
-  nll: Float[Array, "*N"],
-  hint_logp: Float[Array, "*N"],
-  target: Int[Array, "*N"],
-  hint: Int[Array, "*N"],
-  gate: Bool[Array, "*N"],
-  boost: Float[Array, "*N"],
-) -> Float[Array, "*N"]:
+  nll: Float[Array, "..."],
+  hint_logp: Float[Array, "..."],
+  target: Int[Array, "..."],
+  hint: Int[Array, "..."],
+  gate: Bool[Array, "..."],
+  boost: Float[Array, "..."],
+) -> Float[Array, "..."]:
   """Returns NLL − β·[target = hint] + log(1 + q(e^β − 1)) where the gate is open, else NLL. All in fp32, nats.
 
   With q the model's probability of the hint h, the tilted distribution multiplies p(h) by e^β and divides everything by
