@@ -33,7 +33,6 @@ NOT_FOR_EVALUATION = (
   "pgolf_jax.quantize.corrections",
   "pgolf_jax.quantize.gptq",
   "pgolf_jax.quantize.make",
-  "pgolf_jax.quantize.make",
   "pgolf_jax.submission.package",
 )
 EVALUATION_ROOMS = {"data", "errors", "kernels", "model", "quantize", "runtime", "scoring", "settings", "submission"}
