@@ -11,7 +11,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Annotations of arrays are checked at every call, in all rooms that have them.
+ROOMS = ("data", "kernels", "model", "quantize", "scoring", "training")
+jaxtyping.install_import_hook([f"pgolf_jax.{room}" for room in ROOMS], "shapes.check_shapes")
 
 
 def _external(variable: str, default: str, what: str) -> Path:
@@ -20,6 +25,14 @@ def _external(variable: str, default: str, what: str) -> Path:
   if not path.exists():
     pytest.skip(f"{what} not found at {path}; set {variable} to where it is")
   return path
+
+
+@pytest.fixture
+def unchecked_shapes():
+  """Lets arrays of wrong shapes through to the functions that refuse them."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ AddressSanitizer, LeakSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Integer, UInt32
+from jaxtyping import Bool, Float32, Integer
 
 from pgolf_jax.kernels.ngram import _ngram
 
@@ -85,7 +85,7 @@ class NgramState:
     hint: Integer[np.ndarray, "N"] | None = None,
     gate: Bool[np.ndarray, "N"] | None = None,
     confidence: Float32[np.ndarray, "N"] | None = None,
-  ) -> tuple[UInt32[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+  ) -> tuple[Integer[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
     """Returns hints for the next tokens of the stream, and counts these tokens.
 
     Args:

@@ -89,6 +89,7 @@ def test_missing_file_and_folder(tmp_path):
     list_shards(tmp_path, "test")
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("tokens", [[65536], [-1, 3], [[1, 2]]])
 def test_values_that_do_not_fit_are_refused(tmp_path, tokens):
   with pytest.raises(UserError):

@@ -167,6 +167,7 @@ def test_chooses_xla_on_a_cpu_and_says_why():
   assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_refuses_with_the_numbers():
   x, up, down, _ = draw(0, 8, 16, 32, jnp.float32)
   with pytest.raises(ValueError, match=r"\(8, 16\).*\(32, 16\).*\(32, 16\)"):

@@ -165,6 +165,7 @@ def test_refuses_impossible_settings(arguments, error, message):
     NgramState(**{"threshold": 0.8, **arguments})
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
   ("tokens", "outputs", "error", "message"),
   [

@@ -107,6 +107,7 @@ def test_matrices_of_a_stack_do_not_mix():
     np.testing.assert_allclose(whole[i], orthogonalise(u[i : i + 1])[0], atol=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_refuses_with_the_numbers():
   with pytest.raises(ValueError, match=r"not \(4, 4\) of float32"):
     polar_express.polar_express(jnp.zeros((4, 4)))

@@ -140,6 +140,7 @@ def test_mosaic_tpu_says_what_it_cannot_do(pretend_tpu):
     assert obstacle("mosaic_tpu", 64, jnp.bfloat16) is None
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_refuses_with_the_numbers():
   q, k, start = jnp.zeros((1, 8, 3, 4)), jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 8), jnp.int32)
   with pytest.raises(ValueError, match="the 3 query heads must be a multiple of the 2"):

@@ -243,6 +243,7 @@ def test_chooses_xla_on_a_cpu_and_says_why():
   assert "it needs a Hopper GPU" in reason and "it needs a TPU, not cpu" in reason
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_refuses_with_the_numbers(pretend_hopper, pretend_tpu):
   z, target, *_ = draw(0, 6, 5, 1.0, jnp.float32)
   with pytest.raises(ValueError, match=r"\(5,\) of int32 for z_NxV.shape=\(6, 5\)"):
