@@ -1,6 +1,5 @@
 """What the program tells a person: errors that they can put right, and the outcomes of checks."""
 
-
 import dataclasses
 from collections.abc import Sequence
 

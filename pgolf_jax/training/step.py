@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
@@ -148,7 +148,9 @@ class TrainStep:
 
     return jax.jit(jax.shard_map(init, mesh=self.mesh, in_specs=(P(),), out_specs=self.specs, check_vma=False))
 
-  def _mean_loss(self, params: Params, tokens_T1: Int[Array, "T1"], *, seq_len: int, looping: bool) -> Float[Array, ""]:
+  def _mean_loss(
+    self, params: Params, tokens_T1: Integer[Array, "T1"], *, seq_len: int, looping: bool
+  ) -> Float[Array, ""]:
     model, dtype = bind(self.settings.model, params), jnp.dtype(self.settings.train.compute_dtype)
     row = tokens_T1[None].astype(jnp.int32)
     return packed_nll(model, row, seq_len=seq_len, looping=looping, dtype=dtype).mean()
@@ -176,7 +178,7 @@ class TrainStep:
     return TrainState(params, opt_state, average), metrics
 
 
-def _mean_of_rows(mean_loss: Loss, params: Params, tokens_MxT1: Int[Array, "M T1"]) -> tuple[jax.Array, Params]:
+def _mean_of_rows(mean_loss: Loss, params: Params, tokens_MxT1: Integer[Array, "M T1"]) -> tuple[jax.Array, Params]:
   """Returns the mean loss and gradient of rows that are computed one after another."""
   rows = tokens_MxT1.shape[0]
   loss_and_grad = jax.value_and_grad(mean_loss)
@@ -191,7 +193,7 @@ def _mean_of_rows(mean_loss: Loss, params: Params, tokens_MxT1: Int[Array, "M T1
 
 
 def _mean_of_clipped_ranks(
-  mean_loss: Loss, params: Params, tokens_GxMxT1: Int[Array, "G M T1"], limit: float
+  mean_loss: Loss, params: Params, tokens_GxMxT1: Integer[Array, "G M T1"], limit: float
 ) -> tuple[Params, StepMetrics]:
   """Returns the mean of the ranks' clipped gradients, and each rank's loss and norm."""
   ranks = tokens_GxMxT1.shape[0]
