@@ -21,15 +21,15 @@ class Check:
   finding: str  # the evidence, or why the check could not be made
 
 
-def table(checks: Sequence[Check]) -> str:
-  """One line per check: whether it holds, and the evidence."""
+def checks_table(checks: Sequence[Check]) -> str:
+  """Returns one line per check: whether it holds, and the evidence."""
   words = {True: "holds", False: "BROKEN", None: "-"}
   width = max(len(check.name) for check in checks)
   return "\n".join(f"{words[check.passed]:<7} {check.name:<{width}}  {check.finding}" for check in checks)
 
 
-def summary(checks: Sequence[Check]) -> str:
-  """One line: how many checks hold, which are broken, and how many could not be made."""
+def checks_summary(checks: Sequence[Check]) -> str:
+  """Returns one line: how many checks hold, which are broken, and how many could not be made."""
   broken = [check.name for check in checks if check.passed is False]
   unmade = sum(check.passed is None for check in checks)
   parts = [f"{len(checks) - len(broken) - unmade} of {len(checks)} checks hold"]

@@ -1,4 +1,4 @@
-"""The stages of a run, in order. Each reads the run folder, does its work and reports a few figures."""
+"""The stages of a run, in order. Each reads the run folder, does its work and reports figures."""
 
 import dataclasses
 import time
@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from pgolf_jax import errors
 from pgolf_jax.audit import audit
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
+from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
@@ -25,37 +25,39 @@ from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
 from pgolf_jax.submission import bundle, package
+from pgolf_jax.training.checkpoint import Checkpoints
+from pgolf_jax.training.loop import Trainer
+from pgolf_jax.training.step import TrainStep
 
 
 def plain_score(
   settings: Settings, params: Params, mesh: Mesh, description: str, data: ValidationData | None = None
 ) -> dict:
-  """Plain BPB of parameters on `data`, or on the whole validation split, as the stages report it."""
+  """Returns the plain score of parameters on `data`, or on the whole validation split, as the stages report it."""
   data = load_validation(locate_prepared(settings)) if data is None else data
   began = time.perf_counter()
   score = plain.score(settings, params, data, mesh, description=description)
-  seconds = time.perf_counter() - began
-  found = {"loss": score.loss, "bpb": score.bpb, "targets": score.targets, "bytes": score.text_bytes}
-  return found | {"seconds": seconds}
+  return {
+    "loss": score.loss,
+    "bpb": score.bpb,
+    "targets": score.targets,
+    "bytes": score.text_bytes,
+    "seconds": time.perf_counter() - began,
+  }
 
 
 def _train(run: RunFolder, mesh: Mesh) -> dict:
-  from pgolf_jax.training.loop import Trainer
-
   settings = run.settings
 
   def validate(step: int, params: Params) -> None:
-    found = plain_score(settings, params, mesh, f"scoring step {step}")
-    log.info("step %d | validation loss %.4f | %.4f bits per byte", step, found["loss"], found["bpb"])
+    score = plain_score(settings, params, mesh, f"scoring step {step}")
+    log.info("step %d | validation loss %.4f | %.4f bits per byte", step, score["loss"], score["bpb"])
 
   return Trainer(run, mesh, locate_prepared(settings), validate=validate).train()[1]
 
 
 def averaged_params(run: RunFolder, mesh: Mesh) -> Params:
-  """The averaged weights of a trained run."""
-  from pgolf_jax.training.checkpoint import Checkpoints
-  from pgolf_jax.training.step import TrainStep
-
+  """Returns the averaged weights of a trained run."""
   checkpoints = Checkpoints(run.checkpoints, TrainStep(run.settings, mesh))
   try:
     return checkpoints.restore_average(run.results()["train"]["steps"])
@@ -93,7 +95,7 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
   """Audits the run; the table goes to the log, every check with its evidence to the results."""
   made = list(audit(run, locate_prepared(run.settings), mesh))
-  log.info("audit:\n%s", errors.table(made))
+  log.info("audit:\n%s", checks_table(made))
   broken = [check.name for check in made if check.passed is False]
   return {"broken": broken, "checks": [dataclasses.asdict(check) for check in made]}
 
@@ -105,7 +107,7 @@ STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
   "ttt": _ttt,
   "audit": _audit,
 }
-"""Name → function of the run and the mesh that does the stage and returns its result."""
+"""Name → function of the run and the mesh that does the stage and returns what it reports."""
 
 
 def run(settings: Settings, folder: Path, names: list[str]) -> int:
@@ -124,11 +126,12 @@ def run(settings: Settings, folder: Path, names: list[str]) -> int:
 
 def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   settings = run.settings
-  there = jax.device_count()
-  idle = "" if mesh.size == there else f" ({there} are there: train.micro_batches={settings.train.micro_batches})"
+  count = jax.device_count()
+  share = f"as many as share train.micro_batches={settings.train.micro_batches}"
+  idle = f" of {count}, {share}" if mesh.size < count else ""
   log.info("run folder %s, %d × %s%s", run.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
   if differing := departures(settings):
-    log.info("settings other than the record's, whose value follows: %s", "; ".join(differing))
+    log.info("differs from the record (its value in brackets): %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
     if name in run.results():
       log.info("%s: already complete", name)
@@ -149,7 +152,7 @@ def _wanted(settings: Settings, name: str) -> bool:
 
 
 def table(run: RunFolder) -> str:
-  """What the run reached, one line a stage."""
+  """Returns the run's figures as a table, one line a stage."""
   results = run.results()
   rows = []
   if train := results.get("train"):
@@ -165,7 +168,7 @@ def table(run: RunFolder) -> str:
     note = f"{ttt['order']} order, {ttt['method']}; without hints {ttt['bpb_without_hints']:.5f}"
     rows.append(("test-time training", f"{ttt['bpb']:.5f}", ttt["seconds"], note))
   if audit := results.get("audit"):
-    note = errors.summary([errors.Check(**check) for check in audit["checks"]])
+    note = checks_summary([Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
   head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
   return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])

@@ -97,7 +97,7 @@ def audit(
   from pgolf_jax.audit import audit as audit_run
   from pgolf_jax.audit import one_config
   from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.errors import table
+  from pgolf_jax.errors import checks_table
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh
@@ -109,11 +109,11 @@ def audit(
   for run in folders:
     data_folder = data or locate_prepared(run.settings)
     checks = list(audit_run(run, data_folder, mesh, probe_tokens=probe_tokens, count=probes))
-    print(f"{run.path}\n{table(checks)}")
+    print(f"{run.path}\n{checks_table(checks)}")
     made += checks
   if len(folders) > 1:
     made.append(one_config(folders))
-    print(table(made[-1:]))
+    print(checks_table(made[-1:]))
   return int(any(check.passed is False for check in made))
 
 

@@ -8,10 +8,9 @@ import pytest
 from ttt_case import SETTINGS, changed
 
 from pgolf_jax import audit
-from pgolf_jax import errors as outcomes
 from pgolf_jax.audit import one_config
 from pgolf_jax.data.shards import read_shard, shard_path, write_shard
-from pgolf_jax.errors import Check
+from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.run_folder import RunFolder
 
 
@@ -40,7 +39,7 @@ def damaged(prepared, tmp_path):
 
 def test_prepared_data_holds(prepared):
   checks = list(audit.data_checks(prepared))
-  assert [check.passed for check in checks] == [True] * 3, outcomes.table(checks)
+  assert [check.passed for check in checks] == [True] * 3, checks_table(checks)
 
 
 def test_a_wrong_sidecar_is_caught(damaged):
@@ -100,6 +99,6 @@ def test_runs_of_a_set_share_a_config(tmp_path):
 
 def test_a_summary_tells_outcomes_apart():
   held, broken, unmade = (Check(name, passed, "") for name, passed in (("a", True), ("b", False), ("c", None)))
-  assert outcomes.summary([held, held]) == "2 of 2 checks hold"
-  assert outcomes.summary([held, unmade]) == "1 of 2 checks hold; 1 could not be made"
-  assert outcomes.summary([held, broken, unmade]) == "1 of 3 checks hold; broken: b; 1 could not be made"
+  assert checks_summary([held, held]) == "2 of 2 checks hold"
+  assert checks_summary([held, unmade]) == "1 of 2 checks hold; 1 could not be made"
+  assert checks_summary([held, broken, unmade]) == "1 of 3 checks hold; broken: b; 1 could not be made"

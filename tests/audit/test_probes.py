@@ -12,9 +12,9 @@ import pytest
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax import audit
-from pgolf_jax import errors as outcomes
 from pgolf_jax.audit import acyclic, probes
 from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.errors import checks_table
 from pgolf_jax.model import Context
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.runtime.distributed import data_mesh
@@ -59,7 +59,7 @@ def run(evaluate):
 
 def test_our_evaluator_passes(compiled):
   checks = run(compiled)
-  assert [check.passed for check in checks] == [True] * 4, outcomes.table(checks)
+  assert [check.passed for check in checks] == [True] * 4, checks_table(checks)
   assert "with an open gate" in checks[TARGET].finding and " 0 of them" not in checks[TARGET].finding
 
 

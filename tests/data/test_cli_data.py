@@ -4,7 +4,7 @@ import pytest
 import tyro
 
 from pgolf_jax.bench.data import COMMAND as bench
-from pgolf_jax.cli.data import COMMANDS
+from pgolf_jax.cli import commands
 from pgolf_jax.data.manifest import Manifest
 from pgolf_jax.errors import UserError
 
@@ -12,7 +12,7 @@ TEXTS = [f"Document No. {i}: " + "congress of the States " * 20 for i in range(3
 
 
 def run(*arguments):
-  return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=list(map(str, arguments)))
+  return tyro.extras.subcommand_cli_from_dict(commands("data"), args=list(map(str, arguments)))
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_inspecting_nothing(tmp_path):
 
 
 def test_every_verb_has_help_with_an_example(capsys):
-  for verb in COMMANDS:
+  for verb in commands("data"):
     with pytest.raises(SystemExit) as exit:
       run(verb, "--help")
     assert exit.value.code == 0

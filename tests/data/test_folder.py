@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tyro
 
-from pgolf_jax.cli.data import COMMANDS
+from pgolf_jax.cli import commands
 from pgolf_jax.data import caseops
 from pgolf_jax.data.corpus import Position
 from pgolf_jax.data.folder import default_corpus, ensure_default_data, ensure_prepared, locate, locate_prepared
@@ -115,7 +115,7 @@ def test_the_default_text_is_prepared_once_and_the_log_says_so(tmp_path, monkeyp
   assert len(caplog.records) == 1
   # The command that the refusal names prepares the same data: where they are prepared, it has nothing to do.
   command = re.search("`pgolf data (.*)`", str(refusal.value))[1].split()
-  tyro.extras.subcommand_cli_from_dict(COMMANDS, args=command)
+  tyro.extras.subcommand_cli_from_dict(commands("data"), args=command)
   assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
   with pytest.raises(UserError, match="vocab_size"):
     ensure_default_data(folder, 2048)
