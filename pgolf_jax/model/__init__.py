@@ -10,7 +10,6 @@ Letters of array names (`x_BxTxD` has the axes B, T and D):
   C  width of a head
 """
 
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -29,7 +29,7 @@ class Checkpoints:
   Args:
     folder: where they lie.
     step: declares the state.
-    newest: how many are kept.
+    newest: number of the newest checkpoints that stay on disk.
   """
 
   def __init__(self, folder: Path, step: TrainStep, *, newest: int = 2):

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Integer
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
 from pgolf_jax.kernels import segment_attention as attention
-from pgolf_jax.kernels import softcapped_xent
 from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
@@ -231,7 +230,7 @@ def chosen(settings: Settings) -> dict[str, str]:
     array(1, N, dtype="int32"),
   )
   x, up, down = array(N, m.model_dim), array(m.mlp_dim, m.model_dim), array(m.model_dim, m.mlp_dim)
-  block = softcapped_xent.block_size(N, m.vocab_size)
+  block = xent.block_size(N, m.vocab_size)
   z, target = array(block, m.vocab_size), array(block, dtype="int32")
   caps = {"cap_pos": m.logit_softcap, "cap_neg": m.logit_softcap}
   bank = array(2 * m.num_layers, m.model_dim, m.model_dim, dtype=settings.optimizer.muon_dtype)

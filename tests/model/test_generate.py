@@ -38,7 +38,7 @@ def test_logits_are_the_evaluation_distribution(params):
   logits = step(params, tokens[:-1])
   nll = jax.jit(
     lambda params: packed_nll(
-      bind(MODEL, params), tokens[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32
+      bind(MODEL, params), jnp.asarray(tokens)[None], looping=True, seq_len=8, evaluation=True, dtype=jnp.float32
     )
   )(params)
   generated_nll = np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[-1]]

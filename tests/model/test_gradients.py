@@ -132,8 +132,8 @@ def test_sums_kept_in_bfloat16_are_caught(monkeypatch, of_weights, exact_weights
   def spread(factor, like):
     return jnp.broadcast_to(factor, like.shape).astype(like.dtype)
 
-  def backward(kept, g):
-    factor, like = kept
+  def backward(saved, g):
+    factor, like = saved
     total = sum_in_own_type(g.reshape(-1, *g.shape[2:]))
     if factor.ndim == 0 or factor.shape[-1] == 1:  # one factor for a whole lane, a head or a gate
       total = total.reshape(max(factor.size, 1), -1).sum(axis=1)
@@ -157,8 +157,8 @@ def test_an_adapter_whose_gradient_is_added_up_in_bfloat16_is_caught(monkeypatch
   def product(x_BxTxI, weight_BxOxI):
     return jnp.einsum("bti,boi->bto", x_BxTxI, weight_BxOxI)
 
-  def backward(kept, g):
-    x, weight = kept
+  def backward(saved, g):
+    x, weight = saved
     terms_TxOxI = g[0, :, :, None] * x[0, :, None, :]
     return jnp.einsum("bto,boi->bti", g, weight), sum_in_own_type(terms_TxOxI)[None]
 

@@ -149,8 +149,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
   with pytest.raises(UserError, match=r"stopped at step \d+: loss"):
     Trainer(run, data_mesh(jax.devices()[:1]), data).train()
   bad = 1 + max(line["step"] for line in read_metrics(run.metrics))
-  kept = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
-  assert kept and max(kept) < bad
+  saved = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
+  assert saved and max(saved) < bad
 
 
 def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
