@@ -116,9 +116,9 @@ def test_nothing_is_compiled_inside_the_clock(runs):
 
 def test_one_process_speaks_for_both(runs):
   _, two, (first, second) = runs
-  # gloo itself, not the program, says on standard output that it is connected.
-  own = [line for line in second.splitlines() if not line.startswith("[Gloo]")]
-  assert "step 1 |" in first and own == []
+  # gloo, not the program, writes to standard output that it is connected; its threads may tear each other's lines.
+  of_the_program = [line for line in second.splitlines() if "[Gloo]" not in line and "peer ranks" not in line and line]
+  assert "step 1 |" in first and of_the_program == []
   assert (two.path / "run.log").read_text().count("step 1 |") == 1
   assert json.loads((two.path / "results.json").read_text())["train"]["devices"] == 8
 
