@@ -1,4 +1,4 @@
-"""How far an output may be from the reference's.
+"""Comparison of outputs with a golden case: measures of distance, and how large a distance may be.
 
 **Float32 on a CPU.** The limits of the table below are those that independent implementations of the same arithmetic
 were seen to keep, several times over. They hold for the hints, gates, texts and byte counts exactly.
@@ -33,7 +33,7 @@ ROUNDINGS = 6  # of a matrix product and its gradient
 
 
 def coarser(*types: str) -> str:
-  """The type that rounds most."""
+  """Returns the type that rounds most."""
   return max(types, key=UNIT_ROUNDOFF.__getitem__)
 
 
@@ -50,8 +50,11 @@ class Pair(NamedTuple):
   expected: Arrays
 
   def values(self) -> tuple[np.ndarray, np.ndarray]:
-    """Ours and the expected one in float64."""
+    """Returns our tensor and the expected one in float64."""
     return tuple(np.asarray(outputs[self.name], np.float64) for outputs in (self.ours, self.expected))
+
+
+# Measures: the first line of the docstring names the measure in tables.
 
 
 def relative_to_norm(pair: Pair) -> float:
