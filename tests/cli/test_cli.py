@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from pgolf_jax import stages
@@ -55,3 +57,15 @@ def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
   assert (settings.train.iterations, settings.seed, settings.model.num_layers) == (7, 9, 5)
   assert settings.train.seq_schedule == ((64, 0.5), (128, 1.0))
   assert (folder.name, names) == ("demo", list(stages.STAGES))
+
+
+def test_every_setting_has_a_sentence_of_its_own(capsys):
+  with pytest.raises(SystemExit):
+    main(["run", "--help"])
+  text = capsys.readouterr().out
+  words = re.sub(r"[│\s]+", " ", text)
+  helps = re.findall(r"--(?:[a-z_-]+\.)+[a-z0-9-]+(?:, --\S+)?(?: (?:INT|FLOAT|STR|\{\S+\}\S*|\S+…))? (.*?)\(default:", words)
+  sentences = [sentence.strip() for sentence in helps]
+  assert len(sentences) > 150 and "" not in sentences
+  common = {sentence for sentence in sentences if sentences.count(sentence) > 2}
+  assert common <= {"learning rate", "weight decay", "largest norm of a gradient; 0: no limit", "its weight decay"}
