@@ -63,9 +63,8 @@ def test_every_setting_has_a_sentence_of_its_own(capsys):
   with pytest.raises(SystemExit):
     main(["run", "--help"])
   text = capsys.readouterr().out
-  words = re.sub(r"[│\s]+", " ", text)
-  helps = re.findall(r"--(?:[a-z_-]+\.)+[a-z0-9-]+(?:, --\S+)?(?: (?:INT|FLOAT|STR|\{\S+\}\S*|\S+…))? (.*?)\(default:", words)
-  sentences = [sentence.strip() for sentence in helps]
+  option = r"--(?:[a-z_-]+\.)+[a-z0-9-]+(?:, --\S+)?(?: (?:INT|FLOAT|STR|\{\S+\}\S*|\S+…))? (.*?)\(default:"
+  sentences = [sentence.strip() for sentence in re.findall(option, re.sub(r"[│\s]+", " ", text))]
   assert len(sentences) > 150 and "" not in sentences
   common = {sentence for sentence in sentences if sentences.count(sentence) > 2}
   assert common <= {"learning rate", "weight decay", "largest norm of a gradient; 0: no limit", "its weight decay"}
