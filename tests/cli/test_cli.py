@@ -1,9 +1,11 @@
 import re
+import signal
 
 import pytest
 
 from pgolf_jax import stages
 from pgolf_jax.cli import VERBS, commands, main
+from pgolf_jax.errors import Stopped
 
 
 def test_every_verb_explains_itself_with_an_example(capsys):
@@ -33,6 +35,16 @@ def test_errors_are_one_sentence_without_a_traceback(args, status, part, capsys)
   assert main(args) == status
   error = capsys.readouterr().err
   assert part in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_by_a_signal_has_the_exit_status_of_the_signal(signum, status, monkeypatch, capsys):
+  def stop(*_):
+    raise Stopped(signum, "step 7")
+
+  monkeypatch.setattr(stages, "run", stop)
+  assert main(["run", "configs/demo.toml"]) == status
+  assert f"stopped by {signum.name} after step 7" in capsys.readouterr().err
 
 
 def test_an_environment_variable_that_looks_like_a_setting_is_refused(monkeypatch, capsys):
