@@ -37,7 +37,7 @@ _STEP_1_AGREEMENT = 0.02  # nats; bfloat16 on another backend stays well within,
 def scores(folder: Path, data: ValidationData, settings: Settings) -> Iterator[Check]:
   """Every target was scored once, one order of documents explains the trace, and the bytes are those of the sidecar."""
   targets = len(data.tokens) - 1
-  missing = [name for name in ("times.npy", "record.jsonl", "documents.jsonl") if not (folder / name).exists()]
+  missing = [name for name in ("times.npy", "trace.jsonl", "documents.jsonl") if not (folder / name).exists()]
   if missing:
     yield Check("scores of the run", False, f"{folder} has no {missing[0]}; score the run with test-time training")
     return
@@ -48,7 +48,7 @@ def scores(folder: Path, data: ValidationData, settings: Settings) -> Iterator[C
     yield Check("every target scored exactly once", False, f"{len(times_N)} counts for {targets} targets")
   else:
     yield probes.count_once(times_N)
-  events = record.read(folder / "record.jsonl")
+  events = record.read(folder / "trace.jsonl")
   yield acyclic(events, len(find_documents(data.tokens, settings.model.bos_id)))
   lines = [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
   scored, wanted = sum(line["bytes"] for line in lines), int(data.token_bytes[1:].sum(dtype=np.int64))
