@@ -1,6 +1,7 @@
 """What the program tells a person: errors that they can put right, and the outcomes of checks."""
 
 import dataclasses
+import signal
 from collections.abc import Sequence
 
 
@@ -10,6 +11,19 @@ class UserError(Exception):
 
 class ArtifactError(UserError):
   """An artifact that cannot be read or made; the message says what is wrong with it."""
+
+
+class Stopped(Exception):
+  """A run that a signal ended after its work was saved.
+
+  Args:
+    signum: the signal's number.
+    where: what was saved, such as "step 120"; the same command continues after it.
+  """
+
+  def __init__(self, signum: int, where: str):
+    super().__init__(f"stopped by {signal.Signals(signum).name} after {where}; the same command continues there.")
+    self.status = 128 + signum
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import tyro
 
-from pgolf_jax.errors import UserError
+from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.settings.arguments import Defaults, schedules
 
 VERBS = {
@@ -44,7 +44,10 @@ def commands(verb: str) -> dict[str, Callable | Defaults]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs one verb. Exit status 0 on success, 1 on a failed check or error, 2 on unusable arguments, 130 on Ctrl-C."""
+  """Runs one verb and returns the exit status.
+
+  It is 0 on success, 1 on a failed check or error, 2 on unusable arguments, 128 + a signal's number if one ended it.
+  """
   args = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in args
   args = [a for a in args if a != "--debug"]
@@ -61,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
       raise
     return _fail(str(e), 1)
+  except Stopped as e:
+    return _fail(str(e), e.status)
   except KeyboardInterrupt:
     return _fail("stopped; the same command continues where it was.", 130)
   except Exception as e:

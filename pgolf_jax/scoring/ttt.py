@@ -5,6 +5,7 @@ over its chunks (scan.py), each target scored by the pass before the update that
 the host while the next batch runs; where enough documents are scored, a global phase on all weights.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.errors import Stopped
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
@@ -85,6 +87,7 @@ def evaluate(
 
   Raises:
     UserError: the stream does not begin with bos, or `options.folder` holds another evaluation.
+    Stopped: a signal came; what is scored is saved in `options.folder`.
   """
   began = time.monotonic()
   plan = Plan.make(settings, data, mesh)
@@ -100,8 +103,10 @@ def evaluate(
   clock.start()
   if record.is_resumed:
     _resume(plan, programs, state, record)
-  saved = clock.seconds
-  with progress("test-time training", total=sum(batch.targets for batch in plan.batches), unit="tokens") as bar:
+  saved, signum = clock.seconds, 0
+  postponed = contextlib.nullcontext(lambda: 0) if options.folder is None else distributed.postponed_signals()
+  bar_of_tokens = progress("test-time training", total=sum(batch.targets for batch in plan.batches), unit="tokens")
+  with postponed as signal_number, bar_of_tokens as bar:
     bar.advance(sum(batch.targets for batch in plan.batches[: state.done.batches]))
     running: list[RunningCall] = []
     for batch in plan.batches[state.done.batches :]:
@@ -118,9 +123,13 @@ def evaluate(
         running = []
         _save(state, record, clock)
         saved = clock.seconds
+      if signum := signal_number():
+        break
     _collect(plan, record, running, bar)
   _save(state, record, clock)
   clock.stop()
+  if signum:
+    raise Stopped(signum, f"batch {state.done.batches} of {len(plan.batches)}")
   return _result(plan, state, record, clock, compilation)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.data.loader import Loader
-from pgolf_jax.errors import UserError
+from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.run_folder import MetricsWriter, RunFolder
@@ -85,6 +85,7 @@ class Trainer:
 
     Raises:
       UserError: the loss or the gradient is not finite; the newest good checkpoint stays.
+      Stopped: a signal came; the state is saved.
     """
     t, count = self.settings.train, parameters.count(self.settings.model)
     began = time.perf_counter()
@@ -97,7 +98,10 @@ class Trainer:
     )  # fmt: skip
     for operation, choice in chosen(self.settings).items():
       log.info("implementation of %s: %s", operation, choice)
-    with contextlib.closing(Checkpoints(self.run.checkpoints, self.step)) as checkpoints:
+    with (
+      contextlib.closing(Checkpoints(self.run.checkpoints, self.step)) as checkpoints,
+      distributed.postponed_signals() as self._signal,
+    ):
       checkpoints.warm_up()
       first, state = self._resume(checkpoints, state)
       metrics = MetricsWriter(
@@ -108,6 +112,9 @@ class Trainer:
         steps, state = self._loop(programs, first, state, checkpoints, metrics)
       if checkpoints.latest() != steps:
         checkpoints.save(steps, state, self._progress())
+      signum = self._signal()
+    if signum:
+      raise Stopped(signum, f"step {steps}")
     if self.clock.compilations:
       log.warning("train: FAULT: %d programs were compiled inside the clock", self.clock.compilations)
     return state, {
@@ -176,7 +183,7 @@ class Trainer:
     with progress("training", total=total, unit=unit) as bar:
       bar.advance(shown if timed else step)
       clock.start()
-      while step < last and (elapsed := clock.agreed()) < schedule.time_cap:
+      while step < last and (elapsed := clock.agreed()) < schedule.time_cap and not self._signal():
         plan = schedule.plan(step, elapsed)
         if plan.seq_len_changed and self.settings.data.discard_prefetched:
           self.loader.skip(2)

@@ -1,7 +1,11 @@
+import re
+import signal
+
 import pytest
 
 from pgolf_jax import stages
 from pgolf_jax.cli import VERBS, commands, main
+from pgolf_jax.errors import Stopped
 
 
 def test_every_verb_explains_itself_with_an_example(capsys):
@@ -33,6 +37,16 @@ def test_errors_are_one_sentence_without_a_traceback(args, status, part, capsys)
   assert part in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_by_a_signal_has_the_exit_status_of_the_signal(signum, status, monkeypatch, capsys):
+  def stop(*_):
+    raise Stopped(signum, "step 7")
+
+  monkeypatch.setattr(stages, "run", stop)
+  assert main(["run", "configs/demo.toml"]) == status
+  assert f"stopped by {signum.name} after step 7" in capsys.readouterr().err
+
+
 def test_an_environment_variable_that_looks_like_a_setting_is_refused(monkeypatch, capsys):
   monkeypatch.setenv("TTT_LORA_RNK", "80")
   assert main(["run", "configs/demo.toml"]) == 1
@@ -55,3 +69,14 @@ def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
   assert (settings.train.iterations, settings.seed, settings.model.num_layers) == (7, 9, 5)
   assert settings.train.seq_schedule == ((64, 0.5), (128, 1.0))
   assert (folder.name, names) == ("demo", list(stages.STAGES))
+
+
+def test_every_setting_has_a_sentence_of_its_own(capsys):
+  with pytest.raises(SystemExit):
+    main(["run", "--help"])
+  text = capsys.readouterr().out
+  option = r"--(?:[a-z_-]+\.)+[a-z0-9-]+(?:, --\S+)?(?: (?:INT|FLOAT|STR|\{\S+\}\S*|\S+…))? (.*?)\(default:"
+  sentences = [sentence.strip() for sentence in re.findall(option, re.sub(r"[│\s]+", " ", text))]
+  assert len(sentences) > 150 and "" not in sentences
+  common = {sentence for sentence in sentences if sentences.count(sentence) > 2}
+  assert common <= {"learning rate", "weight decay", "largest norm of a gradient; 0: no limit", "its weight decay"}

@@ -117,6 +117,25 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, data, whole, kills):
   assert all(np.array_equal(a[k], b[k]) for k in a.files)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_the_run_continues_with_the_same_bits(tmp_path, data, whole, signum):
+  """Checkpoints are seconds apart, so that what is there afterwards was saved for the signal."""
+  settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, checkpoint_every_steps=0))
+  run = RunFolder(tmp_path / "run", settings)
+  command = [sys.executable, "-c", PROGRAM, str(run.path), str(data)]
+  process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE, text=True)
+  while process.poll() is None and len(read_metrics(run.metrics)) < 10:
+    time.sleep(0.01)
+  process.send_signal(signum)
+  error = process.communicate(timeout=60)[1]
+  steps = len(read_metrics(run.metrics))
+  assert f"stopped by {signum.name} after step {steps}; the same command continues there" in error
+  assert 10 <= steps < 60 and [path.name for path in run.checkpoints.iterdir()] == [str(steps)]
+  assert train_with_kills(run.path, data, 0, random.Random(0)) == 0
+  expected, again = (read_metrics(folder / "metrics.jsonl") for folder in (whole, run.path))
+  assert [line["loss"] for line in again] == [line["loss"] for line in expected]
+
+
 def test_nothing_is_compiled_inside_the_clock(whole):
   result = json.loads((whole / "result.json").read_text())
   assert result["recompilations_in_clock"] == 0 and result["steps"] == 60
