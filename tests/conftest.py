@@ -61,6 +61,20 @@ def published_tokenizer() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _compile_fast(request):
+  """Compiles without most of XLA's optimizations, which cost tiny programs more time than they save.
+
+  Comparisons with the reference and between processes are made with the programs that a user has.
+  """
+  import jax
+
+  as_users_do = "golden" in request.module.__name__ or request.path.parent.name in ("devices", "parity", "bench")
+  jax.config.update("jax_disable_most_optimizations", not as_users_do)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
   """Compiled programs of one test file would otherwise stay in memory until the last one is done."""
   yield
