@@ -19,7 +19,7 @@ from tensorboardX import SummaryWriter
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import write_json, write_json_lines, write_text
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import from_toml, to_dict
+from pgolf_jax.settings.load import differences, from_toml, to_dict
 
 
 class RunFolder:
@@ -72,7 +72,7 @@ class RunFolder:
     return self.path / "scores"
 
   def results(self) -> dict[str, dict]:
-    """Stage → what it reported, for the stages that are complete."""
+    """Returns stage → what it reported, for the stages that are complete."""
     path = self.path / "results.json"
     if not path.exists():
       return {}
@@ -87,23 +87,16 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict]:
-  """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+  """Returns the lines of a metrics.jsonl; a last line that a kill cut short is left out."""
   if not path.exists():
     return []
   lines = path.read_text(encoding="utf-8").split("\n")
   return [json.loads(line) for line in lines[:-1] if line]
 
 
-def _first_difference(a: Settings, b: Settings) -> str:
-  old, new = to_dict(a), to_dict(b)
-  for section in old:
-    if old[section] != new[section]:
-      if not isinstance(old[section], dict):
-        return f"{section} was {old[section]}, now {new[section]}"
-      keys = sorted(old[section].keys() | new[section].keys())
-      key = next(k for k in keys if old[section].get(k) != new[section].get(k))
-      return f"{section}.{key} was {old[section].get(key)}, now {new[section].get(key)}"
-  return "they differ"
+def _first_difference(made_with: Settings, asked_for: Settings) -> str:
+  name, (old, new) = next(iter(differences(made_with, asked_for).items()))
+  return f"{name} was {old}, now {new}"
 
 
 class MetricsWriter:

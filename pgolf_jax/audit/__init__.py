@@ -48,7 +48,7 @@ def scores(folder: Path, data: ValidationData, settings: Settings) -> Iterator[C
     yield Check("every target scored exactly once", False, f"{len(times_N)} counts for {targets} targets")
   else:
     yield probes.count_once(times_N)
-  events = record.read(folder / "trace.jsonl")
+  events = record.read_trace(folder / "trace.jsonl")
   yield acyclic(events, len(find_documents(data.tokens, settings.model.bos_id)))
   lines = [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
   scored, wanted = sum(line["bytes"] for line in lines), int(data.token_bytes[1:].sum(dtype=np.int64))

@@ -1,6 +1,5 @@
 """`pgolf bench ttt`: test-time training on documents of given lengths: rate, padding, and time outside the scans."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -22,7 +21,7 @@ from pgolf_jax.scoring.documents import batches, find_documents
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import load
+from pgolf_jax.settings.load import changed, load
 
 
 class Facts(NamedTuple):
@@ -68,9 +67,8 @@ def ttt(
 def way(settings: Settings, data: ValidationData, method: str, count: int) -> Way:
   """Returns the evaluation of `count` documents by one method; its time is that of the evaluation's own clock."""
   mesh = data_mesh()
-  without_phase = dataclasses.replace(settings.ttt.phase, prefix_docs=0)
-  t = dataclasses.replace(settings.ttt, method=method, phase=without_phase)
-  settings = dataclasses.replace(settings, ttt=t, eval=dataclasses.replace(settings.eval, doc_fraction=1.0))
+  settings = changed(settings, {"ttt.method": method, "ttt.phase.prefix_docs": 0, "eval.doc_fraction": 1.0})
+  t = settings.ttt
   sample = _sample(data, count, settings.model.bos_id)
   programs = _TimedPrograms(settings, mesh)
 

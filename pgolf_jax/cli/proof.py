@@ -33,7 +33,6 @@ def evaluate(
     method: exact windows or cached keys and values, if not as configured.
     out: folder for scores and progress; the same command goes on there after a kill.
   """
-  import dataclasses
   import os
 
   from pgolf_jax import stages
@@ -47,7 +46,7 @@ def evaluate(
   from pgolf_jax.scoring import documents as streams
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
-  from pgolf_jax.settings.load import from_env
+  from pgolf_jax.settings.load import changed, from_env
 
   distributed.start()
   mesh = data_mesh()
@@ -63,8 +62,8 @@ def evaluate(
     if weights == "averaged":
       raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
   settings = from_env(os.environ, base=settings)
-  changes = {name: value for name, value in (("order", order), ("method", method)) if value is not None}
-  settings = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, **changes))
+  choices = {"ttt.order": order, "ttt.method": method}
+  settings = changed(settings, {name: value for name, value in choices.items() if value is not None})
   check.check(settings)
   folder = data or locate_prepared(settings)
   stream = streams.first_documents(load_validation(folder), documents, settings.model.bos_id)

@@ -1,4 +1,4 @@
-"""Shards: files of token ids, or of the byte sidecar, in a data folder.
+"""Shards: files of token ids, or of the byte sidecar, in a data folder; and the validation stream that they hold.
 
 Layout: 256 little-endian int32 header words (20240520, 1, count, zeros), then `count` little-endian uint16
 values. Names: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin` and, the sidecar of each validation shard,

@@ -1,4 +1,7 @@
-"""The programs of a run, traced from shapes alone: the train step, the test-time training scan, the global phase."""
+"""The programs of a run, compiled for hardware that need not be there: memory, work, exchanges and the least time.
+
+They are traced from shapes alone: the train step, the scan of test-time training, the global phase.
+"""
 
 import dataclasses
 import functools

@@ -74,5 +74,9 @@ class Clock:
     return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
 
   def agreed(self) -> float:
-    """Seconds counted so far, the same on every process: whatever processes decide by the clock comes from here."""
-    return distributed.leaders(self.seconds)
+    """Returns the seconds counted so far, the same on every process: what they decide by the clock comes from here."""
+    return self.agreed_with(0)[0]
+
+  def agreed_with(self, number: int) -> tuple[float, int]:
+    """Returns the seconds counted so far and the leader's number, the same on every process, in one exchange."""
+    return distributed.leaders(self.seconds, number)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,12 +21,16 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import jax_setup, log
 from pgolf_jax.settings import Settings
 
+AXIS = "data"
+"""The one axis of every mesh."""
+
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def start() -> None:
-  """What comes before the first look at a device, in every verb that computes: XLA's options, the other processes of
-  the run, the compile cache. Afterwards only the leader prints.
+  """Sets XLA's options, joins the other processes of the run and turns on the compile cache.
+
+  Every verb that computes calls it before its first look at a device. Afterwards only the leader prints.
 
   Raises:
     UserError: as `initialize`.
@@ -38,9 +43,9 @@ def start() -> None:
 
 
 def leave_devices() -> None:
-  """For a process that only starts others which compute: it sees CPUs alone, and takes no GPU or TPU from them.
+  """Makes this process see CPUs alone, so that it takes no GPU or TPU from the processes that it starts.
 
-  What XLA's options are is told through the environment, which those inherit.
+  These inherit XLA's options through the environment.
   """
   jax_setup.set_xla_options()
   jax.config.update("jax_platforms", "cpu")
@@ -89,36 +94,38 @@ def _is_cluster(environ) -> bool:
 
 
 def is_leader() -> bool:
-  """Whether this is the process that writes files and logs."""
+  """Returns whether this is the process that writes files and logs."""
   return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
   """Returns once every process has come here."""
   if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
     multihost_utils.sync_global_devices(name)
 
 
 def for_all_hosts(mesh: Mesh) -> NamedSharding | None:
-  """How a program gives out what every process will read: whole, on all devices. None, XLA's choice, for one process.
+  """Returns the sharding of a program's outputs that every process will read: whole, on all devices.
 
-  To gather an array after the program means to compile another one, within whatever clock is running.
+  It is None, XLA's choice, where there is one process. Gathering an array after the program would compile another
+  program, while a clock may be running.
   """
   return NamedSharding(mesh, P()) if jax.process_count() > 1 else None
 
 
-def leaders(value: float) -> float:
-  """The leader's value: what processes decide by, each with a clock of its own, must come from one of them.
+def leaders(seconds: float, number: int = 0) -> tuple[float, int]:
+  """Returns the leader's seconds and number on every process, so that all decide alike, in one exchange.
 
   With several processes it waits for the steps that were dispatched before; the first call compiles a program.
+
+  Args:
+    seconds: of this process's clock.
+    number: a small whole number, such as a signal's.
   """
   if jax.process_count() == 1:
-    return value
-  from jax.experimental import multihost_utils
-
-  return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+    return seconds, number
+  seconds, number = multihost_utils.broadcast_one_to_all(np.array([seconds, number], np.float32))
+  return float(seconds), int(number)
 
 
 @contextlib.contextmanager
@@ -131,9 +138,6 @@ def leader_first(name: str) -> Iterator[None]:
   finally:
     if is_leader():
       barrier(name)
-
-
-AXIS = "data"
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -173,8 +177,8 @@ def place(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
 def postponed_signals() -> Iterator[Callable[[], int]]:
   """Postpones SIGTERM and SIGINT to moments when the block asks for them; the second one interrupts at once.
 
-  Gives a function that returns the number of the signal that the leader has had, or 0. It is the same on every process,
-  so that all save and stop at the same step.
+  Gives a function that returns the number of the signal that this process has had, or 0. Processes agree on it by
+  `leaders`, so that all save and stop at the same step.
   """
   if threading.current_thread() is not threading.main_thread():
     yield lambda: 0  # only the main thread may handle signals
@@ -189,7 +193,7 @@ def postponed_signals() -> Iterator[Callable[[], int]]:
 
   handlers = {signum: signal.signal(signum, postpone) for signum in (signal.SIGTERM, signal.SIGINT)}
   try:
-    yield lambda: int(leaders(float(arrived[0] if arrived else 0)))
+    yield lambda: arrived[0] if arrived else 0
   finally:
     for signum, handler in handlers.items():
       signal.signal(signum, handler)

@@ -14,6 +14,11 @@ from safetensors.numpy import save_file
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import distributed
 
+try:
+  import fcntl
+except ImportError:  # Windows has none; nothing is locked there
+  fcntl = None
+
 
 @contextlib.contextmanager
 def replacing(path: Path, *, is_durable: bool = False) -> Iterator[Path]:
@@ -65,7 +70,7 @@ def write_json_lines(path: Path, lines: Iterable[object]) -> None:
 
 
 def read_json_lines(path: Path) -> list:
-  """The values of a file of one JSON value a line.
+  """Returns the values of a file of one JSON value a line.
 
   Raises:
     ValueError: a line is not JSON.
@@ -77,12 +82,6 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes arrays by name as a whole safetensors file."""
   with replacing(path) as partial:
     save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial)
-
-
-try:
-  import fcntl
-except ImportError:  # Windows has none; nothing is locked there
-  fcntl = None
 
 
 @contextlib.contextmanager

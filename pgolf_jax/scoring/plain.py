@@ -64,8 +64,8 @@ def score(
   """
   targets, seq_len = len(data.tokens) - 1, settings.eval.seq_len
   span = settings.eval.batch_tokens // settings.eval.micro_batches // seq_len * seq_len
-  todo = spans(targets, ranks=world_size(settings, mesh), length=span)
-  longest = max(end - begin for begin, end in todo)
+  to_score = spans(targets, ranks=world_size(settings, mesh), length=span)
+  longest = max(end - begin for begin, end in to_score)
   dtype = jnp.dtype(settings.train.compute_dtype)
 
   def device_nll(params, tokens_RxT1):
@@ -80,8 +80,8 @@ def score(
   params = jax.device_put(params, replicated(mesh))
   nats = 0.0
   with progress(description, total=targets, unit="targets") as bar:
-    for first in range(0, len(todo), mesh.size):
-      group = todo[first : first + mesh.size]
+    for first in range(0, len(to_score), mesh.size):
+      group = to_score[first : first + mesh.size]
       tokens = np.zeros((mesh.size, longest + 1), np.int32)
       for row, (begin, end) in zip(tokens, group, strict=False):
         row[: end - begin + 1] = data.tokens[begin : end + 1]

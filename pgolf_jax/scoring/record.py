@@ -86,7 +86,7 @@ def from_json(line: dict) -> Event:
   return _KINDS[line["event"]](**fields)
 
 
-def read(path: Path) -> list[Event]:
+def read_trace(path: Path) -> list[Event]:
   """Returns the events of a trace file, one JSON object a line."""
   return [from_json(line) for line in read_json_lines(path)]
 

@@ -103,10 +103,10 @@ def evaluate(
   clock.start()
   if record.is_resumed:
     _resume(plan, programs, state, record)
-  saved, signum = clock.seconds, 0
+  saved = clock.seconds
   postponed = contextlib.nullcontext(lambda: 0) if options.folder is None else distributed.postponed_signals()
   bar_of_tokens = progress("test-time training", total=sum(batch.targets for batch in plan.batches), unit="tokens")
-  with postponed as signal_number, bar_of_tokens as bar:
+  with postponed as arrived, bar_of_tokens as bar:
     bar.advance(sum(batch.targets for batch in plan.batches[: state.done.batches]))
     running: list[RunningCall] = []
     for batch in plan.batches[state.done.batches :]:
@@ -118,16 +118,19 @@ def evaluate(
         _collect(plan, record, running, bar)
         running = []
         _run_phase(plan, programs, state, record)
-      if options.folder is not None and clock.agreed() - saved >= options.save_seconds:
-        _collect(plan, record, running, bar)
-        running = []
-        _save(state, record, clock)
-        saved = clock.seconds
-      if signum := signal_number():
-        break
+      if options.folder is not None:
+        seconds, signum = clock.agreed_with(arrived())
+        if signum:
+          break
+        if seconds - saved >= options.save_seconds:
+          _collect(plan, record, running, bar)
+          running = []
+          _save(state, record, clock)
+          saved = clock.seconds
     _collect(plan, record, running, bar)
-  _save(state, record, clock)
-  clock.stop()
+    _save(state, record, clock)
+    clock.stop()
+    _, signum = clock.agreed_with(arrived())
   if signum:
     raise Stopped(signum, f"batch {state.done.batches} of {len(plan.batches)}")
   return _result(plan, state, record, clock, compilation)

@@ -107,13 +107,22 @@ def flattened(settings: Settings) -> dict[str, object]:
   return values
 
 
+def differences(settings: Settings, others: Settings) -> dict[str, tuple[object, object]]:
+  """Returns dotted name → both values, as files have them, of every setting in which the two differ."""
+  theirs = flattened(others)
+  return {
+    name: (_as_text(value), _as_text(theirs[name]))
+    for name, value in flattened(settings).items()
+    if value != theirs[name]
+  }
+
+
 def departures(settings: Settings) -> list[str]:
   """Returns the settings that differ from the record's, each as "name=value (record's value)"; data and seed aside."""
-  record = flattened(Settings())
   return [
-    f"{name}={_as_text(value)} ({_as_text(record[name])})"
-    for name, value in flattened(settings).items()
-    if value != record[name] and name != "seed" and not name.startswith("data.")
+    f"{name}={value} ({record})"
+    for name, (value, record) in differences(settings, Settings()).items()
+    if name != "seed" and not name.startswith("data.")
   ]
 
 

@@ -100,7 +100,7 @@ class Trainer:
       log.info("implementation of %s: %s", operation, choice)
     with (
       contextlib.closing(Checkpoints(self.run.checkpoints, self.step)) as checkpoints,
-      distributed.postponed_signals() as self._signal,
+      distributed.postponed_signals() as self._arrived,
     ):
       checkpoints.warm_up()
       first, state = self._resume(checkpoints, state)
@@ -112,7 +112,7 @@ class Trainer:
         steps, state = self._loop(programs, first, state, checkpoints, metrics)
       if checkpoints.latest() != steps:
         checkpoints.save(steps, state, self._progress())
-      signum = self._signal()
+      _, signum = self.clock.agreed_with(self._arrived())
     if signum:
       raise Stopped(signum, f"step {steps}")
     if self.clock.compilations:
@@ -183,7 +183,10 @@ class Trainer:
     with progress("training", total=total, unit=unit) as bar:
       bar.advance(shown if timed else step)
       clock.start()
-      while step < last and (elapsed := clock.agreed()) < schedule.time_cap and not self._signal():
+      while step < last:
+        elapsed, signum = clock.agreed_with(self._arrived())
+        if signum or elapsed >= schedule.time_cap:
+          break
         plan = schedule.plan(step, elapsed)
         if plan.seq_len_changed and self.settings.data.discard_prefetched:
           self.loader.skip(2)

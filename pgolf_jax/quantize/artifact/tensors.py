@@ -1,4 +1,6 @@
-"""The stored forms of a parameter, and how each becomes fp32 weights again, with the same bits on every machine.
+"""The stored forms of a parameter, how each becomes fp32 weights again, and how banks are taken apart and put together.
+
+Weights have the same bits on every machine.
 
 Only NumPy's elementwise IEEE arithmetic is used: a matrix product may fuse or reorder its sums, so its last bit depends
 on the machine. M outputs, N inputs, R rank.

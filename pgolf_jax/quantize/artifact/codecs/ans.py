@@ -1,4 +1,5 @@
-"""Symbols to bytes and back through constriction's ANS coder, in pieces, each coded under one distribution.
+"""Symbols to bytes and back through constriction's ANS coder, in pieces, each coded under one distribution, and the
+laws of a matrix's noise: the distributions of rounded values by the width, shape and phase of their density.
 
 An ANS coder is a stack: what is written last is read first. The writer therefore collects all pieces and codes them in
 reverse, so that they are read in the order in which they were given. Distributions are built from whole numbers held in
