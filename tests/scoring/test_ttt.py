@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import signal
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
 from pgolf_jax.data.shards import ValidationData
-from pgolf_jax.errors import UserError
+from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
@@ -145,6 +146,28 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, with_phase, 
   assert found.recompilations == 0
   for name, value in whole.params.items():
     np.testing.assert_array_equal(found.params[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_signal_saves_and_the_evaluation_goes_on_with_the_same_result(tmp_path, with_phase, batch, monkeypatch):
+  settings, data, whole = with_phase
+  begun, count_hints = [], ttt._count_hints
+
+  def signal_in_batch(*arguments):
+    begun.append(1)
+    if len(begun) == batch:
+      signal.raise_signal(signal.SIGTERM)
+    count_hints(*arguments)
+
+  handler = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch:
+    patch.setattr(ttt, "_count_hints", signal_in_batch)
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM after batch {batch} of 3"):
+      evaluate(settings, data, folder=tmp_path)  # saves are seconds apart: what is there was saved for the signal
+  assert signal.getsignal(signal.SIGTERM) is handler
+  resumed = evaluate(settings, data, folder=tmp_path)
+  np.testing.assert_array_equal(resumed.nll_N, whole.nll_N)
+  assert (resumed.times_N == 1).all() and resumed.trace == whole.trace
 
 
 @pytest.mark.parametrize("mean", [False, True])
