@@ -103,11 +103,11 @@ class Programs:
   Args:
     settings: of the evaluations; `train.compute_dtype` is the type of the computation.
     mesh: has the axis `data`.
-    distributions: whether scans return the whole distribution of every target, which takes memory.
+    distributions: whether scans return the whole distribution of one target a chunk.
   """
 
   def __init__(self, settings: Settings, mesh: Mesh, *, distributions: bool = False):
-    self.mesh = mesh
+    self.mesh, self.distributions = mesh, distributions
     specs = {short: Spec.choose(settings, short=short, distributions=distributions) for short in (False, True)}
     self.adapters = {short: AdapterPrograms(spec, mesh) for short, spec in specs.items()}  # by "short documents"
     self.phase = GlobalPhase(settings, mesh)
@@ -170,4 +170,5 @@ class Programs:
     inputs = ScanInputs(self.computing(params), place(self.mesh, tokens, P()), self.place_rows(documents))
     steps = tuple(Step(0, rows, shape.window, kind) for kind in (LEARN, SCORE))
     hints = np.zeros((len(steps), shape.slots * self.mesh.size, shape.width), np.int32)
-    return state, place_call(self.mesh, inputs, shape.width, Call(shape, steps), hints)
+    samples = np.zeros(hints.shape[:2]) if self.distributions else None
+    return state, place_call(self.mesh, inputs, shape.width, Call(shape, steps), hints, samples)

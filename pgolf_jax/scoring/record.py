@@ -3,6 +3,7 @@
 identity.json       what is scored with what; another evaluation is refused
 nll.npy             nats of every target, tilted; NaN before it is scored
 model_nll.npy       the same before the tilt
+hint_nll.npy        nats of the token hinted at, before the tilt; means nothing where no hint was given
 times.npy           how often each target was scored
 trace.jsonl         one event a line: which state scored which document
 progress.json       batches finished, clocks, events of the trace, adapter sets
@@ -161,6 +162,7 @@ class Evaluation:
   untilted: Score  # of the same pass, had there been no hints
   nll_N: np.ndarray  # nats after the tilt; NaN where a target was not to be scored
   model_nll_N: np.ndarray  # before the tilt
+  hint_nll_N: np.ndarray  # of the token hinted at, before the tilt; means nothing where the gate is shut
   times_N: np.ndarray  # how often each target was scored
   hint_N: np.ndarray  # 0 where the gate is shut
   gate_N: np.ndarray
@@ -170,7 +172,7 @@ class Evaluation:
   recompilations: int  # inside the clock: a fault
   useful_flops: float  # that the documents' own windows needed
   executed_flops: float  # that ran, padding included
-  distributions: dict[int, np.ndarray]  # target → log-probabilities [V] after the tilt, where asked for
+  distributions: dict[int, np.ndarray]  # sampled target → log-probabilities [V] after the tilt
 
   def figures(self, settings: Settings) -> dict:
     """Returns the figures of results.json."""
@@ -276,6 +278,7 @@ class Record:
     targets = len(data.tokens) - 1
     self.nll_N = self._array("nll.npy", targets, np.float32, np.nan)
     self.model_nll_N = self._array("model_nll.npy", targets, np.float32, np.nan)
+    self.hint_nll_N = self._array("hint_nll.npy", targets, np.float32, np.nan)
     self.times_N = self._array("times.npy", targets, np.uint8, 0)
     self.distributions: dict[int, np.ndarray] = {}
     self._running = total(self.nll_N, data)
@@ -310,9 +313,9 @@ class Record:
     array[:] = fill
     return array
 
-  def enter(self, target_M: np.ndarray, model_nll_M: np.ndarray, nll_M: np.ndarray) -> None:
-    """Enters the losses of these targets."""
-    self.model_nll_N[target_M], self.nll_N[target_M] = model_nll_M, nll_M
+  def enter(self, target_M: np.ndarray, model_nll_M: np.ndarray, hint_nll_M: np.ndarray, nll_M: np.ndarray) -> None:
+    """Enters the losses of these targets, as in `Evaluation`."""
+    self.model_nll_N[target_M], self.hint_nll_N[target_M], self.nll_N[target_M] = model_nll_M, hint_nll_M, nll_M
     np.add.at(self.times_N, target_M, 1)
     nats = self._running.nats + float(nll_M.sum(dtype=np.float64))
     text_bytes = self._running.text_bytes + int(self._data.token_bytes[target_M + 1].sum(dtype=np.int64))
@@ -327,7 +330,7 @@ class Record:
     """Unscores documents that a killed evaluation had scored after its last save."""
     for document in documents:
       targets = document.target_slice
-      self.nll_N[targets] = self.model_nll_N[targets] = np.nan
+      self.nll_N[targets] = self.model_nll_N[targets] = self.hint_nll_N[targets] = np.nan
       self.times_N[targets] = 0
     self._running = total(self.nll_N, self._data)
 
@@ -335,7 +338,7 @@ class Record:
     """Makes everything scored so far, and the state after it, what a restart goes on from."""
     if not self._writes:
       return
-    for array in (self.nll_N, self.model_nll_N, self.times_N):
+    for array in (self.nll_N, self.model_nll_N, self.hint_nll_N, self.times_N):
       array.flush()
     name = f"state-{progress.batches}.safetensors"
     write_arrays(self.folder / name, arrays)

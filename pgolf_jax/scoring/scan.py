@@ -41,7 +41,7 @@ class Spec(NamedTuple):
   context: ChunkContext
   boost: float  # β of the tilt, nats
   dtype: np.dtype
-  distributions: bool  # whether the whole distribution of every target is returned
+  distributions: bool  # whether the whole distribution of one target a chunk is returned
 
   @classmethod
   def choose(cls, settings: Settings, *, short: bool, distributions: bool = False) -> "Spec":
@@ -68,14 +68,16 @@ class ScanInputs(NamedTuple):
   k_S: jax.Array | None = None
   kind_S: jax.Array | None = None  # SKIP, SCORE or LEARN
   hint_SxBxX: jax.Array | None = None  # token that a distribution is tilted towards; −1 where the gate is shut
+  sample_SxB: jax.Array | None = None  # place in the chunk whose whole distribution is returned, where asked for
 
 
 class Scored(NamedTuple):
   """What the forward passes of a scan say of their targets."""
 
   model_nll: jax.Array  # [S, B, X] of the target, before the tilt; 0 beyond the chunk's end
-  nll: jax.Array  # [S, B, X] after the tilt
-  logp: jax.Array | None  # [S, B, X, V] of every token after the tilt, where asked for
+  hint_nll: jax.Array  # [S, B, X] of the hint, before the tilt; means nothing where the gate is shut
+  nll: jax.Array  # [S, B, X] of the target, after the tilt
+  logp: jax.Array | None  # [S, B, V] of every token at the sampled place, after the tilt, where asked for
 
 
 def scan_chunks(state: ScanState, inputs: ScanInputs, *, spec: Spec, shape: Shape) -> tuple[ScanState, Scored]:
@@ -85,45 +87,52 @@ def scan_chunks(state: ScanState, inputs: ScanInputs, *, spec: Spec, shape: Shap
   def chunk_at(k) -> Chunk:
     return Chunk(inputs.stream_N, rows, k, inputs.size)
 
-  def losses(adapters: Adapters, memory, k, hint_BxX):
+  def losses(adapters: Adapters, memory, k, hint_BxX, sample_B):
     chunk, adaptation = chunk_at(k), Adaptation(adapters, spec.rule.scale)
     hidden_BxXxD, fresh = spec.context.hidden(inputs.params, adaptation, memory, chunk, shape)
     logits_BxXxV = bind(spec.model, inputs.params).logits(hidden_BxXxD, adaptation)
-    scored = score(spec, inputs.params, logits_BxXxV, chunk, hint_BxX)
+    scored = score(spec, inputs.params, logits_BxXxV, chunk, hint_BxX, sample_B)
     mean_nll_B = scored.model_nll.sum(axis=1) / inputs.size
     return jnp.sum(jnp.where(chunk.teaches_B, mean_nll_B, 0)), (scored, fresh)
 
-  def skip(state: ScanState, k, hint_BxX):
-    empty = jax.eval_shape(losses, state.learner.adapters, state.memory, k, hint_BxX)[1][0]
+  def skip(state: ScanState, k, *places):
+    empty = jax.eval_shape(losses, state.learner.adapters, state.memory, k, *places)[1][0]
     return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
-  def score_only(state: ScanState, k, hint_BxX):
-    _, (scored, fresh) = losses(state.learner.adapters, state.memory, k, hint_BxX)
+  def score_only(state: ScanState, k, *places):
+    _, (scored, fresh) = losses(state.learner.adapters, state.memory, k, *places)
     return state._replace(memory=spec.context.remember(state.memory, fresh, chunk_at(k))), scored
 
-  def learn(state: ScanState, k, hint_BxX):
+  def learn(state: ScanState, k, *places):
     # The scores come out of the pass whose gradient makes the first update: no target is scored after it.
     gradient = jax.grad(losses, has_aux=True)
-    grads, (scored, fresh) = gradient(state.learner.adapters, state.memory, k, hint_BxX)
+    grads, (scored, fresh) = gradient(state.learner.adapters, state.memory, k, *places)
     learner = adapting.update(spec.rule, state.learner, grads)
     if spec.ttt.lora.grad_steps > 1:
 
       def again(_, learner):
-        return adapting.update(spec.rule, learner, gradient(learner.adapters, state.memory, k, hint_BxX)[0])
+        return adapting.update(spec.rule, learner, gradient(learner.adapters, state.memory, k, *places)[0])
 
       learner = lax.fori_loop(1, spec.ttt.lora.grad_steps, again, learner)
     return ScanState(learner, spec.context.remember(state.memory, fresh, chunk_at(k))), scored
 
   def step(state, x):
-    k, kind, hint_BxX = x
-    return lax.switch(kind, (skip, score_only, learn), state, k, hint_BxX)
+    k, kind, *places = x
+    return lax.switch(kind, (skip, score_only, learn), state, k, *places)
 
   active = map_rows(lambda axis, x: lax.slice_in_dim(x, 0, shape.slots, axis=axis), state)
-  active, scored = lax.scan(step, active, (inputs.k_S, inputs.kind_S, inputs.hint_SxBxX))
+  active, scored = lax.scan(step, active, (inputs.k_S, inputs.kind_S, inputs.hint_SxBxX, inputs.sample_SxB))
   return map_rows(lambda axis, x, part: lax.dynamic_update_slice_in_dim(x, part, 0, axis), state, active), scored
 
 
-def score(spec: Spec, params: Params, logits_BxXxV: jax.Array, chunk: Chunk, hint_BxX: jax.Array) -> Scored:
+def score(
+  spec: Spec,
+  params: Params,
+  logits_BxXxV: jax.Array,
+  chunk: Chunk,
+  hint_BxX: jax.Array,
+  sample_B: jax.Array | None,
+) -> Scored:
   """Returns the losses of a chunk's targets under the evaluation softcaps."""
   B, X, V = logits_BxXxV.shape
   target_BxX = chunk.targets(X)
@@ -135,20 +144,24 @@ def score(spec: Spec, params: Params, logits_BxXxV: jax.Array, chunk: Chunk, hin
   tilted = tilt(nll, hint_logp, target_BxX, hint, gate, beta)
   logp = None
   if spec.distributions:
-    untilted = jax.nn.log_softmax(softcap(logits_BxXxV.astype(jnp.float32), **caps), axis=-1)
-    every_token = jnp.broadcast_to(jnp.arange(V), untilted.shape)
-    logp = -tilt(-untilted, hint_logp[..., None], every_token, hint[..., None], gate[..., None], beta[..., None])
-  return Scored(jnp.where(chunk.valid(X), nll, 0), tilted, logp)
+    rows = jnp.arange(B)
+    untilted_BxV = jax.nn.log_softmax(softcap(logits_BxXxV[rows, sample_B].astype(jnp.float32), **caps), axis=-1)
+    at_sample = [x[rows, sample_B][:, None] for x in (hint_logp, hint, gate, beta)]
+    every_token = jnp.broadcast_to(jnp.arange(V), untilted_BxV.shape)
+    logp = -tilt(-untilted_BxV, at_sample[0], every_token, *at_sample[1:])
+  return Scored(jnp.where(chunk.valid(X), nll, 0), -hint_logp, tilted, logp)
 
 
 def sharded_scan(mesh: Mesh, spec: Spec, shape: Shape):
   """Returns `scan_chunks` over a mesh, jitted: (state, inputs) → (state, scores). The state is donated."""
   state = row_specs(state_shapes(spec, rows=mesh.size))
-  scored = Scored(P(None, AXIS), P(None, AXIS), P(None, AXIS) if spec.distributions else None)
+  by_row = P(None, AXIS)
+  scored = Scored(by_row, by_row, by_row, by_row if spec.distributions else None)
+  inputs = _INPUT_SPECS._replace(sample_SxB=by_row if spec.distributions else None)
   on_devices = jax.shard_map(
     functools.partial(scan_chunks, spec=spec, shape=shape),
     mesh=mesh,
-    in_specs=(state, _INPUT_SPECS),
+    in_specs=(state, inputs),
     out_specs=(state, scored),
     check_vma=False,  # a switch whose branches differ in what varies over devices cannot be checked
   )
@@ -198,6 +211,8 @@ def abstract(mesh: Mesh, spec: Spec, shape: Shape, slots: int, stream_length: in
     kind_S=integer((STEPS_PER_CALL,)),
     hint_SxBxX=struct((STEPS_PER_CALL, shape.slots * mesh.size, shape.width), jnp.int32, P(None, AXIS)),
   )
+  if spec.distributions:
+    inputs = inputs._replace(sample_SxB=struct((STEPS_PER_CALL, shape.slots * mesh.size), jnp.int32, P(None, AXIS)))
   return state, inputs
 
 
@@ -206,18 +221,28 @@ def row_shardings(mesh: Mesh, tree):
   return shardings(mesh, row_specs(tree))
 
 
-def place_call(mesh: Mesh, inputs: ScanInputs, size: int, call: Call, hint_SxBxX: np.ndarray) -> ScanInputs:
+def place_call(
+  mesh: Mesh,
+  inputs: ScanInputs,
+  size: int,
+  call: Call,
+  hint_SxBxX: np.ndarray,
+  sample_SxB: np.ndarray | None = None,
+) -> ScanInputs:
   """Returns a batch's inputs with those of one call on the mesh, padded to `STEPS_PER_CALL` skipped steps.
 
   Args:
     inputs: parameters, stream and rows; what else it holds is replaced.
     size: targets of a chunk.
-    hint_SxBxX: of the call's steps.
+    hint_SxBxX, sample_SxB: of the call's steps; places to sample where the scan returns distributions.
   """
   padding = STEPS_PER_CALL - len(call.steps)
   steps = [(step.k, step.kind) for step in call.steps] + [(0, 0)] * padding
   k_S, kind_S = np.array(steps, np.int32).T
   hints = np.pad(hint_SxBxX.astype(np.int32), ((0, padding), (0, 0), (0, 0)), constant_values=-1)
+  if sample_SxB is not None:
+    samples = np.pad(sample_SxB.astype(np.int32), ((0, padding), (0, 0)))
+    inputs = inputs._replace(sample_SxB=place(mesh, samples, P(None, AXIS)))
   return inputs._replace(
     size=place(mesh, np.int32(size)[...], P()),
     k_S=place(mesh, k_S, P()),

@@ -7,7 +7,9 @@ the host while the next batch runs; where enough documents are scored, a global 
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,13 +57,16 @@ class Options:
     save_seconds: least time between saves. A restart loses at most this and the batch at hand; adapters of the full
       size take hundreds of megabytes.
     draw: A of new adapter sets from elsewhere, in place of random ones.
-    distributions: whether the whole distribution of every target is returned, which takes memory.
+    sample: targets whose whole distributions are returned; of several in one chunk, the first.
+    after_batch: called with the number of batches whose scores have come to the host, and with the scores; what it
+      raises ends the evaluation.
   """
 
   folder: Path | None = None
   save_seconds: float = 20.0
   draw: Draw | None = None
-  distributions: bool = False
+  sample: np.ndarray | None = None
+  after_batch: Callable[[int, Record], None] | None = None
 
 
 DEFAULTS = Options()
@@ -82,8 +87,8 @@ def evaluate(
     params: float32, under the recipe's names; only read.
     data: the validation stream and its byte sidecar.
     mesh: has the axis `data`; a batch's documents are shared out over it.
-    programs: of these settings, mesh and `options.distributions`: evaluations of the same shapes share what is
-      compiled. Made anew if not given.
+    programs: of these settings and this mesh, with distributions where `options.sample` is given: evaluations of the
+      same shapes share what is compiled. Made anew if not given.
 
   Raises:
     UserError: the stream does not begin with bos, or `options.folder` holds another evaluation.
@@ -91,11 +96,12 @@ def evaluate(
   """
   began = time.monotonic()
   plan = Plan.make(settings, data, mesh)
-  programs = programs or Programs(settings, mesh, distributions=options.distributions)
+  programs = programs or Programs(settings, mesh, distributions=options.sample is not None)
   identity = None  # it takes hashes of all weights and tokens
   if options.folder is not None:
     identity = identify(settings, params, data, programs.phase.world, is_drawn=options.draw is None)
   record = Record(options.folder, data, identity, writes=distributed.is_leader())
+  collect = functools.partial(_collect, plan, record, options)
   state = _prepare(plan, programs, params, options)
   compilation = time.monotonic() - began
 
@@ -112,10 +118,10 @@ def evaluate(
     for batch in plan.batches[state.done.batches :]:
       _count_hints(state, batch)
       before, running = running, _dispatch(plan, programs, state, batch)
-      _collect(plan, record, before, bar)  # while the devices work on this batch
+      collect(before, bar)  # while the devices work on this batch
       state.done.batches += 1
       if _phase_is_due(plan, state.done):
-        _collect(plan, record, running, bar)
+        collect(running, bar)
         running = []
         _run_phase(plan, programs, state, record)
       if options.folder is not None:
@@ -123,11 +129,11 @@ def evaluate(
         if signum:
           break
         if seconds - saved >= options.save_seconds:
-          _collect(plan, record, running, bar)
+          collect(running, bar)
           running = []
           _save(state, record, clock)
           saved = clock.seconds
-    _collect(plan, record, running, bar)
+    collect(running, bar)
     _save(state, record, clock)
     clock.stop()
     _, signum = clock.agreed_with(arrived())
@@ -173,6 +179,7 @@ class State:
   memory: Any  # of the chunks' context
   adapters: AdapterSets
   hints: HintCounter
+  sampled_N: np.ndarray | None  # whether a target's whole distribution is wanted
   done: EvaluationProgress = dataclasses.field(default_factory=EvaluationProgress)
 
 
@@ -182,6 +189,7 @@ class RunningCall(NamedTuple):
   batch: Batch
   target_SxBxX: np.ndarray
   valid_SxBxX: np.ndarray
+  sampled_SxBxX: np.ndarray | None
   scored: Scored
 
 
@@ -200,6 +208,7 @@ def _prepare(plan: Plan, programs: Programs, params: Params, options: Options) -
     memory=programs.new_memory(plan.layout.slots),
     adapters=AdapterSets(plan.settings, plan.layout, programs, largest=largest, draw=options.draw),
     hints=HintCounter(plan.settings, plan.data.tokens, plan.documents),
+    sampled_N=None if options.sample is None else np.isin(np.arange(len(plan.data.tokens) - 1), options.sample),
   )
   jax.block_until_ready((state.inputs.params, state.inputs.stream_N))
   return state
@@ -229,9 +238,11 @@ def _dispatch(plan: Plan, programs: Programs, state: State, batch: Batch) -> lis
   for call in plan.work.calls[batch.index]:
     target, valid = _places(plan.layout, batch, call)
     hint = np.where(valid & state.hints.gate_N[target], state.hints.ids_N[target], -1)
-    arguments = place_call(programs.mesh, inputs, batch.chunk_size, call, hint)
+    sampled = None if state.sampled_N is None else valid & state.sampled_N[target]
+    sample = None if sampled is None else sampled.argmax(axis=2)
+    arguments = place_call(programs.mesh, inputs, batch.chunk_size, call, hint, sample)
     scan, scored = programs.scan(batch.is_short, call.shape, scan, arguments)
-    running.append(RunningCall(batch, target, valid, scored))
+    running.append(RunningCall(batch, target, valid, sampled, scored))
     updates_B[plan.layout.slot_of_rows() < call.shape.slots] += call.updates * plan.settings.ttt.lora.grad_steps
   state.memory = scan.memory
   if state.adapters.needs_end(start):
@@ -254,20 +265,25 @@ def _places(layout: Layout, batch: Batch, call: Call) -> tuple[np.ndarray, np.nd
   return np.where(valid, start_n[document_B][:, None] + within, 0), valid
 
 
-def _collect(plan: Plan, record: Record, running: list[RunningCall], bar: Progress) -> None:
+def _collect(plan: Plan, record: Record, options: Options, running: list[RunningCall], bar: Progress) -> None:
   """Brings scores to the host and enters them under their targets."""
-  for _, target, valid, scored in running:
+  for _, target, valid, sampled, scored in running:
     steps, target_M = len(valid), target[valid]
-    model_nll_M, nll_M, logp_MxV = (None if x is None else np.asarray(x)[:steps][valid] for x in scored)
-    record.enter(target_M, model_nll_M, nll_M)
-    if logp_MxV is not None:
-      record.distributions.update(zip(target_M.tolist(), logp_MxV, strict=True))
+    record.enter(target_M, *(np.asarray(x)[:steps][valid] for x in (scored.model_nll, scored.hint_nll, scored.nll)))
+    if sampled is not None:
+      step_M, row_M = sampled.any(axis=2).nonzero()
+      targets = target[step_M, row_M, sampled[step_M, row_M].argmax(axis=1)]
+      logp_MxV = np.asarray(scored.logp)[step_M, row_M]
+      record.distributions.update(zip(targets.tolist(), logp_MxV, strict=True))
     bar.advance(len(target_M))
-  if running:
-    bar.note(f"bpb {record.running_bpb:.4f}")
-    batch = running[-1].batch
-    if batch.index + 1 in plan.settings.ttt.eval_batches:
-      log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
+  if not running:
+    return
+  bar.note(f"bpb {record.running_bpb:.4f}")
+  batch = running[-1].batch
+  if batch.index + 1 in plan.settings.ttt.eval_batches:
+    log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
+  if options.after_batch is not None:
+    options.after_batch(plan.batches.index(batch) + 1, record)
 
 
 def _phase_is_due(plan: Plan, done: EvaluationProgress) -> bool:
@@ -325,6 +341,7 @@ def _result(plan: Plan, state: State, record: Record, clock: Clock, compilation:
     untilted=total(record.model_nll_N, plan.data),
     nll_N=record.nll_N,
     model_nll_N=record.model_nll_N,
+    hint_nll_N=record.hint_nll_N,
     times_N=record.times_N,
     hint_N=state.hints.ids_N,
     gate_N=state.hints.gate_N,
