@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import UserError
+from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.files import read_json_lines, write_arrays, write_json, write_json_lines
 from pgolf_jax.scoring.documents import Batch, Document
@@ -203,9 +204,6 @@ def identify(settings: Settings, params: Params, data: ValidationData, world: in
     world: ranks that share out the rows of a global phase; they change the result where there is a phase.
     is_drawn: whether A of new adapters comes from the seed.
   """
-  weights = hashlib.sha256()
-  for name in sorted(params):
-    weights.update(name.encode() + np.asarray(params[name], np.float32).tobytes())
   plain = to_dict(settings)
   return {
     "settings": {
@@ -215,7 +213,7 @@ def identify(settings: Settings, params: Params, data: ValidationData, world: in
       "eval": {name: plain["eval"][name] for name in ("seq_len", "doc_fraction")},
       "seed": plain["seed"],
     },
-    "weights": weights.hexdigest(),
+    "weights": parameters.content_hash(params),
     "tokens": _hash(data.tokens),
     "sidecar": _hash(data.token_bytes),
     "dtype": settings.train.compute_dtype,
