@@ -11,7 +11,6 @@ scores/              per-document scores
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from tensorboardX import SummaryWriter
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, sha256_of
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.files import write_json, write_json_lines, write_text
+from pgolf_jax.runtime.files import json_hash, write_json, write_json_lines, write_text
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import differences, from_toml, to_dict
 
@@ -153,11 +152,6 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
     hashes |= _hashes(run.path, [run.metrics, *(run.scores / name for name in SCORES)])
     hashes["results"] = json_hash({name: result for name, result in run.results().items() if name != "audit"})
   return hashes
-
-
-def json_hash(value: object) -> str:
-  """Returns the SHA-256 of a JSON value."""
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:

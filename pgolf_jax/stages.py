@@ -19,10 +19,11 @@ from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
-from pgolf_jax.runtime.files import locked, write_bytes
+from pgolf_jax.runtime.files import locked, remove, write_bytes
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.scoring.record import Record
+from pgolf_jax.scoring.store import OtherEvaluation
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
 from pgolf_jax.submission import bundle, package
@@ -92,7 +93,15 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
     log.debug("batch %d scored, running bpb %.5f", count, record.running_bpb)
 
   options = ttt.Options(folder=run.scores, after_batch=after_batch)
-  result = ttt.evaluate(run.settings, params, data, mesh, options).figures(run.settings)
+  try:
+    evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
+  except OtherEvaluation as other:
+    log.info("%s The run scores anew what it has now.", other)
+    with distributed.leader_first("scores removed"):
+      if distributed.is_leader():
+        remove(run.scores)
+    evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
+  result = evaluation.figures(run.settings)
   text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
   log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))
   return result

@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -48,6 +50,14 @@ def remove_partials(folder: Path) -> None:
     partial.unlink()
 
 
+def remove(path: Path) -> None:
+  """Deletes a file, or a folder with what is in it, if there is one."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
   """Writes `data` as the whole file."""
   with replacing(path) as partial:
@@ -62,6 +72,55 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
   """Writes a JSON value as the whole file, indented."""
   write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+class Damaged(Exception):
+  """A file is not what was written: the message names it."""
+
+
+def seal(values: Mapping) -> dict:
+  """Returns JSON values with their own SHA-256 beside them."""
+  return {**values, _SEAL: json_hash(values)}
+
+
+def read_sealed(path: Path) -> dict:
+  """Returns the values of a file that holds what `seal` gave.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    Damaged: it is something else, or not what was written.
+  """
+  try:
+    values = json.loads(path.read_bytes())
+    sha256 = values.pop(_SEAL)
+  except FileNotFoundError:
+    raise
+  except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+    raise Damaged(f"{path} is damaged ({_first_line(error)})") from error
+  if json_hash(values) != sha256:
+    raise Damaged(f"{path} is damaged (its checksum differs)")
+  return values
+
+
+_SEAL = "sha256"
+
+
+def json_hash(value: object) -> str:
+  """Returns the SHA-256 of a JSON value."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str | None:
+  """Returns the SHA-256 of a file; None if it is no file or cannot be read."""
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError:
+    return None
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def write_json_lines(path: Path, lines: Iterable[object]) -> None:
@@ -82,6 +141,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes arrays by name as a whole safetensors file."""
   with replacing(path) as partial:
     save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial)
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+  """Writes an array as a whole .npy file."""
+  with replacing(path) as partial, partial.open("wb") as file:
+    np.save(file, array)
 
 
 @contextlib.contextmanager
