@@ -23,6 +23,7 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import (
   Damaged,
   file_hash,
+  read_json,
   read_sealed,
   remove,
   remove_partials,
@@ -70,15 +71,14 @@ class Store:
       try:
         self._newest = self._read(name)
         break
-      except FileNotFoundError:
-        continue
       except Damaged as fault:
-        faults.append(str(fault))
+        if (folder / name).exists():
+          faults.append(str(fault))
     self.progress: dict | None = self._newest.get("progress")
     self._refuse_others()
     if faults:
       where = "the start" if self.progress is None else f"the save after batch {self.progress['batches']}"
-      log.warning("%s; the evaluation goes on from %s.", faults[0], where)
+      log.warning("%s The evaluation goes on from %s.", faults[0], where)
     if not writes:
       return
     if self.progress is None:
@@ -90,15 +90,15 @@ class Store:
     values = read_sealed(self._folder / name)
     for file, sha256 in values["files"].items():
       if file_hash(self._folder / file) != sha256:
-        raise Damaged(f"{self._folder / file} is damaged or gone")
+        raise Damaged(f"{self._folder / file} is damaged or gone.")
     return values
 
   def _refuse_others(self) -> None:
     identity = self._newest.get("identity")
     if identity is None:
-      with contextlib.suppress(OSError, ValueError, RecursionError):
-        identity = json.loads((self._folder / "identity.json").read_text(encoding="utf-8"))
-    if isinstance(identity, dict) and identity != self._identity:
+      with contextlib.suppress(UserError):
+        identity = read_json(self._folder / "identity.json")
+    if identity is not None and identity != self._identity:
       differs = next(k for k in {**identity, **self._identity} if identity.get(k) != self._identity.get(k))
       raise OtherEvaluation(
         f"{self._folder} holds another evaluation ({differs} differs); give another folder, or delete that one."
