@@ -10,14 +10,19 @@ artifact.pgolf       the quantised model
 scores/              per-document scores
 """
 
+import functools
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tomli_w
 from tensorboardX import SummaryWriter
 
+from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, sha256_of
+from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.files import write_json, write_json_lines, write_text
+from pgolf_jax.runtime.files import json_hash, write_json, write_json_lines, write_text
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import differences, from_toml, to_dict
 
@@ -81,9 +86,92 @@ class RunFolder:
     except ValueError as e:
       raise UserError(f"{path} is damaged ({e}); delete it to run the stages again.") from None
 
-  def finish(self, stage: str, result: dict) -> None:
-    """Marks a stage as complete."""
-    write_json(self.path / "results.json", {**self.results(), stage: result})
+  def finish(self, stage: str, result: dict, made_from: dict[str, str]) -> None:
+    """Marks a stage as complete: what it reports, what it read, and what it left on disk."""
+    ties = {"made_from": made_from, "made": _hashes(self.path, self._outputs(stage, result))}
+    write_json(self.path / "results.json", {**self.results(), stage: result | ties})
+
+  def changes(self, stage: str, made_from: dict[str, str]) -> list[str]:
+    """Returns the names of files that are not those which a complete stage read, or left on disk.
+
+    Args:
+      made_from: what the stage would read now.
+    """
+    result = self.results()[stage]
+    now = {"made_from": made_from, "made": _hashes(self.path, self._outputs(stage, result))}
+    recorded = {name: result.get(name, {}) for name in now}
+    names = {(part, name): None for values in (recorded, now) for part in values for name in values[part]}
+    return [name for part, name in names if recorded[part].get(name) != now[part].get(name)]
+
+  def _outputs(self, stage: str, result: dict) -> list[Path]:
+    """Returns the files of a complete stage that later stages, or a reader of its figures, rely on."""
+    match stage:
+      case "train":
+        return [self.metrics, *sorted((self.checkpoints / str(result["steps"])).rglob("*"))]
+      case "artifact":
+        return [self.artifact]
+      case "ttt":
+        return [self.scores / name for name in SCORES]
+    return []
+
+
+SCORES = ("identity.json", "nll.npy", "model_nll.npy", "hint_nll.npy", "times.npy", "trace.jsonl", "documents.jsonl")
+"""Files of a finished evaluation."""
+
+_SPLITS = {
+  "train": ["train"],
+  "plain": ["val", "val_bytes"],
+  "artifact": ["train", "val", "val_bytes"],
+  "ttt": ["val", "val_bytes"],
+  "audit": ["train", "val", "val_bytes"],
+}
+
+
+def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, str]:
+  """Returns name → SHA-256 of everything that a stage of this run reads, as it lies on disk now.
+
+  A file that is not there has no entry. The weights that training made stand under the hash that it reported.
+
+  Args:
+    stage: train, plain, artifact, ttt or audit.
+    data_folder: its shards, manifest and tokenizer.
+
+  Raises:
+    UserError: the data folder does not exist, or lacks the shards that the stage reads.
+  """
+  data_folder = Path(data_folder)
+  tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
+  shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
+  hashes = {"config": json_hash(to_dict(run.settings))}
+  hashes |= _hashes(data_folder, [data_folder / MANIFEST, tokenizer, *shards])
+  if stage in ("plain", "artifact"):
+    hashes["weights"] = run.results().get("train", {}).get("weights", "")
+  if stage in ("ttt", "audit"):
+    hashes |= _hashes(run.path, [run.artifact])
+  if stage == "audit":
+    hashes |= _hashes(run.path, [run.metrics, *(run.scores / name for name in SCORES)])
+    hashes["results"] = json_hash({name: result for name, result in run.results().items() if name != "audit"})
+  return hashes
+
+
+def _hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+  """Returns path below `folder` (or name) → SHA-256, for those paths that are files; several are read at once."""
+  paths = [path for path in paths if path.is_file()]
+  names = [str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name for path in paths]
+  with ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(_file_hash, paths), strict=True))
+
+
+def _file_hash(path: Path) -> str:
+  stat = path.stat()
+  return _hash_of_version(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _hash_of_version(path: Path, *version: int) -> str:
+  """Training data take seconds to read: the stages of one command read them once."""
+  del version
+  return sha256_of(path)
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -17,12 +17,14 @@ from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
-from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
-from pgolf_jax.runtime.files import locked, write_bytes
+from pgolf_jax.runtime.files import locked, remove, write_bytes
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.scoring import plain, ttt
+from pgolf_jax.scoring.record import Record
+from pgolf_jax.scoring.store import OtherEvaluation
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
 from pgolf_jax.submission import bundle, package
@@ -87,7 +89,20 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:
   """Scores the artifact with test-time training, in the run's order; scores are kept in the run's folder."""
   params, data = artifact.load(run.artifact)[1], load_validation(locate_prepared(run.settings))
-  result = ttt.evaluate(run.settings, params, data, mesh, ttt.Options(folder=run.scores)).figures(run.settings)
+
+  def after_batch(count: int, record: Record) -> None:
+    log.debug("batch %d scored, running bpb %.5f", count, record.running_bpb)
+
+  options = ttt.Options(folder=run.scores, after_batch=after_batch)
+  try:
+    evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
+  except OtherEvaluation as other:
+    log.info("%s The run scores anew what it has now.", other)
+    with distributed.leader_first("scores removed"):
+      if distributed.is_leader():
+        remove(run.scores)
+    evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
+  result = evaluation.figures(run.settings)
   text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
   log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))
   return result
@@ -139,18 +154,30 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   if differing := departures(settings):
     log.info("differs from the record (its value in brackets): %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
-    if name in run.results():
+    data_folder = ensure_prepared(settings)
+    inputs = made_from(run, name, data_folder)
+    if _is_complete(run, name, inputs):
       log.info("%s: already complete", name)
       continue
-    ensure_prepared(settings)
     began = time.perf_counter()
     result = STAGES[name](run, mesh)
     if distributed.is_leader():
-      run.finish(name, result | {"stage_seconds": time.perf_counter() - began})
+      run.finish(name, result | {"stage_seconds": time.perf_counter() - began}, inputs)
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
+
+
+def _is_complete(run: RunFolder, name: str, inputs: dict[str, str]) -> bool:
+  """Whether a stage is complete, and made from what is there now; the log says why one is done again."""
+  if name not in run.results():
+    return False
+  changed = run.changes(name, inputs)
+  if changed:
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    log.info("%s: done again, for %s%s changed since", name, changed[0], more)
+  return not changed
 
 
 def _wanted(settings: Settings, name: str) -> bool:

@@ -328,8 +328,6 @@ def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> Non
   state.done = record.progress
   for batch in plan.batches[: state.done.batches]:
     state.hints.prepare(batch.documents)
-  for batch in plan.batches[state.done.batches :]:
-    record.forget(batch.documents)
   state.adapters.restore(state.done.adapters, record.arrays())
   if state.done.phases:
     state.params = jax.device_put(record.weights(state.done.phases), replicated(programs.mesh))

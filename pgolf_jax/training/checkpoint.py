@@ -74,6 +74,10 @@ class Checkpoints:
     """Returns the steps done at the newest whole checkpoint."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Returns the steps done at each checkpoint that is kept, in order."""
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, state: TrainState, progress: dict) -> None:
     """Begins to write; returns once the state has been copied to the host."""
     # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.

@@ -25,7 +25,7 @@ from pgolf_jax.data.loader import Loader
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import MetricsWriter, RunFolder
+from pgolf_jax.run_folder import MetricsWriter, RunFolder, made_from
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.clock import Clock
 from pgolf_jax.runtime.distributed import world_size
@@ -76,6 +76,7 @@ class Trainer:
     self.loader = Loader(data_folder, world_size=self._world, row_tokens=self._row_tokens, bos_id=settings.model.bos_id)
     self.schedule = Schedule(settings)
     self.clock = Clock()
+    self._shards = {k: v for k, v in made_from(run, "train", data_folder).items() if k.startswith("fineweb_train")}
     if initial is None:
       initial = jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed))
     self._initial = initial
@@ -123,6 +124,7 @@ class Trainer:
       "tokens": steps * t.batch_tokens,
       "tokens_per_second": steps * t.batch_tokens / max(self.clock.seconds, 1e-9),
       "parameters": count,
+      "weights": parameters.content_hash(state.average),
       "devices": self.mesh.size,
       "compile_and_warm_up_seconds": before_clock,
       "recompilations_in_clock": self.clock.compilations,
@@ -159,6 +161,12 @@ class Trainer:
     if latest is None:
       return 0, state
     state, saved = checkpoints.restore(latest)
+    read = saved["shards"]
+    if changed := [name for name in {**read, **self._shards} if read.get(name) != self._shards.get(name)]:
+      raise UserError(
+        f"{self.run.path}: the steps so far read another {changed[0]} than the data folder has now; "
+        "put that one back, or train in another folder with --out."
+      )
     self.clock = Clock(saved["elapsed"])
     self.loader.restore(saved["loader"])
     self.schedule.restore(saved["schedule"])
@@ -167,7 +175,8 @@ class Trainer:
 
   def _progress(self) -> dict:
     """Returns what a checkpoint keeps beside the state."""
-    return {"elapsed": self.clock.agreed(), "loader": self.loader.state(), "schedule": self.schedule.state()}
+    state = {"loader": self.loader.state(), "schedule": self.schedule.state(), "shards": self._shards}
+    return {"elapsed": self.clock.agreed(), **state}
 
   def _loop(
     self, programs: Programs, step: int, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter
