@@ -12,10 +12,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import evidence
-from pgolf_jax.audit.evidence import one_config
 from pgolf_jax.audit.recheck import Subject, printed, recheck
 from pgolf_jax.audit.replay import Evaluator, draw_cuts, fixed_before, full, put_likely_tokens, replay, sample_targets
-from pgolf_jax.data.shards import ValidationData, load_validation
+from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import Check, UserError
 from pgolf_jax.quantize import artifact
 from pgolf_jax.run_folder import RunFolder
@@ -24,7 +23,7 @@ CUTS = 3
 
 
 def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fast: bool = False) -> Iterator[Check]:
-  """Makes all checks of one run that was scored with test-time training.
+  """Makes all checks of one run that was scored with test-time training, the cheap ones first.
 
   Args:
     data_folder: shards that the run was trained and scored on.
@@ -35,30 +34,21 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fa
     UserError: the run has no artifact.
   """
   evidence.require_artifact(run)
+  results, settings, data = run.results(), run.settings, load_validation(data_folder)
   yield evidence.same_files(run, data_folder)
   yield from evidence.data_checks(data_folder)
   yield evidence.size(run.artifact)
-  yield from evidence.clocks(run.results(), run.settings)
+  yield from evidence.clocks(results, settings)
   yield evidence.training_log(run)
-  yield evidence.first_step(run, data_folder, mesh)
-  yield evidence.later_steps(run, data_folder, mesh)
-  yield from scores(run, load_validation(data_folder), mesh, cuts=cuts, fast=fast)
-
-
-def scores(
-  run: RunFolder, data: ValidationData, mesh: Mesh, *, cuts: int = CUTS, fast: bool = False
-) -> Iterator[Check]:
-  """Checks the scores of a run: by themselves, and by scoring its stream again."""
-  reported, settings = run.results().get("ttt"), run.settings
   try:
     subject = Subject.read(run.scores, settings, data)
-    checks = list(recheck(subject, run.scores, reported))
+    checks = list(recheck(subject, run.scores, results.get("ttt")))
   except UserError as error:
-    yield Check("every target scored exactly once", False, str(error))
-    return
+    checks = [Check("every target scored exactly once", False, str(error))]
   yield from checks
-  if reported is not None:
-    yield printed(run.log, reported.get("bpb", float("nan")))
+  yield printed(run.log, results.get("ttt", {}).get("bpb"))
+  yield evidence.first_step(run, data_folder, mesh)
+  yield evidence.later_steps(run, data_folder, mesh)
   if checks[0].passed:  # cuts are drawn among scores that are there
     evaluator = Evaluator(settings, artifact.load(run.artifact)[1], mesh, data)
     yield from replays(subject, evaluator, cuts=cuts, fast=fast)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,7 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import RunFolder, read_metrics
-
-try:
-  from pgolf_jax.run_folder import made_from
-except ImportError:
-  made_from = None
+from pgolf_jax.run_folder import RunFolder, made_from, read_metrics
 from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
@@ -40,17 +36,17 @@ _LOSS_AGREEMENT = {"float32": 2e-3, "bfloat16": 0.02}
 
 
 def same_files(run: RunFolder, data_folder: Path) -> Check:
-  """Config, shards, tokenizer, sidecar, artifact and scores are the files that each stage read or wrote."""
-  name, compared = "files are those that were scored", 0
-  results = run.results()
+  """Config, shards, tokenizer, sidecar, artifact and scores are the files that each stage read or left."""
+  name, results, compared = "files are those that were scored", run.results(), 0
   for stage in ("train", "artifact", "ttt"):
-    if "made_from" not in results.get(stage, {}):
-      return Check(name, None, f"not checked: results.json has no hashes of the stage {stage}; run it again")
-    recorded, now = results[stage]["made_from"], made_from(run, stage, data_folder)
-    for what in sorted({*recorded, *now}):
-      if recorded.get(what) != now.get(what):
-        return Check(name, False, f"{what} is not what the stage {stage} was made from or made")
-      compared += 1
+    if not results.get(stage, {}).get("made_from"):
+      return Check(
+        name, None, f"not checked: results.json has no hashes of the stage {stage}; `pgolf run` records them"
+      )
+    if changed := run.changes(stage, made_from(run, stage, data_folder)):
+      more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+      return Check(name, False, f"{changed[0]}{more} is not what the stage {stage} read or left")
+    compared += sum(len(results[stage][part]) for part in ("made_from", "made"))
   return Check(name, True, f"{compared} hashes of three stages")
 
 
@@ -118,7 +114,7 @@ def _training_log(settings: Settings, lines: Sequence[dict], train: dict) -> tup
   if len(steps) != train["steps"]:
     return False, f"{len(steps)} steps in metrics.jsonl, {train['steps']} in results.json"
   seconds = [line["seconds"] for line in lines]
-  if any(later < earlier for earlier, later in zip(seconds, seconds[1:], strict=False)):
+  if any(later < earlier for earlier, later in itertools.pairwise(seconds)):
     return False, "its seconds do not ascend"
   if seconds[-1] > train["seconds"] + 1e-6:
     return False, f"it ends after {seconds[-1]:.1f} s, the results say {train['seconds']:.1f}"

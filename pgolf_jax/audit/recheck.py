@@ -19,7 +19,7 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring import record
 from pgolf_jax.scoring.documents import Document, find_documents
-from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores
+from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores, WeightsEvent
 from pgolf_jax.settings import Settings
 
 _TILT_ERROR = 5e-5  # nats; scores are float32 numbers of up to some tens of nats
@@ -135,6 +135,11 @@ def scored_once(subject: Subject) -> Check:
 def one_order(subject: Subject) -> Check:
   """One order of documents explains the trace: whatever a score depends on was scored before."""
   name = "one order explains every score"
+  version = 0
+  for event in subject.trace:
+    version = event.version if isinstance(event, WeightsEvent) else version
+    if isinstance(event, ScoreEvent) and event.weights != version:
+      return Check(name, False, f"batch {event.batch} was scored with weights {event.weights}, made were {version}")
   cycle = record.find_cycle(subject.trace)
   if cycle is None:
     return Check(name, True, f"the trace of {len(subject.documents):,} documents is acyclic")
@@ -239,7 +244,7 @@ def _wrong_documents(subject: Subject, by_document: dict[int, dict]) -> str | No
   return None
 
 
-def printed(log: Path, bpb: float) -> Check:
+def printed(log: Path, bpb: float | None) -> Check:
   """The last table of the run's log shows the score of the results."""
   name = "the printed table"
   try:
@@ -247,6 +252,8 @@ def printed(log: Path, bpb: float) -> Check:
     shown = float(rows[-1].split()[2])
   except (OSError, ValueError, IndexError):
     return Check(name, None, f"not checked: {log} has no table with the score")
+  if not _equal(bpb, bpb if isinstance(bpb, float) else 0.0):
+    return Check(name, None, "not checked: results.json says nothing of the evaluation")
   return Check(name, abs(shown - bpb) <= _PRINTED_ERROR, f"{shown:.5f} printed, {bpb:.5f} in the results")
 
 

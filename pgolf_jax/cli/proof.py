@@ -95,7 +95,7 @@ def audit(
     fast: replay the first batch alone.
   """
   from pgolf_jax.audit import audit as audit_run
-  from pgolf_jax.audit import one_config
+  from pgolf_jax.audit.evidence import one_config
   from pgolf_jax.audit.verdict import verdict
   from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.errors import UserError, checks_table
