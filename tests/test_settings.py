@@ -141,10 +141,10 @@ def test_misspelt_environment_names():
     ({"model.rope_dims": 66}, "head width 64"),
     ({"model.leaky_relu_sq_slope": 0.0}, r"\(0, 1\]"),
     ({"eval.batch_tokens": 8192}, "fewer than eval.seq_len"),
-    ({"eval.micro_batches": 0}, "must be positive"),
+    ({"eval.micro_batches": 0}, "must lie in 1 …"),
     ({"hints.order": 0}, "hints.order"),
     ({"hints.order": 33}, "hints.order"),
-    ({"ttt.lora.grad_steps": -1}, "0 scores without learning"),
+    ({"ttt.lora.grad_steps": -1}, "must lie in 0 …"),
     ({"ttt.short.score_first_steps": "", "ttt.short.chunk_size": 4096}, "hold a chunk of 4096"),
   ],
 )
