@@ -16,7 +16,7 @@ from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
-from pgolf_jax.quantize.make import make
+from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
@@ -74,16 +74,33 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
-  settings = run.settings
+  settings, code = run.settings, bundle.code()
   made = make(settings, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
-  code = bundle.code()
-  account = package.count(made.data, code, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", package.table(account))
-  score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
-  return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
+  log.info("artifact:\n%s", package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
+  return _score_artifact(run, mesh, made)
+
+
+def _score_artifact(run: RunFolder, mesh: Mesh, made: Made) -> dict:
+  score = plain_score(run.settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
+  return score | {"artifact_bytes": len(made.data), "code_bytes": bundle.code().size, **made.seconds}
+
+
+def replace_artifact(run: RunFolder, mesh: Mesh, made: Made) -> None:
+  """Puts an artifact that was made with other settings in the place of the run's, and reports on it."""
+  inputs = made_from(run, "artifact", locate_prepared(run.settings))
+  began = time.perf_counter()
+  if distributed.is_leader():
+    write_bytes(run.artifact, made.data)
+  distributed.barrier("artifact written")
+  result = _score_artifact(run, mesh, made)
+  if distributed.is_leader():
+    run.finish("artifact", result | {"stage_seconds": time.perf_counter() - began}, inputs)
+    if later := [name for name in ("ttt", "audit") if name in run.results()]:
+      log.info("%s: will be done again by `pgolf run`, for %s is another now", ", ".join(later), run.artifact)
+  distributed.barrier("artifact complete")
 
 
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:

@@ -96,9 +96,19 @@ def read_sealed(path: Path) -> dict:
     values = read_json(path)
   except UserError as error:
     raise Damaged(str(error)) from error
-  if values.pop(_SEAL, None) != json_hash(values):
+  if not is_sealed(values):
     raise Damaged(f"{path} is damaged: its checksum differs.")
-  return values
+  return unsealed(values)
+
+
+def is_sealed(values: Mapping) -> bool:
+  """Returns whether JSON values are those that `seal` gave."""
+  return seal(unsealed(values)) == values
+
+
+def unsealed(values: Mapping) -> dict:
+  """Returns the values that `seal` was given."""
+  return {name: value for name, value in values.items() if name != _SEAL}
 
 
 _SEAL = "sha256"
@@ -249,24 +259,62 @@ def locked(folder: Path) -> Iterator[None]:
   if fcntl is None or not distributed.is_leader():
     yield
     return
+  folder.mkdir(parents=True, exist_ok=True)
   path = folder / ".lock"
+  if path.is_dir():
+    remove(path)
   with path.open("a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise UserError(f"{folder} is in use by {_holder(path)}; wait until it ends, or choose another folder.") from None
+      raise UserError(
+        f"{folder} is in use by {_named(_holder(path))}; wait until it ends, or choose another folder."
+      ) from None
+    except OSError:
+      _refuse_holder(path)
     file.truncate(0)
     now = datetime.datetime.now(datetime.UTC)
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": now.isoformat(timespec="seconds")}, file)
-    file.flush()
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": now.isoformat(timespec="seconds")}
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, only its message is poorer
+      file.write(json.dumps(holder))
+      file.flush()
     yield
     # The file stays, empty: to remove it would let a process that has it open hold a lock that others do not see.
     file.truncate(0)
 
 
-def _holder(path: Path) -> str:
+def _refuse_holder(path: Path) -> None:
+  """Where the file system knows no locks, the file alone says who has the folder; a dead process of this host has not.
+
+  Raises:
+    UserError: another process has it, or may have it.
+  """
+  holder = _holder(path)
+  if holder is None or (holder["host"] == socket.gethostname() and not _is_alive(holder["pid"])):
+    return
+  raise UserError(
+    f"{path.parent} is in use by {_named(holder)}; wait until it ends, or delete {path} if that process is gone."
+  )
+
+
+def _is_alive(pid: int) -> bool:
   try:
-    holder = json.loads(path.read_text(encoding="utf-8"))
-    return f"process {holder['pid']} on {holder['host']} since {holder['time']}"
-  except (OSError, ValueError, KeyError, TypeError):
-    return "another process"
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return pid != os.getpid()
+
+
+def _holder(path: Path) -> dict | None:
+  """Returns what a lock file says: host, pid and time."""
+  try:
+    holder = read_json(path)
+    return {"host": str(holder["host"]), "pid": int(holder["pid"]), "time": str(holder["time"])}
+  except (UserError, KeyError, TypeError, ValueError):
+    return None
+
+
+def _named(holder: dict | None) -> str:
+  return "another process" if holder is None else "process {pid} on {host} since {time}".format_map(holder)

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import Stopped
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime import distributed, signals
 from pgolf_jax.runtime.clock import Clock
 from pgolf_jax.runtime.distributed import place, replicated
 from pgolf_jax.runtime.log import Progress, log, progress
@@ -110,7 +110,7 @@ def evaluate(
   if record.is_resumed:
     _resume(plan, programs, state, record)
   saved = clock.seconds
-  postponed = contextlib.nullcontext(lambda: 0) if options.folder is None else distributed.postponed_signals()
+  postponed = contextlib.nullcontext(lambda: 0) if options.folder is None else signals.postponed_signals()
   bar_of_tokens = progress("test-time training", total=sum(batch.targets for batch in plan.batches), unit="tokens")
   with postponed as arrived, bar_of_tokens as bar:
     bar.advance(sum(batch.targets for batch in plan.batches[: state.done.batches]))
