@@ -39,7 +39,8 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fa
   yield from evidence.data_checks(data_folder)
   yield evidence.size(run.artifact)
   yield from evidence.clocks(results, settings)
-  yield evidence.training_log(run)
+  log = evidence.training_log(run)
+  yield log
   try:
     subject = Subject.read(run.scores, settings, data)
     checks = list(recheck(subject, run.scores, results.get("ttt")))
@@ -47,8 +48,9 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fa
     checks = [Check("every target scored exactly once", False, str(error))]
   yield from checks
   yield printed(run.log, results.get("ttt", {}).get("bpb"))
-  yield evidence.first_step(run, data_folder, mesh)
-  yield evidence.later_steps(run, data_folder, mesh)
+  if log.passed is not False:
+    yield evidence.first_step(run, data_folder, mesh)
+    yield evidence.later_steps(run, data_folder, mesh)
   if checks[0].passed:  # cuts are drawn among scores that are there
     evaluator = Evaluator(settings, artifact.load(run.artifact)[1], mesh, data)
     yield from replays(subject, evaluator, cuts=cuts, fast=fast)

@@ -95,14 +95,16 @@ def _is_time(seconds: object) -> bool:
 
 def training_log(run: RunFolder) -> Check:
   """The metrics have every step from 1 to the last once, under the schedule, up to the time in the results."""
-  name, lines, train = "training log", read_metrics(run.metrics), run.results().get("train")
+  name, train = "training log", run.results().get("train")
   if train is None:
     return Check(name, None, "not checked: results.json says nothing of training; `pgolf run` trains")
-  if not lines:
-    return Check(name, None, "not checked: there is no metrics.jsonl; train the run again")
   try:
+    if not (lines := read_metrics(run.metrics)):
+      return Check(name, None, "not checked: there is no metrics.jsonl; train the run again")
     return Check(name, *_training_log(run.settings, lines, train))
-  except (KeyError, TypeError, StopIteration) as error:
+  except UserError as error:
+    return Check(name, False, str(error))
+  except (KeyError, TypeError) as error:
     return Check(name, False, f"metrics.jsonl is damaged ({error!r})")
 
 
@@ -148,9 +150,14 @@ def later_steps(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
   compared = []
   with contextlib.closing(Checkpoints(run.checkpoints, TrainStep(settings, mesh))) as checkpoints:
     for step in checkpoints.steps():
+      try:
+        state, progress = checkpoints.restore(step)
+      except UserError as error:
+        return Check(name, False, str(error))
+      if differing := [line["step"] for line in progress["metrics"] if lines.get(line["step"]) != line]:
+        return Check(name, False, f"step {differing[0]} was logged otherwise when the checkpoint of step {step} was made")
       if (line := lines.get(step + 1)) is None:
         continue
-      state, progress = checkpoints.restore(step)
       loader = _loader(run, data_folder, mesh)
       loader.restore(progress["loader"])
       if settings.data.discard_prefetched and line["seq_len"] != lines[step]["seq_len"]:

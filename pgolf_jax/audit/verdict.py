@@ -55,5 +55,5 @@ def verdict(checks: Sequence[Check]) -> Verdict:
     made = [check for check in checks if check.name == name]
     missing = [check.finding for check in made if check.passed is None]
     if missing or not made:
-      unproved[name] = missing[0] if missing else "this check was not made; run `pgolf audit` without --fast"
+      unproved[name] = missing[0] if missing else "it was not made, because another failed"
   return Verdict(broken, {name: why for name, why in unproved.items() if name not in broken})

@@ -22,6 +22,7 @@ from pgolf_jax.data.shards import load_validation, read_shard, shard_path, write
 from pgolf_jax.errors import checks_table
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.runtime.files import seal, write_json
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.settings.load import changed, to_dict
 
@@ -36,7 +37,7 @@ class Lie:
   def edit_results(self, stage, **values):
     results = self.run.results()
     results[stage] |= values
-    (self.run.path / "results.json").write_text(json.dumps(results))
+    write_json(self.run.path / "results.json", {name: seal(result) for name, result in results.items()})
 
   def edit_array(self, name, change):
     path = self.run.scores / f"{name}.npy"
