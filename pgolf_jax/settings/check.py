@@ -98,7 +98,7 @@ def _divisor_near(n: int, want: int) -> int:
 def _check_ranges(settings: Settings) -> None:
   for name, value in flattened(settings).items():
     numbers = [n for item in (value if isinstance(value, tuple) else [value]) for n in _numbers(item)]
-    _require(all(map(math.isfinite, numbers)), f"{name} must be finite, not {value}.")
+    _require(not any(n != n or n in (math.inf, -math.inf) for n in numbers), f"{name} must be finite, not {value}.")
     low, high = _RANGES.get(name, (-math.inf, math.inf))
     _require(all(low <= n <= high for n in numbers), f"{name}={value} must lie in {low} … {high}.")
 

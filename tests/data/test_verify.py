@@ -193,5 +193,5 @@ def test_manifest_hashes_are_those_of_the_files(prepared):
 
 def test_damaged_manifest_is_an_error_that_says_so(folder):
   (folder / MANIFEST).write_text("{")
-  with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+  with pytest.raises(UserError, match=r"manifest\.json, line 1: damaged"):
     Manifest.read(folder)
