@@ -67,8 +67,15 @@ class Subject:
     """
     return [self._named(event) for event in self.trace if isinstance(event, ScoreEvent)]
 
+  @functools.cached_property
+  def _hints_of_run(self) -> tuple[np.ndarray, np.ndarray]:
+    return self._count(self.data.tokens)
+
   def hints(self, tokens_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (token hinted at, gate) of each target of a stream whose documents are counted in the trace's order."""
+    return self._hints_of_run if tokens_N1 is self.data.tokens else self._count(tokens_N1)
+
+  def _count(self, tokens_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ids_N, gate_N = np.zeros(len(tokens_N1) - 1, np.int32), np.zeros(len(tokens_N1) - 1, bool)
     if not self.settings.hints.enabled:
       return ids_N, gate_N

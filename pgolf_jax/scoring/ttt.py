@@ -274,7 +274,7 @@ def _collect(plan: Plan, record: Record, options: Options, running: list[Running
     model_M, hint_M, tilted_M = (np.asarray(x)[:steps][valid] for x in (scored.model_nll, scored.hint_nll, scored.nll))
     # Without a hint the two are one number, which a compiler that computes it twice may round differently.
     record.enter(target_M, model_M, hint_M, np.where(gate[valid], tilted_M, model_M))
-    if sampled is not None:
+    if sampled is not None and sampled.any():
       step_M, row_M = sampled.any(axis=2).nonzero()
       targets = target[step_M, row_M, sampled[step_M, row_M].argmax(axis=1)]
       logp_MxV = np.asarray(scored.logp)[step_M, row_M]

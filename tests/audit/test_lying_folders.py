@@ -17,12 +17,13 @@ import tomli_w
 from run_case import make_run
 
 from pgolf_jax.audit import audit
-from pgolf_jax.audit.verdict import verdict
+from pgolf_jax.audit.verdict import rules, verdict
+from pgolf_jax.cli import main
 from pgolf_jax.data.shards import load_validation, read_shard, shard_path, write_shard
 from pgolf_jax.errors import checks_table
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime.distributed import data_mesh
-from pgolf_jax.runtime.files import seal, write_json
+from pgolf_jax.runtime.files import seal, unsealed, write_json
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.settings.load import changed, to_dict
 
@@ -117,6 +118,20 @@ def test_an_honest_run_is_legal(lie):
   checks = list(checks_of(lie))
   assert verdict(checks).is_legal, checks_table(checks)
   assert [check.passed for check in checks] == [True] * len(checks), checks_table(checks)
+
+
+def test_the_command_prints_every_check_and_a_verdict(lie, capsys):
+  arguments = ["audit", str(lie.run.path), "--data", str(lie.data), "--fast"]
+  lie.print_score(1.0)
+  assert main(arguments) == 1
+  out = capsys.readouterr().out
+  assert "BROKEN   the printed table" in out and "Verdict: BROKEN.\n  broken: the printed table" in out
+  assert [name for name in rules().required if name not in out] == []
+
+
+def test_the_command_asks_for_a_run(capsys):
+  assert main(["audit"]) == 1
+  assert "Name the folder of a run" in capsys.readouterr().err
 
 
 # Careless lies: a file that is not the one that was read or written.
@@ -325,6 +340,14 @@ def lower_losses_later_on(lie):
   lie.edit_metrics(lambda lines: [*lines[:1], *({**line, "loss": line["loss"] - 0.1} for line in lines[1:])])
 
 
+def lower_losses_in_the_checkpoints_too(lie):
+  lower_losses_later_on(lie)
+  lines = [json.loads(line) for line in lie.run.metrics.read_text().splitlines()]
+  for path in lie.run.checkpoints.glob("*/progress/metadata"):
+    progress = unsealed(json.loads(path.read_text()))
+    path.write_text(json.dumps(seal({**progress, "metrics": lines[: len(progress["metrics"])]})))
+
+
 def training_beyond_the_limit(lie):
   lie.edit_results("train", seconds=640.0)
 
@@ -405,7 +428,7 @@ THOROUGH = {
     a_length_that_the_schedule_does_not_have,
   ],
   "step 1 is of this data": [another_first_loss, training_on_other_text],
-  "a step after each checkpoint": [lower_losses_later_on],
+  "a step after each checkpoint": [lower_losses_later_on, lower_losses_in_the_checkpoints_too],
   "clock: training": [
     training_beyond_the_limit,
     training_beyond_the_limit_as_the_config_allows,
