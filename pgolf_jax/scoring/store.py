@@ -63,6 +63,9 @@ class Store:
     if writes:
       folder.mkdir(parents=True, exist_ok=True)
       remove_partials(folder)
+      for path in folder.iterdir():
+        if _OURS.fullmatch(path.name) and path.is_dir():  # in the way of a file
+          remove(path)
     self._newest: dict = {}
     self._before: dict = {}
     self._weights: dict[str, str] = {}  # that no save names yet
@@ -184,8 +187,6 @@ class Store:
 
   def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
     """Writes a safetensors file and returns its SHA-256."""
-    if (self._folder / name).is_dir():
-      remove(self._folder / name)
     write_bytes(self._folder / name, save({key: np.array(x, order="C") for key, x in arrays.items()}))
     return file_hash(self._folder / name)
 
