@@ -63,9 +63,6 @@ class Store:
     if writes:
       folder.mkdir(parents=True, exist_ok=True)
       remove_partials(folder)
-      for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.is_dir():  # in the way of a file
-          remove(path)
     self._newest: dict = {}
     self._before: dict = {}
     self._weights: dict[str, str] = {}  # that no save names yet
@@ -84,8 +81,9 @@ class Store:
       log.warning("%s The evaluation goes on from %s.", faults[0], where)
     if not writes:
       return
-    if self.progress is None:
-      self._clear()
+    for path in folder.iterdir():
+      if _OURS.fullmatch(path.name) and (self.progress is None or path.is_dir()):  # a folder is in a file's way
+        remove(path)
     write_json(folder / "identity.json", self._identity)
 
   def _read(self, name: str) -> dict:
@@ -106,11 +104,6 @@ class Store:
       raise OtherEvaluation(
         f"{self._folder} holds another evaluation ({differs} differs); give another folder, or delete that one."
       )
-
-  def _clear(self) -> None:
-    for path in self._folder.iterdir():
-      if _OURS.fullmatch(path.name):
-        remove(path)
 
   def scores(self) -> list[dict[str, np.ndarray]]:
     """Returns the scores of the newest save: parts, or the whole arrays by themselves."""
