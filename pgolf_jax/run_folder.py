@@ -28,6 +28,7 @@ from pgolf_jax.runtime.files import (
   read_json,
   read_json_lines,
   remove,
+  remove_partials,
   seal,
   unsealed,
   write_json,
@@ -52,6 +53,8 @@ class RunFolder:
 
   def __init__(self, path: str | Path, settings: Settings | None = None):
     self.path = Path(path)
+    if settings is not None:
+      self._make_way()
     config = self.path / "config.toml"
     if (made_with := _read_config(config, settings)) is not None:
       if settings is not None and made_with != settings:
@@ -64,10 +67,17 @@ class RunFolder:
       raise UserError(f"{self.path} is not a run folder: it has no config.toml; `pgolf run CONFIG` makes one.")
     else:
       self.path.mkdir(parents=True, exist_ok=True)
-      if config.is_dir():
-        remove(config)
       write_text(config, tomli_w.dumps(to_dict(settings)))
     self.settings = settings
+
+  def _make_way(self) -> None:
+    """Deletes folders that lie where files will be written, and what a killed process left of files."""
+    if self.path.is_dir():
+      remove_partials(self.path)
+    for path in (self.path / "config.toml", self.path / "results.json", self.metrics, self.artifact, self.log):
+      if path.is_dir():
+        log.warning("%s is a folder where a file belongs, and is removed.", path)
+        remove(path)
 
   @property
   def checkpoints(self) -> Path:
@@ -115,8 +125,6 @@ class RunFolder:
     """Marks a stage as complete: what it reports, what it read, and what it left on disk."""
     ties = {"made_from": made_from, "made": _hashes(self.path, self._outputs(stage, result))}
     path, results = self.path / "results.json", self.results() | {stage: result | ties}
-    if path.is_dir():
-      remove(path)
     write_json(path, {name: seal(values) for name, values in results.items()})
 
   def changes(self, stage: str, made_from: dict[str, str]) -> list[str]:
@@ -253,8 +261,6 @@ class MetricsWriter:
     self._writes, self.lines = writes, list(lines)
     if not writes:
       return
-    if jsonl.is_dir():
-      remove(jsonl)
     write_json_lines(jsonl, lines)
     self._file = jsonl.open("a", encoding="utf-8")
     self._events = Events(tensorboard, first_step)

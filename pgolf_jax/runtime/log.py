@@ -44,7 +44,7 @@ class _LogFile(logging.FileHandler):
     if not isinstance(error, OSError):
       super().handleError(record)
       return
-    log.removeHandler(self)
+    log.handlers = [handler for handler in log.handlers if handler is not self]
     self.stream = None  # closing it would write again
     log.warning(
       "%s cannot be written (%s); what is said goes to the terminal alone.", self.baseFilename, error.strerror

@@ -81,8 +81,9 @@ class Store:
       log.warning("%s The evaluation goes on from %s.", faults[0], where)
     if not writes:
       return
-    if self.progress is None:
-      self._clear()
+    for path in folder.iterdir():
+      if _OURS.fullmatch(path.name) and (self.progress is None or path.is_dir()):  # a folder is in a file's way
+        remove(path)
     write_json(folder / "identity.json", self._identity)
 
   def _read(self, name: str) -> dict:
@@ -103,11 +104,6 @@ class Store:
       raise OtherEvaluation(
         f"{self._folder} holds another evaluation ({differs} differs); give another folder, or delete that one."
       )
-
-  def _clear(self) -> None:
-    for path in self._folder.iterdir():
-      if _OURS.fullmatch(path.name):
-        remove(path)
 
   def scores(self) -> list[dict[str, np.ndarray]]:
     """Returns the scores of the newest save: parts, or the whole arrays by themselves."""
@@ -184,8 +180,6 @@ class Store:
 
   def _write(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
     """Writes a safetensors file and returns its SHA-256."""
-    if (self._folder / name).is_dir():
-      remove(self._folder / name)
     write_bytes(self._folder / name, save({key: np.array(x, order="C") for key, x in arrays.items()}))
     return file_hash(self._folder / name)
 

@@ -26,6 +26,7 @@ from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
 
+_MARKS = ("submission.json", "artifact.pgolf", "evaluate.py")  # a folder with one of them is a submission
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
 
 
@@ -114,7 +115,7 @@ def build(
   beside, before = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "before"))
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file; choose another folder with --out, or remove it.")
-  if folder.exists() and any(folder.iterdir()) and not (folder / "submission.json").exists():
+  if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in _MARKS):
     raise UserError(f"{folder} is not empty; choose another folder with --out, or remove it.")
   remove(beside)
   try:

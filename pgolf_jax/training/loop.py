@@ -163,9 +163,9 @@ class Trainer:
       return 0, state, []
     latest, state, saved = newest
     changed = differences(from_dict(saved["settings"], where="the checkpoint's settings"), self.settings)
-    changed.pop("train.stop_step", None)
     for name, (old, new) in changed.items():
-      raise UserError(f"{self.run.path}: the steps so far were trained with {name}={old}, now it is {new}.")
+      if name not in ("train.stop_step", "data.path", "data.tokenizer"):
+        raise UserError(f"{self.run.path}: the steps so far were trained with {name}={old}, now it is {new}.")
     read = saved["shards"]
     if changed := [name for name in {**read, **self._shards} if read.get(name) != self._shards.get(name)]:
       raise UserError(
