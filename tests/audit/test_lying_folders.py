@@ -459,7 +459,7 @@ def test_a_thorough_lie_is_caught(lie, name, tell):
 @pytest.mark.parametrize(
   ("remove", "name"),
   [
-    (lambda lie: (lie.data / "tokenizer.model").unlink(), "data: text"),
+    (lambda lie: (lie.data / "tokenizer.model").unlink(), "data: sidecar"),
     (lambda lie: lie.run.metrics.unlink(), "training log"),
     (lambda lie: lie.edit_settings(train__max_wallclock_seconds=0.0), "clock: training"),
   ],
