@@ -37,7 +37,7 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fa
   results, settings, data = run.results(), run.settings, load_validation(data_folder)
   yield evidence.same_files(run, data_folder)
   yield from evidence.data_checks(data_folder)
-  yield evidence.size(run.artifact)
+  yield evidence.size(run)
   yield from evidence.clocks(results, settings)
   log = evidence.training_log(run)
   yield log

@@ -57,10 +57,18 @@ def data_checks(folder: Path) -> Iterator[Check]:
       yield dataclasses.replace(check, name=f"data: {check.name}")
 
 
-def size(artifact: Path) -> Check:
-  """Artifact and code fit in the bytes that the rules allow."""
-  budget, weights, code = rules().submission_bytes, artifact.stat().st_size, bundle.code().size
-  return Check("artifact and code", weights + code <= budget, f"{weights:,} + {code:,} of {budget:,} bytes")
+def size(run: RunFolder) -> Check:
+  """Artifact and code fit in the bytes that the rules allow, and the artifact has those that the results say."""
+  name, budget, weights, code = (
+    "artifact and code",
+    rules().submission_bytes,
+    run.artifact.stat().st_size,
+    bundle.code().size,
+  )
+  stated = run.results().get("artifact", {}).get("artifact_bytes", weights)
+  if stated != weights:
+    return Check(name, False, f"results.json says {stated} bytes of artifact, the file has {weights:,}")
+  return Check(name, weights + code <= budget, f"{weights:,} + {code:,} of {budget:,} bytes")
 
 
 def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
@@ -115,6 +123,8 @@ def _training_log(settings: Settings, lines: Sequence[dict], train: dict) -> tup
     return False, f"step {missing} is missing; step {steps[missing - 1]} stands in its place"
   if len(steps) != train["steps"]:
     return False, f"{len(steps)} steps in metrics.jsonl, {train['steps']} in results.json"
+  if train["tokens"] != (tokens := len(steps) * settings.train.batch_tokens):
+    return False, f"results.json says {train['tokens']} tokens, {len(steps)} steps take {tokens}"
   seconds = [line["seconds"] for line in lines]
   if any(later < earlier for earlier, later in itertools.pairwise(seconds)):
     return False, "its seconds do not ascend"
@@ -155,7 +165,9 @@ def later_steps(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
       except UserError as error:
         return Check(name, False, str(error))
       if differing := [line["step"] for line in progress["metrics"] if lines.get(line["step"]) != line]:
-        return Check(name, False, f"step {differing[0]} was logged otherwise when the checkpoint of step {step} was made")
+        return Check(
+          name, False, f"step {differing[0]} was logged otherwise when the checkpoint of step {step} was made"
+        )
       if (line := lines.get(step + 1)) is None:
         continue
       loader = _loader(run, data_folder, mesh)

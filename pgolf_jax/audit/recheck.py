@@ -219,6 +219,9 @@ def sums(subject: Subject, folder: Path, reported: dict | None) -> Iterator[Chec
     "bpb_without_hints": float(scores.model_nll_N.sum(dtype=np.float64)) / math.log(2) / max(text_bytes, 1),
     "targets": len(scores.nll_N),
     "bytes": text_bytes,
+    "gated": int(subject.hints(subject.data.tokens)[1].sum()),
+    "order": subject.settings.ttt.order,
+    "method": subject.settings.ttt.method,
   }
   if len(lines) != len(subject.documents) or wrong:
     yield Check(name, False, wrong or f"documents.jsonl has {len(lines)} lines for {len(subject.documents)} documents")
@@ -264,7 +267,9 @@ def printed(log: Path, bpb: float | None) -> Check:
   return Check(name, abs(shown - bpb) <= _PRINTED_ERROR, f"{shown:.5f} printed, {bpb:.5f} in the results")
 
 
-def _equal(stated: object, value: float) -> bool:
+def _equal(stated: object, value: float | str) -> bool:
+  if isinstance(value, str):
+    return stated == value
   if isinstance(stated, bool) or not isinstance(stated, int | float):
     return False
   return abs(stated - value) <= _SUM_ERROR * max(1.0, abs(value))

@@ -35,7 +35,10 @@ from pgolf_jax.runtime.files import (
 from pgolf_jax.runtime.log import log
 
 _SAVES = ("progress.json", "progress-before.json")
-_OURS = re.compile(r"(part|state|weights)-\d+\.safetensors|progress(-before)?\.json|identity\.json|.*\.npy|.*\.jsonl")
+_OURS = re.compile(
+  r"(part|state|weights)-\d+\.safetensors|(progress(-before)?|identity)\.json|(trace|documents)\.jsonl"
+  r"|(nll|model_nll|hint_nll|times)\.npy"
+)
 
 
 class OtherEvaluation(UserError):

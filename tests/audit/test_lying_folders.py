@@ -262,6 +262,22 @@ def fewer_targets_in_the_results(lie):
   lie.edit_results("ttt", targets=5)
 
 
+def fewer_hints_in_the_results(lie):
+  lie.edit_results("ttt", gated=3)
+
+
+def another_order_in_the_results(lie):
+  lie.edit_results("ttt", order="reference")
+
+
+def more_training_tokens_in_the_results(lie):
+  lie.edit_results("train", tokens=10**9)
+
+
+def a_smaller_artifact_in_the_results(lie):
+  lie.edit_results("artifact", artifact_bytes=1000)
+
+
 def a_better_score_printed(lie):
   lie.print_score(1.05)
 
@@ -372,6 +388,7 @@ def compilations_inside_the_clock(lie):
 def an_artifact_too_large(lie):
   with lie.run.artifact.open("r+b") as file:
     file.truncate(16_000_000)
+  lie.edit_results("artifact", artifact_bytes=16_000_000)
 
 
 def an_artifact_too_large_as_the_config_allows(lie):
@@ -408,6 +425,8 @@ THOROUGH = {
     more_bytes_in_the_results,
     a_score_without_hints_that_is_better,
     fewer_targets_in_the_results,
+    fewer_hints_in_the_results,
+    another_order_in_the_results,
   ],
   "the printed table": [a_better_score_printed],
   "later tokens change no score": [
@@ -422,6 +441,7 @@ THOROUGH = {
     a_step_left_out,
     a_step_twice,
     more_steps_in_the_results,
+    more_training_tokens_in_the_results,
     time_that_runs_back,
     a_log_that_ends_after_the_training,
     a_loss_that_is_no_number,
@@ -435,7 +455,11 @@ THOROUGH = {
     training_that_took_no_time,
   ],
   "clock: evaluation": [scoring_beyond_the_limit, compilations_inside_the_clock],
-  "artifact and code": [an_artifact_too_large, an_artifact_too_large_as_the_config_allows],
+  "artifact and code": [
+    an_artifact_too_large,
+    an_artifact_too_large_as_the_config_allows,
+    a_smaller_artifact_in_the_results,
+  ],
 }
 
 LEAVES_SUMS_WRONG = {"sums of the results", "every target scored exactly once", "the printed table"}
