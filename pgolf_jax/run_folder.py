@@ -10,14 +10,32 @@ artifact.pgolf       the quantised model
 scores/              per-document scores
 """
 
+import functools
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tomli_w
-from tensorboardX import SummaryWriter
 
+from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, sha256_of
+from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.files import write_json, write_json_lines, write_text
+from pgolf_jax.runtime.events import Events
+from pgolf_jax.runtime.files import (
+  is_sealed,
+  json_hash,
+  read_json,
+  read_json_lines,
+  remove,
+  remove_partials,
+  seal,
+  unsealed,
+  write_json,
+  write_json_lines,
+  write_text,
+)
+from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import differences, from_toml, to_dict
 
@@ -35,13 +53,14 @@ class RunFolder:
 
   def __init__(self, path: str | Path, settings: Settings | None = None):
     self.path = Path(path)
+    if settings is not None:
+      self._make_way()
     config = self.path / "config.toml"
-    if config.exists():
-      made_with = from_toml(config)
+    if (made_with := _read_config(config, settings)) is not None:
       if settings is not None and made_with != settings:
         raise UserError(
           f"{self.path} was made with other settings ({_first_difference(made_with, settings)}); "
-          "choose another folder with --out, or the settings it was made with."
+          "choose another folder with --out, or the settings it was made with; if config.toml is damaged, delete it."
         )
       settings = made_with
     elif settings is None:
@@ -50,6 +69,15 @@ class RunFolder:
       self.path.mkdir(parents=True, exist_ok=True)
       write_text(config, tomli_w.dumps(to_dict(settings)))
     self.settings = settings
+
+  def _make_way(self) -> None:
+    """Deletes folders that lie where files will be written, and what a killed process left of files."""
+    if self.path.is_dir():
+      remove_partials(self.path)
+    for path in (self.path / "config.toml", self.path / "results.json", self.metrics, self.artifact, self.log):
+      if path.is_dir():
+        log.warning("%s is a folder where a file belongs, and is removed.", path)
+        remove(path)
 
   @property
   def checkpoints(self) -> Path:
@@ -72,26 +100,142 @@ class RunFolder:
     return self.path / "scores"
 
   def results(self) -> dict[str, dict]:
-    """Returns stage → what it reported, for the stages that are complete."""
+    """Returns stage → what it reported, for the stages that are complete.
+
+    A damaged file counts as an absent one, and a stage that is not as `finish` wrote it as one that is not complete:
+    what it reported is found again from what it left on disk.
+    """
     path = self.path / "results.json"
     if not path.exists():
       return {}
     try:
-      return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-      raise UserError(f"{path} is damaged ({e}); delete it to run the stages again.") from None
+      results = read_json(path)
+    except UserError as damage:
+      log.warning("%s The stages report again.", damage)
+      return {}
+    whole = {}
+    for stage in filter(results.__contains__, STAGES):
+      if isinstance(results[stage], dict) and is_sealed(results[stage]):
+        whole[stage] = unsealed(results[stage])
+      else:
+        log.warning("%s: what it says of %s is damaged; that stage reports again.", path, stage)
+    return whole
 
-  def finish(self, stage: str, result: dict) -> None:
-    """Marks a stage as complete."""
-    write_json(self.path / "results.json", {**self.results(), stage: result})
+  def finish(self, stage: str, result: dict, made_from: dict[str, str]) -> None:
+    """Marks a stage as complete: what it reports, what it read, and what it left on disk."""
+    ties = {"made_from": made_from, "made": _hashes(self.path, self._outputs(stage, result))}
+    path, results = self.path / "results.json", self.results() | {stage: result | ties}
+    write_json(path, {name: seal(values) for name, values in results.items()})
+
+  def changes(self, stage: str, made_from: dict[str, str]) -> list[str]:
+    """Returns the names of files that are not those which a complete stage read, or left on disk.
+
+    Args:
+      made_from: what the stage would read now.
+    """
+    result = self.results()[stage]
+    now = {"made_from": made_from, "made": _hashes(self.path, self._outputs(stage, result))}
+    recorded = {name: result.get(name, {}) for name in now}
+    names = {(part, name): None for values in (recorded, now) for part in values for name in values[part]}
+    return [name for part, name in names if recorded[part].get(name) != now[part].get(name)]
+
+  def _outputs(self, stage: str, result: dict) -> list[Path]:
+    """Returns the files of a complete stage that later stages, or a reader of its figures, rely on."""
+    match stage:
+      case "train":
+        return [self.metrics, *sorted((self.checkpoints / str(result["steps"])).rglob("*"))]
+      case "artifact":
+        return [self.artifact]
+      case "ttt":
+        return [self.scores / name for name in SCORES]
+    return []
+
+
+SCORES = ("identity.json", "nll.npy", "model_nll.npy", "hint_nll.npy", "times.npy", "trace.jsonl", "documents.jsonl")
+"""Files of a finished evaluation."""
+
+STAGES = ("train", "plain", "artifact", "ttt", "audit")
+"""In the order in which a run does them."""
+
+_SPLITS = {
+  "train": ["train"],
+  "plain": ["val", "val_bytes"],
+  "artifact": ["train", "val", "val_bytes"],
+  "ttt": ["val", "val_bytes"],
+  "audit": ["train", "val", "val_bytes"],
+}
+
+
+def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, str]:
+  """Returns name → SHA-256 of everything that a stage of this run reads, as it lies on disk now.
+
+  A file that is not there has no entry. The weights that training made stand under the hash that it reported.
+
+  Args:
+    stage: train, plain, artifact, ttt or audit.
+    data_folder: its shards, manifest and tokenizer.
+
+  Raises:
+    UserError: the data folder does not exist, or lacks the shards that the stage reads.
+  """
+  data_folder = Path(data_folder)
+  tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
+  shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
+  hashes = {"config": json_hash(to_dict(run.settings))}
+  hashes |= _hashes(data_folder, [data_folder / MANIFEST, tokenizer, *shards])
+  if stage in ("plain", "artifact"):
+    hashes["weights"] = run.results().get("train", {}).get("weights", "")
+  if stage in ("ttt", "audit"):
+    hashes |= _hashes(run.path, [run.artifact])
+  if stage == "audit":
+    hashes |= _hashes(run.path, [run.metrics, *(run.scores / name for name in SCORES)])
+    hashes["results"] = json_hash({name: result for name, result in run.results().items() if name != "audit"})
+  return hashes
+
+
+def _hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+  """Returns path below `folder` (or name) → SHA-256, for those paths that are files; several are read at once."""
+  paths = [path for path in paths if path.is_file()]
+  names = [str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name for path in paths]
+  with ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(_file_hash, paths), strict=True))
+
+
+def _file_hash(path: Path) -> str:
+  stat = path.stat()
+  return _hash_of_version(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _hash_of_version(path: Path, *version: int) -> str:
+  """Training data take seconds to read: the stages of one command read them once."""
+  del version
+  return sha256_of(path)
 
 
 def read_metrics(path: Path) -> list[dict]:
-  """Returns the lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+  """Returns the lines of a metrics.jsonl, none if it is absent; a last line that a kill cut short is left out.
+
+  Raises:
+    UserError: another line is damaged.
+  """
+  return read_json_lines(path) if path.exists() else []
+
+
+def _read_config(path: Path, given: Settings | None) -> Settings | None:
+  """Returns the settings that a folder was made with, None if it has none that can be read and `given` is at hand."""
   if not path.exists():
-    return []
-  lines = path.read_text(encoding="utf-8").split("\n")
-  return [json.loads(line) for line in lines[:-1] if line]
+    return None
+  try:
+    return from_toml(path)
+  except (UserError, OSError) as damage:
+    if given is None:
+      raise UserError(
+        f"{path} is damaged ({damage}); `pgolf run CONFIG --out {path.parent}` writes it again."
+      ) from damage
+    # Another training's checkpoints are refused by the settings that they hold.
+    log.warning("%s is damaged, and is written again.", path)
+    return None
 
 
 def _first_difference(made_with: Settings, asked_for: Settings) -> str:
@@ -100,35 +244,38 @@ def _first_difference(made_with: Settings, asked_for: Settings) -> str:
 
 
 class MetricsWriter:
-  """Appends one line a step; a continued run loses the lines of steps that it will do again.
+  """Appends one line a step; a continued run begins with the lines of its checkpoint, whatever the file holds.
 
   Args:
     jsonl: path of metrics.jsonl.
     tensorboard: folder of the event files.
-    first_step: steps done so far; later lines are dropped.
+    lines: of the steps done so far.
+    first_step: steps done so far; later events are dropped.
     writes: whether this is the process that writes; the others drop what they are given.
+
+  Attributes:
+    lines: written so far.
   """
 
-  def __init__(self, jsonl: Path, tensorboard: Path, *, first_step: int, writes: bool):
-    self._writes = writes
+  def __init__(self, jsonl: Path, tensorboard: Path, lines: list[dict], *, first_step: int, writes: bool):
+    self._writes, self.lines = writes, list(lines)
     if not writes:
       return
-    write_json_lines(jsonl, (line for line in read_metrics(jsonl) if line["step"] <= first_step))
+    write_json_lines(jsonl, lines)
     self._file = jsonl.open("a", encoding="utf-8")
-    self._events = SummaryWriter(str(tensorboard), purge_step=first_step + 1, flush_secs=30)
+    self._events = Events(tensorboard, first_step)
 
   def write(self, line: dict) -> None:
     """Writes the metrics of one step; `line["step"]` counts from 1."""
     if not self._writes:
       return
+    self.lines.append(line)
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
-    for name, value in line.items():
-      if name != "step":
-        self._events.add_scalar(name, float(value), line["step"])
+    self._events.write(line)
 
   def close(self) -> None:
     """Closes both files."""
     if self._writes:
-      self._file.close()
       self._events.close()
+      self._file.close()

@@ -10,18 +10,21 @@ import jax
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import audit
+from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
-from pgolf_jax.quantize.make import make
-from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.quantize.make import Made, make
+from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
-from pgolf_jax.runtime.files import locked, write_bytes
+from pgolf_jax.runtime.files import locked, remove, write_bytes
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.scoring import plain, ttt
+from pgolf_jax.scoring.record import Record
+from pgolf_jax.scoring.store import OtherEvaluation
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures
 from pgolf_jax.submission import bundle, package
@@ -71,33 +74,68 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
-  settings = run.settings
+  settings, code = run.settings, bundle.code()
   made = make(settings, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
-  code = bundle.code()
-  account = package.count(made.data, code, budget=settings.quantize.budget_bytes)
-  log.info("artifact:\n%s", package.table(account))
-  score = plain_score(settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
-  return score | {"artifact_bytes": len(made.data), "code_bytes": code.size, **made.seconds}
+  log.info("artifact:\n%s", package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
+  return _score_artifact(run, mesh, made)
+
+
+def _score_artifact(run: RunFolder, mesh: Mesh, made: Made) -> dict:
+  score = plain_score(run.settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
+  return score | {"artifact_bytes": len(made.data), "code_bytes": bundle.code().size, **made.seconds}
+
+
+def replace_artifact(run: RunFolder, mesh: Mesh, made: Made) -> None:
+  """Puts an artifact that was made with other settings in the place of the run's, and reports on it."""
+  inputs = made_from(run, "artifact", locate_prepared(run.settings))
+  began = time.perf_counter()
+  if distributed.is_leader():
+    write_bytes(run.artifact, made.data)
+  distributed.barrier("artifact written")
+  result = _score_artifact(run, mesh, made)
+  if distributed.is_leader():
+    run.finish("artifact", result | {"stage_seconds": time.perf_counter() - began}, inputs)
+    if later := [name for name in ("ttt", "audit") if name in run.results()]:
+      log.info("%s: will be done again by `pgolf run`, for %s is another now", ", ".join(later), run.artifact)
+  distributed.barrier("artifact complete")
 
 
 def _ttt(run: RunFolder, mesh: Mesh) -> dict:
   """Scores the artifact with test-time training, in the run's order; scores are kept in the run's folder."""
   params, data = artifact.load(run.artifact)[1], load_validation(locate_prepared(run.settings))
-  result = ttt.evaluate(run.settings, params, data, mesh, ttt.Options(folder=run.scores)).figures(run.settings)
+
+  def after_batch(count: int, record: Record) -> None:
+    log.debug("batch %d scored, running bpb %.5f", count, record.running_bpb)
+
+  options = ttt.Options(folder=run.scores, after_batch=after_batch)
+  try:
+    evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
+  except OtherEvaluation as other:
+    log.info("%s The run scores anew what it has now.", other)
+    with distributed.leader_first("scores removed"):
+      if distributed.is_leader():
+        remove(run.scores)
+    evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
+  result = evaluation.figures(run.settings)
   text = "ttt: %.5f bits per byte (%.5f without hints), %.1f s, %s order"
   log.info(text, *(result[name] for name in ("bpb", "bpb_without_hints", "seconds", "order")))
   return result
 
 
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
-  """Audits the run; the table goes to the log, every check with its evidence to the results."""
+  """Audits the run; the table goes to the log, every check with its evidence and the verdict to the results."""
   made = list(audit(run, locate_prepared(run.settings), mesh))
-  log.info("audit:\n%s", checks_table(made))
-  broken = [check.name for check in made if check.passed is False]
-  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in made]}
+  reached = verdict(made)
+  log.info("audit:\n%s\n%s", checks_table(made), reached.text())
+  return {
+    "broken": reached.broken,
+    "unproved": reached.unproved,
+    "is_legal": reached.is_legal,
+    "checks": [dataclasses.asdict(check) for check in made],
+  }
 
 
 STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
@@ -133,18 +171,30 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   if differing := departures(settings):
     log.info("differs from the record (its value in brackets): %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
-    if name in run.results():
+    data_folder = ensure_prepared(settings)
+    inputs = made_from(run, name, data_folder)
+    if _is_complete(run, name, inputs):
       log.info("%s: already complete", name)
       continue
-    ensure_prepared(settings)
     began = time.perf_counter()
     result = STAGES[name](run, mesh)
     if distributed.is_leader():
-      run.finish(name, result | {"stage_seconds": time.perf_counter() - began})
+      run.finish(name, result | {"stage_seconds": time.perf_counter() - began}, inputs)
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
+
+
+def _is_complete(run: RunFolder, name: str, inputs: dict[str, str]) -> bool:
+  """Whether a stage is complete, and made from what is there now; the log says why one is done again."""
+  if name not in run.results():
+    return False
+  changed = run.changes(name, inputs)
+  if changed:
+    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    log.info("%s: done again, for %s%s changed since", name, changed[0], more)
+  return not changed
 
 
 def _wanted(settings: Settings, name: str) -> bool:

@@ -6,13 +6,16 @@ the function is wrapped in `settings.arguments.Defaults`.
 """
 
 import difflib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
 import tyro
 
 from pgolf_jax.errors import Stopped, UserError
+from pgolf_jax.runtime import signals
 from pgolf_jax.settings.arguments import Defaults, schedules
 
 VERBS = {
@@ -59,18 +62,21 @@ def main(argv: list[str] | None = None) -> int:
   if verb not in VERBS:
     return _fail(_unknown("verb", verb, VERBS), 2)
   try:
-    return _call(verb, commands(verb), rest)
+    with signals.ending_signals():
+      return _call(verb, commands(verb), rest)
   except UserError as e:
     if debug:
       raise
     return _fail(str(e), 1)
   except Stopped as e:
     return _fail(str(e), e.status)
-  except KeyboardInterrupt:
-    return _fail("stopped; the same command continues where it was.", 130)
+  except KeyboardInterrupt as e:
+    return _fail("stopped; the same command continues where it was.", getattr(e, "status", 130))
   except Exception as e:
     if debug:
       raise
+    if full := disk_full(e):
+      return _fail(full, 1)
     return _fail(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r} (pgolf --debug … shows where)", 1)
 
 
@@ -88,6 +94,20 @@ def _call(verb: str, choices: dict, args: list[str]) -> int:
   command, program = choices[name], f"pgolf {verb} {name}".strip()
   function = command.bound(program, args) if isinstance(command, Defaults) else command
   return tyro.cli(function, args=args, prog=program, registry=schedules) or 0
+
+
+def disk_full(error: BaseException | None) -> str | None:
+  """Returns the sentence for an error that comes from a full disk; None for any other."""
+  while error is not None:
+    number, text = getattr(error, "errno", None), str(error)
+    if number in _DISK_FULL or any(os.strerror(number) in text for number in _DISK_FULL):
+      place = f" for {error.filename}" if getattr(error, "filename", None) else ""
+      return f"no room on the disk{place}; make some, and the same command continues where it was."
+    error = error.__cause__ or error.__context__
+  return None
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _usage(first: str, names: dict[str, str]) -> str:

@@ -62,7 +62,9 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )
-  if distributed.is_leader():
+  if out.resolve() == run.artifact.resolve():
+    stages.replace_artifact(run, mesh, made)
+  elif distributed.is_leader():
     write_bytes(out, made.data)
   print(package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
   if fit:
@@ -84,35 +86,41 @@ def package(
     data: folder of validation shards; the run's own if not given.
     ttt: check the score with test-time training as well as the plain one.
   """
-  from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.errors import UserError
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.submission import package as packaging
+  from pgolf_jax.runtime.files import locked
 
   distributed.leave_devices()
   folder = RunFolder(run)
+  with locked(folder.path):
+    _package(folder, out or folder.path / "submission", data, ttt)
+
+
+def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
+  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.submission import package as packaging
+
   if not folder.artifact.is_file():
     raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
   data = data or locate_prepared(folder.settings)
   tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
   logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
   results = folder.results()
-  out = out or folder.path / "submission"
   contents = packaging.Contents(
     name=folder.path.resolve().name,
     tokenizer=tokenizer if tokenizer.is_file() else None,
     logs=logs,
     score=results.get("ttt") or results.get("artifact"),
   )
-  print(packaging.table(packaging.build(out, folder.artifact.read_bytes(), contents)))
-  plain = results.get("artifact", {}).get("bpb")
-  rescored = packaging.verify(out, data, expected_bpb=plain)
-  print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")
-  if ttt:
-    expected = results.get("ttt", {}).get("bpb")
-    rescored = packaging.verify(out, data, expected_bpb=expected, ttt=True)
-    print(f"with test-time training: {rescored['bpb']:.5f} bits per byte")
+
+  def verify(built: Path) -> None:
+    rescored = packaging.verify(built, data, expected_bpb=results.get("artifact", {}).get("bpb"))
+    print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")
+    if ttt:
+      rescored = packaging.verify(built, data, expected_bpb=results.get("ttt", {}).get("bpb"), ttt=True)
+      print(f"with test-time training: {rescored['bpb']:.5f} bits per byte")
+
+  print(packaging.table(packaging.build(out, folder.artifact.read_bytes(), contents, verify=verify)))
   print(f"{out}: complete")
 
 

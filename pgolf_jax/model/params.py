@@ -5,7 +5,9 @@ Letters: see model/__init__.py.
 """
 
 import functools
+import hashlib
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -120,3 +122,11 @@ def check(config: ModelConfig, params: dict[str, jax.Array | np.ndarray], where:
   for name, shape in wanted.items():
     if tuple(params[name].shape) != shape:
       raise UserError(f"{where}: {name} has the shape {tuple(params[name].shape)}, but the config gives {shape}.")
+
+
+def content_hash(params: Mapping[str, np.ndarray]) -> str:
+  """Returns the SHA-256 of names and float32 values."""
+  sha256 = hashlib.sha256()
+  for name in sorted(params):
+    sha256.update(name.encode() + np.asarray(params[name], np.float32).tobytes())
+  return sha256.hexdigest()

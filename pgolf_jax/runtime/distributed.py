@@ -6,10 +6,8 @@ out the writing of checkpoints by itself.
 
 import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -171,29 +169,3 @@ def shardings(mesh: Mesh, specs):
 def place(mesh: Mesh, x: np.ndarray, spec: P) -> jax.Array:
   """A host array on the mesh; every process holds the whole of it and places its own part."""
   return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
-
-
-@contextlib.contextmanager
-def postponed_signals() -> Iterator[Callable[[], int]]:
-  """Postpones SIGTERM and SIGINT to moments when the block asks for them; the second one interrupts at once.
-
-  Gives a function that returns the number of the signal that this process has had, or 0. Processes agree on it by
-  `leaders`, so that all save and stop at the same step.
-  """
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda: 0  # only the main thread may handle signals
-    return
-  arrived: list[int] = []
-
-  def postpone(signum: int, frame) -> None:
-    if arrived:
-      raise KeyboardInterrupt
-    arrived.append(signum)
-    log.log.info("%s: saving, then stopping; once more stops at once", signal.Signals(signum).name)
-
-  handlers = {signum: signal.signal(signum, postpone) for signum in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield lambda: arrived[0] if arrived else 0
-  finally:
-    for signum, handler in handlers.items():
-      signal.signal(signum, handler)

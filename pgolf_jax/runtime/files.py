@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,6 +53,14 @@ def remove_partials(folder: Path) -> None:
     partial.unlink()
 
 
+def remove(path: Path) -> None:
+  """Deletes a file, or a folder with what is in it, if there is one."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
   """Writes `data` as the whole file."""
   with replacing(path) as partial:
@@ -65,6 +75,57 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
   """Writes a JSON value as the whole file, indented."""
   write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+class Damaged(UserError):
+  """A file is not what was written."""
+
+
+def seal(values: Mapping) -> dict:
+  """Returns JSON values with their own SHA-256 beside them."""
+  return {**values, _SEAL: json_hash(values)}
+
+
+def read_sealed(path: Path) -> dict:
+  """Returns the values of a file that holds what `seal` gave.
+
+  Raises:
+    Damaged: there is no such file, or it is not what was written.
+  """
+  try:
+    values = read_json(path)
+  except UserError as error:
+    raise Damaged(str(error)) from error
+  if not is_sealed(values):
+    raise Damaged(f"{path} is damaged: its checksum differs.")
+  return unsealed(values)
+
+
+def is_sealed(values: Mapping) -> bool:
+  """Returns whether JSON values are those that `seal` gave."""
+  return seal(unsealed(values)) == values
+
+
+def unsealed(values: Mapping) -> dict:
+  """Returns the values that `seal` was given."""
+  return {name: value for name, value in values.items() if name != _SEAL}
+
+
+_SEAL = "sha256"
+
+
+def json_hash(value: object) -> str:
+  """Returns the SHA-256 of a JSON value."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str | None:
+  """Returns the SHA-256 of a file; None if it is no file or cannot be read."""
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError:
+    return None
 
 
 def write_json_lines(path: Path, lines: Iterable[object]) -> None:
@@ -179,6 +240,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial)
 
 
+def write_npy(path: Path, array: np.ndarray) -> None:
+  """Writes an array as a whole .npy file."""
+  with replacing(path) as partial, partial.open("wb") as file:
+    np.save(file, array)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
   """Holds the folder's lock during the block; of several processes on one run the leader holds it for all.
@@ -192,24 +259,62 @@ def locked(folder: Path) -> Iterator[None]:
   if fcntl is None or not distributed.is_leader():
     yield
     return
+  folder.mkdir(parents=True, exist_ok=True)
   path = folder / ".lock"
+  if path.is_dir():
+    remove(path)
   with path.open("a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise UserError(f"{folder} is in use by {_holder(path)}; wait until it ends, or choose another folder.") from None
+      raise UserError(
+        f"{folder} is in use by {_named(_holder(path))}; wait until it ends, or choose another folder."
+      ) from None
+    except OSError:
+      _refuse_holder(path)
     file.truncate(0)
     now = datetime.datetime.now(datetime.UTC)
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": now.isoformat(timespec="seconds")}, file)
-    file.flush()
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": now.isoformat(timespec="seconds")}
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, only its message is poorer
+      file.write(json.dumps(holder))
+      file.flush()
     yield
     # The file stays, empty: to remove it would let a process that has it open hold a lock that others do not see.
     file.truncate(0)
 
 
-def _holder(path: Path) -> str:
+def _refuse_holder(path: Path) -> None:
+  """Where the file system knows no locks, the file alone says who has the folder; a dead process of this host has not.
+
+  Raises:
+    UserError: another process has it, or may have it.
+  """
+  holder = _holder(path)
+  if holder is None or (holder["host"] == socket.gethostname() and not _is_alive(holder["pid"])):
+    return
+  raise UserError(
+    f"{path.parent} is in use by {_named(holder)}; wait until it ends, or delete {path} if that process is gone."
+  )
+
+
+def _is_alive(pid: int) -> bool:
   try:
-    holder = json.loads(path.read_text(encoding="utf-8"))
-    return f"process {holder['pid']} on {holder['host']} since {holder['time']}"
-  except (OSError, ValueError, KeyError, TypeError):
-    return "another process"
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return pid != os.getpid()
+
+
+def _holder(path: Path) -> dict | None:
+  """Returns what a lock file says: host, pid and time."""
+  try:
+    holder = read_json(path)
+    return {"host": str(holder["host"]), "pid": int(holder["pid"]), "time": str(holder["time"])}
+  except (UserError, KeyError, TypeError, ValueError):
+    return None
+
+
+def _named(holder: dict | None) -> str:
+  return "another process" if holder is None else "process {pid} on {host} since {time}".format_map(holder)

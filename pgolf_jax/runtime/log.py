@@ -22,13 +22,33 @@ def log_to(path: Path) -> None:
   if jax.process_index() != 0:
     log.handlers = [logging.NullHandler()]
     return
-  to_file = logging.FileHandler(path, encoding="utf-8")
+  to_terminal = logging.StreamHandler(sys.stdout)
+  to_terminal.setFormatter(logging.Formatter("%(message)s"))
+  log.handlers = [to_terminal]
+  try:
+    to_file = _LogFile(path, encoding="utf-8")
+  except OSError as error:
+    log.warning("%s cannot be written (%s); what is said goes to the terminal alone.", path, error.strerror)
+    return
   formatter = logging.Formatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
   formatter.converter = time.gmtime
   to_file.setFormatter(formatter)
-  to_terminal = logging.StreamHandler(sys.stdout)
-  to_terminal.setFormatter(logging.Formatter("%(message)s"))
   log.handlers = [to_file, to_terminal]
+
+
+class _LogFile(logging.FileHandler):
+  """A log file; once a line cannot be written it writes no more, and says so once."""
+
+  def handleError(self, record: logging.LogRecord) -> None:
+    error = sys.exc_info()[1]
+    if not isinstance(error, OSError):
+      super().handleError(record)
+      return
+    log.handlers = [handler for handler in log.handlers if handler is not self]
+    self.stream = None  # closing it would write again
+    log.warning(
+      "%s cannot be written (%s); what is said goes to the terminal alone.", self.baseFilename, error.strerror
+    )
 
 
 _APPEAR_AFTER = 2.0  # seconds; shorter work shows nothing

@@ -1,35 +1,33 @@
 """The scores of an evaluation, their identity and trace, and the folder from which a killed evaluation goes on.
 
-identity.json       what is scored with what; another evaluation is refused
-nll.npy             nats of every target, tilted; NaN before it is scored
-model_nll.npy       the same before the tilt
-hint_nll.npy        nats of the token hinted at, before the tilt; means nothing where no hint was given
-times.npy           how often each target was scored
-trace.jsonl         one event a line: which state scored which document
-progress.json       batches finished, clocks, events of the trace, adapter sets
-state-….safetensors adapters that the next batch goes on with, rows in the order of a batch's documents
-weights-….safetensors  model weights after the last global phase
-documents.jsonl     one line a document, when all are scored
+nll.npy          nats of every target, tilted; NaN where it was not to be scored
+model_nll.npy    the same before the tilt
+hint_nll.npy     nats of the token hinted at, before the tilt; means nothing where no hint was given
+times.npy        how often each target was scored
+trace.jsonl      one event a line: which state scored which document
+documents.jsonl  one line a document
+
+These are there when all is scored; until then the scores lie in the saves of `scoring.store`.
 """
 
 import dataclasses
 import graphlib
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import UserError
+from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.runtime.files import read_json_lines, write_arrays, write_json, write_json_lines
+from pgolf_jax.runtime.files import read_json_lines, write_json_lines
 from pgolf_jax.scoring.documents import Batch, Document
 from pgolf_jax.scoring.plain import Score
+from pgolf_jax.scoring.store import Store
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import to_dict
 
@@ -203,9 +201,6 @@ def identify(settings: Settings, params: Params, data: ValidationData, world: in
     world: ranks that share out the rows of a global phase; they change the result where there is a phase.
     is_drawn: whether A of new adapters comes from the seed.
   """
-  weights = hashlib.sha256()
-  for name in sorted(params):
-    weights.update(name.encode() + np.asarray(params[name], np.float32).tobytes())
   plain = to_dict(settings)
   return {
     "settings": {
@@ -215,7 +210,7 @@ def identify(settings: Settings, params: Params, data: ValidationData, world: in
       "eval": {name: plain["eval"][name] for name in ("seq_len", "doc_fraction")},
       "seed": plain["seed"],
     },
-    "weights": weights.hexdigest(),
+    "weights": parameters.content_hash(params),
     "tokens": _hash(data.tokens),
     "sidecar": _hash(data.token_bytes),
     "dtype": settings.train.compute_dtype,
@@ -250,9 +245,10 @@ class EvaluationProgress:
 
 
 class Record:
-  """Scores in memory, or in a folder if one is given.
+  """Scores in memory, and in a folder if one is given.
 
   Args:
+    folder: of a `Store`.
     data: the stream that is scored.
     identity: JSON values, see `identify`; a folder made with others is refused. Not needed without a folder.
     writes: whether this process writes; of several processes one does.
@@ -262,56 +258,35 @@ class Record:
     is_resumed: whether the folder holds a save.
 
   Raises:
-    UserError: the folder holds another evaluation.
+    OtherEvaluation: the folder holds another evaluation.
   """
 
   def __init__(self, folder: Path | None, data: ValidationData, identity: dict | None, *, writes: bool = True):
     self.folder, self._data = folder, data
     self._writes = writes and folder is not None
-    self._state_file: str | None = None
+    self._store = None if folder is None else Store(folder, identity, writes=writes)
     self.progress = EvaluationProgress()
-    if folder is not None:
-      folder.mkdir(parents=True, exist_ok=True)
-      self._check(identity)
-      self._read_progress()
-    self.is_resumed = self._state_file is not None
     targets = len(data.tokens) - 1
-    self.nll_N = self._array("nll.npy", targets, np.float32, np.nan)
-    self.model_nll_N = self._array("model_nll.npy", targets, np.float32, np.nan)
-    self.hint_nll_N = self._array("hint_nll.npy", targets, np.float32, np.nan)
-    self.times_N = self._array("times.npy", targets, np.uint8, 0)
+    self.nll_N, self.model_nll_N, self.hint_nll_N = (np.full(targets, np.nan, np.float32) for _ in range(3))
+    self.times_N = np.zeros(targets, np.uint8)
     self.distributions: dict[int, np.ndarray] = {}
-    self._running = total(self.nll_N, data)
-
-  def _check(self, identity: dict) -> None:
-    path = self.folder / "identity.json"
-    identity = json.loads(json.dumps(identity))
-    if path.exists():
-      other = json.loads(path.read_text(encoding="utf-8"))
-      if other != identity:
-        differs = next(k for k in {**other, **identity} if other.get(k) != identity.get(k))
-        raise UserError(
-          f"{self.folder} holds another evaluation ({differs} differs); give another folder, or delete that one."
-        )
-    elif self._writes:
-      write_json(path, identity)
-
-  def _read_progress(self) -> None:
-    path = self.folder / "progress.json"
-    if path.exists():
-      values = json.loads(path.read_text(encoding="utf-8"))
-      self._state_file = values.pop("state")
-      self.progress = EvaluationProgress(**{**values, "events": [from_json(event) for event in values["events"]]})
-
-  def _array(self, name: str, size: int, dtype, fill) -> np.ndarray:
+    self._running = Score(0.0, 0, 0)
+    self._entered: list[tuple[np.ndarray, ...]] = []  # since the last save
+    self.is_resumed = folder is not None and self._store.progress is not None
     if self.is_resumed:
-      path = self.folder / name
-      return np.lib.format.open_memmap(path, mode="r+") if self._writes else np.load(path)
-    if not self._writes:
-      return np.full(size, fill, dtype)
-    array = np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=dtype, shape=(size,))
-    array[:] = fill
-    return array
+      self._restore()
+
+  def _restore(self) -> None:
+    values = self._store.progress
+    self.progress = EvaluationProgress(**{**values, "events": [from_json(event) for event in values["events"]]})
+    for part in self._store.scores():
+      if "times" in part:
+        self.nll_N[:], self.model_nll_N[:], self.hint_nll_N[:] = (part[n] for n in ("nll", "model_nll", "hint_nll"))
+        self.times_N[:] = part["times"]
+        self._running = total(self.nll_N, self._data)
+      else:
+        self.enter(*(part[name] for name in _PART))
+    self._entered = []
 
   def enter(self, target_M: np.ndarray, model_nll_M: np.ndarray, hint_nll_M: np.ndarray, nll_M: np.ndarray) -> None:
     """Enters the losses of these targets, as in `Evaluation`."""
@@ -320,55 +295,52 @@ class Record:
     nats = self._running.nats + float(nll_M.sum(dtype=np.float64))
     text_bytes = self._running.text_bytes + int(self._data.token_bytes[target_M + 1].sum(dtype=np.int64))
     self._running = Score(nats, self._running.targets + len(target_M), text_bytes)
+    if self._writes:
+      self._entered.append((target_M, model_nll_M, hint_nll_M, nll_M))
 
   @property
   def running_bpb(self) -> float:
     """Bits per byte of what is scored so far."""
     return self._running.nats / math.log(2) / max(self._running.text_bytes, 1)
 
-  def forget(self, documents: Sequence[Document]) -> None:
-    """Unscores documents that a killed evaluation had scored after its last save."""
-    for document in documents:
-      targets = document.target_slice
-      self.nll_N[targets] = self.model_nll_N[targets] = self.hint_nll_N[targets] = np.nan
-      self.times_N[targets] = 0
-    self._running = total(self.nll_N, self._data)
-
   def save(self, progress: EvaluationProgress, arrays: dict[str, np.ndarray]) -> None:
     """Makes everything scored so far, and the state after it, what a restart goes on from."""
     if not self._writes:
       return
-    for array in (self.nll_N, self.model_nll_N, self.hint_nll_N, self.times_N):
-      array.flush()
-    name = f"state-{progress.batches}.safetensors"
-    write_arrays(self.folder / name, arrays)
+    part = {}
+    if self._entered:
+      part = {
+        name: np.concatenate(column) for name, column in zip(_PART, zip(*self._entered, strict=True), strict=True)
+      }
     values = {**dataclasses.asdict(progress), "events": [to_json(event) for event in progress.events]}
-    write_json(self.folder / "progress.json", {**values, "state": name})
-    if self._state_file not in (None, name):
-      (self.folder / self._state_file).unlink(missing_ok=True)
-    self._state_file = name
+    self._store.save(values, part, arrays)
+    self._entered = []
 
   def arrays(self) -> dict[str, np.ndarray]:
     """Returns the arrays of the last save."""
-    return load_file(self.folder / self._state_file)
+    return self._store.state()
 
   def save_weights(self, version: int, params: Params) -> None:
-    """Writes the model weights that a global phase has made; those of the version before stay, for the last save."""
+    """Writes the model weights that a global phase has made."""
     if self._writes:
-      arrays = {name: np.asarray(value) for name, value in params.items()}
-      write_arrays(self.folder / f"weights-{version}.safetensors", arrays)
-      (self.folder / f"weights-{version - 2}.safetensors").unlink(missing_ok=True)
+      self._store.save_weights(version, {name: np.asarray(value) for name, value in params.items()})
 
   def weights(self, version: int) -> dict[str, np.ndarray]:
     """Returns the model weights of a version."""
-    return load_file(self.folder / f"weights-{version}.safetensors")
+    return self._store.weights(version)
 
   def write_results(self, batches: Sequence[Batch], result: Evaluation) -> None:
-    """Writes the trace and one line a document, in the order of scoring."""
+    """Writes the scores, the trace, and one line a document, in the order of scoring."""
     if self._writes:
+      arrays = {"nll": self.nll_N, "model_nll": self.model_nll_N, "hint_nll": self.hint_nll_N, "times": self.times_N}
+      self._store.finish(arrays)
       lines = [_document_line(batch, document, result, self._data) for batch in batches for document in batch.documents]
       write_json_lines(self.folder / "documents.jsonl", lines)
       write_json_lines(self.folder / "trace.jsonl", map(to_json, result.trace))
+
+
+_PART = ("target", "model_nll", "hint_nll", "nll")
+"""Arrays of a saved part, in the order of `Record.enter`."""
 
 
 def total(nll_N: np.ndarray, data: ValidationData) -> Score:
@@ -391,3 +363,31 @@ def _document_line(batch: Batch, document: Document, result: Evaluation, data: V
     "nats_untilted": float(result.model_nll_N[targets].sum(dtype=np.float64)),
     "hints": int(result.gate_N[targets].sum()),
   }
+
+
+class Scores(NamedTuple):
+  """The scores of an evaluation, one entry a target in the stream's order; see `Evaluation`."""
+
+  nll_N: np.ndarray
+  model_nll_N: np.ndarray
+  hint_nll_N: np.ndarray
+  times_N: np.ndarray
+
+
+def read_scores(folder: Path, targets: int) -> Scores:
+  """Returns the scores that an evaluation left in a folder.
+
+  Raises:
+    UserError: a file is missing, or is not an array of that many numbers.
+  """
+  arrays = []
+  for name in ("nll", "model_nll", "hint_nll", "times"):
+    path = folder / f"{name}.npy"
+    try:
+      array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise UserError(f"{path} cannot be read ({error}); score the run again.") from None
+    if array.shape != (targets,) or array.dtype not in (np.float32, np.uint8):
+      raise UserError(f"{path} has shape {array.shape} of {array.dtype} for {targets} targets; score the run again.")
+    arrays.append(array)
+  return Scores(*arrays)

@@ -16,16 +16,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
 from pgolf_jax.quantize.artifact.reader import describe, split
-from pgolf_jax.runtime.files import write_bytes, write_json, write_text
+from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
 
+_MARKS = ("submission.json", "artifact.pgolf", "evaluate.py")  # a folder with one of them is a submission
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
 
 
@@ -96,18 +97,42 @@ def table(account: Account) -> str:
   return "\n".join(f"{name:<{width}} {size:>14}" for name, size in rows)
 
 
-def build(folder: Path, data: bytes, contents: Contents) -> Account:
+def build(
+  folder: Path, data: bytes, contents: Contents, *, verify: Callable[[Path], None] = lambda built: None
+) -> Account:
   """Writes the submission folder and returns its account.
 
+  It is built beside its place, which it takes once it is whole; a submission that is there already stays until then.
+
   Args:
-    folder: must be empty or not exist.
+    folder: must be empty, hold a submission, or not exist.
     data: the artifact.
+    verify: called with the folder that was built; what it raises leaves everything as it was.
 
   Raises:
-    UserError: it is over the budget, or the folder is not empty.
+    UserError: it is over the budget, or the folder holds something else.
   """
-  if folder.exists() and any(folder.iterdir()):
+  beside, before = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "before"))
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file; choose another folder with --out, or remove it.")
+  if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in _MARKS):
     raise UserError(f"{folder} is not empty; choose another folder with --out, or remove it.")
+  remove(beside)
+  try:
+    account = _fill(beside, data, contents)
+    verify(beside)
+  except BaseException:
+    remove(beside)
+    raise
+  remove(before)
+  if folder.exists():
+    folder.rename(before)
+  beside.rename(folder)
+  remove(before)
+  return account
+
+
+def _fill(folder: Path, data: bytes, contents: Contents) -> Account:
   config, code = read(data).config, bundle.code()
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0

@@ -5,7 +5,9 @@ the schedule's memory. Randomness needs no state of its own: after initialisatio
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -16,7 +18,10 @@ import orbax.checkpoint as ocp
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import BANKS, Params
+from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import replicated
+from pgolf_jax.runtime.files import Damaged, is_sealed, remove, seal
+from pgolf_jax.runtime.log import log
 from pgolf_jax.training.optimizer import MuonState, pad_stack
 from pgolf_jax.training.step import TrainState, TrainStep
 
@@ -35,7 +40,11 @@ class Checkpoints:
   def __init__(self, folder: Path, step: TrainStep, *, newest: int = 2):
     # A checkpoint appears under its name by one rename; what a kill left half-written is removed on opening.
     options = ocp.CheckpointManagerOptions(max_to_keep=newest, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+    self._folder = Path(folder).absolute()
+    with distributed.leader_first("checkpoints"):
+      if distributed.is_leader():
+        self._set_strangers_aside()
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
     self._step = step
     shapes, devices = parameters.shapes(step.settings.model), step.mesh.size
     self._lengths = {name: shapes[name][0] for name in BANKS}
@@ -74,6 +83,10 @@ class Checkpoints:
     """Returns the steps done at the newest whole checkpoint."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Returns the steps done at each checkpoint that is kept, in order."""
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, state: TrainState, progress: dict) -> None:
     """Begins to write; returns once the state has been copied to the host."""
     # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.
@@ -82,15 +95,52 @@ class Checkpoints:
       params=ocp.args.StandardSave(whole.params),
       average=ocp.args.StandardSave(whole.average),
       optimizer=ocp.args.StandardSave(whole.opt_state),
-      progress=ocp.args.JsonSave(progress),
+      progress=ocp.args.JsonSave(seal(progress | {_ARRAYS: _hashes(whole)})),
     )
     self._manager.save(step, args=items, force=True)
+
+  def restore_newest(self) -> tuple[int, TrainState, dict] | None:
+    """Returns (steps done, state, progress) of the newest checkpoint that is as it was written; None if none is.
+
+    Damaged ones are set aside, so that training can write them again.
+
+    Raises:
+      UserError: the checkpoint does not fit the settings.
+    """
+    for step in reversed(self.steps()):
+      try:
+        return step, *self.restore(step)
+      except Damaged as damage:
+        earlier = [other for other in self.steps() if other < step]
+        goes_on = f"after step {earlier[-1]}" if earlier else "from the start"
+        log.warning("%s Training goes on %s.", damage, goes_on)
+      with distributed.leader_first("checkpoint set aside"):
+        if distributed.is_leader():
+          self._set_aside(self._folder / str(step))
+      self._manager.reload()
+    return None
+
+  def _set_strangers_aside(self) -> None:
+    """Takes out of the way what is no folder where there should be one; Orbax would stop there."""
+    if self._folder.exists() and not self._folder.is_dir():
+      self._set_aside(self._folder)
+    if self._folder.is_dir():
+      for path in self._folder.iterdir():
+        if not path.is_dir():
+          self._set_aside(path)
+
+  def _set_aside(self, path: Path) -> None:
+    aside = self._folder.parent / "damaged" / path.name
+    remove(aside)
+    aside.parent.mkdir(exist_ok=True)
+    path.rename(aside)
 
   def restore(self, step: int) -> tuple[TrainState, dict]:
     """Returns the state and the progress after `step` steps.
 
     Raises:
-      UserError: the checkpoint does not fit the settings.
+      Damaged: it is not what was written.
+      UserError: it does not fit the settings.
     """
     items = ocp.args.Composite(
       params=ocp.args.StandardRestore(self._abstract.params),
@@ -98,18 +148,70 @@ class Checkpoints:
       optimizer=ocp.args.StandardRestore(self._abstract.opt_state),
       progress=ocp.args.JsonRestore(),
     )
+    progress = self._progress(step)
+    restored = self._read(step, items)
+    state = TrainState(restored.params, restored.optimizer, restored.average)
+    self._verify(step, state, progress)
+    return self._pad(state), progress
+
+  def _progress(self, step: int) -> dict:
+    """Returns what was saved beside the state, if it says so itself."""
+    progress = self._read(step, ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+    if not isinstance(progress, dict) or not is_sealed(progress):
+      raise Damaged(f"The checkpoint of step {step} is damaged: its progress is not what was written.")
+    shapes = {name: list(x.shape) for name, x in _named(self._abstract)}
+    if (saved := {name: shape for name, (shape, _) in progress[_ARRAYS].items()}) != shapes:
+      name = next(name for name in {**saved, **shapes} if saved.get(name) != shapes.get(name))
+      raise UserError(
+        f"The checkpoint of step {step} does not fit this run: {name} has the shape {saved.get(name)} there, "
+        f"{shapes.get(name)} here."
+      )
+    return progress
+
+  def _read(self, step: int, items: ocp.args.Composite):
     try:
-      restored = self._manager.restore(step, args=items)
-    except (ValueError, KeyError, FileNotFoundError) as e:
-      raise UserError(f"The checkpoint of step {step} does not fit this run: {str(e).splitlines()[0]}") from e
-    return self._pad(TrainState(restored.params, restored.optimizer, restored.average)), restored.progress
+      return self._manager.restore(step, args=items)
+    except Exception as error:  # what a damaged file makes Orbax raise is any of a dozen types
+      message = (str(error) or type(error).__name__).splitlines()[0]
+      raise Damaged(f"The checkpoint of step {step} is damaged: {message[:200]}.") from error
+
+  def _verify(self, step: int, tree, progress: dict) -> None:
+    """Compares arrays with their hashes of when they were saved."""
+    for name, (_, sha256) in _hashes(tree).items():
+      if progress[_ARRAYS][name][1] != sha256:
+        raise Damaged(f"The checkpoint of step {step} is damaged: {name} is not what was written.")
 
   def restore_average(self, step: int) -> Params:
-    """Returns the averaged weights alone."""
+    """Returns the averaged weights alone.
+
+    Raises:
+      Damaged: they are not what was written.
+    """
+    progress = self._progress(step)
     items = ocp.args.Composite(average=ocp.args.StandardRestore(self._abstract.average))
-    return self._manager.restore(step, args=items).average
+    average = self._read(step, items).average
+    self._verify(step, TrainState(None, None, average), progress)
+    return average
 
   def close(self) -> None:
     """Waits until everything is written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self._manager.wait_until_finished()
+    finally:
+      self._manager.close()
+
+
+_ARRAYS = "arrays"
+
+
+def _named(tree) -> list[tuple[str, np.ndarray]]:
+  """Returns (path, array) of every array of a tree."""
+  return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _hashes(tree) -> dict[str, list]:
+  """Returns path → [shape, SHA-256 of the values] of every array of a tree; several are hashed at once."""
+  named = _named(tree)
+  with ThreadPoolExecutor() as pool:
+    sums = pool.map(lambda item: hashlib.sha256(np.ascontiguousarray(item[1]).view(np.uint8).data).hexdigest(), named)
+    return {name: [list(x.shape), sha256] for (name, x), sha256 in zip(named, sums, strict=True)}

@@ -25,11 +25,12 @@ from pgolf_jax.data.loader import Loader
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.run_folder import MetricsWriter, RunFolder
-from pgolf_jax.runtime import distributed
+from pgolf_jax.run_folder import MetricsWriter, RunFolder, made_from
+from pgolf_jax.runtime import distributed, signals
 from pgolf_jax.runtime.clock import Clock
 from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.runtime.log import Progress, log, progress
+from pgolf_jax.settings.load import differences, from_dict, to_dict
 from pgolf_jax.training import Schedule, StepPlan
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep, chosen
@@ -76,6 +77,7 @@ class Trainer:
     self.loader = Loader(data_folder, world_size=self._world, row_tokens=self._row_tokens, bos_id=settings.model.bos_id)
     self.schedule = Schedule(settings)
     self.clock = Clock()
+    self._shards = {k: v for k, v in made_from(run, "train", data_folder).items() if k.startswith("fineweb_train")}
     if initial is None:
       initial = jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed))
     self._initial = initial
@@ -100,18 +102,18 @@ class Trainer:
       log.info("implementation of %s: %s", operation, choice)
     with (
       contextlib.closing(Checkpoints(self.run.checkpoints, self.step)) as checkpoints,
-      distributed.postponed_signals() as self._arrived,
+      signals.postponed_signals() as self._arrived,
     ):
       checkpoints.warm_up()
-      first, state = self._resume(checkpoints, state)
+      first, state, lines = self._resume(checkpoints, state)
       metrics = MetricsWriter(
-        self.run.metrics, self.run.path / "tensorboard", first_step=first, writes=distributed.is_leader()
+        self.run.metrics, self.run.path / "tensorboard", lines, first_step=first, writes=distributed.is_leader()
       )
       before_clock = time.perf_counter() - began
       with contextlib.closing(metrics):
         steps, state = self._loop(programs, first, state, checkpoints, metrics)
       if checkpoints.latest() != steps:
-        checkpoints.save(steps, state, self._progress())
+        checkpoints.save(steps, state, self._progress(metrics))
       _, signum = self.clock.agreed_with(self._arrived())
     if signum:
       raise Stopped(signum, f"step {steps}")
@@ -123,6 +125,7 @@ class Trainer:
       "tokens": steps * t.batch_tokens,
       "tokens_per_second": steps * t.batch_tokens / max(self.clock.seconds, 1e-9),
       "parameters": count,
+      "weights": parameters.content_hash(state.average),
       "devices": self.mesh.size,
       "compile_and_warm_up_seconds": before_clock,
       "recompilations_in_clock": self.clock.compilations,
@@ -153,21 +156,38 @@ class Trainer:
       warm_modes.add(looping)
     jax.block_until_ready(metrics)
 
-  def _resume(self, checkpoints: Checkpoints, state: TrainState) -> tuple[int, TrainState]:
-    """Returns (steps done, state) of the newest checkpoint, or (0, `state`) where there is none."""
-    latest = checkpoints.latest()
-    if latest is None:
-      return 0, state
-    state, saved = checkpoints.restore(latest)
+  def _resume(self, checkpoints: Checkpoints, state: TrainState) -> tuple[int, TrainState, list[dict]]:
+    """Returns (steps done, state, their metrics) of the newest whole checkpoint, or (0, `state`, none) if none is."""
+    newest = checkpoints.restore_newest()
+    if newest is None:
+      return 0, state, []
+    latest, state, saved = newest
+    changed = differences(from_dict(saved["settings"], where="the checkpoint's settings"), self.settings)
+    for name, (old, new) in changed.items():
+      if name not in ("train.stop_step", "data.path", "data.tokenizer"):
+        raise UserError(f"{self.run.path}: the steps so far were trained with {name}={old}, now it is {new}.")
+    read = saved["shards"]
+    if changed := [name for name in {**read, **self._shards} if read.get(name) != self._shards.get(name)]:
+      raise UserError(
+        f"{self.run.path}: the steps so far read another {changed[0]} than the data folder has now; "
+        "put that one back, or train in another folder with --out."
+      )
     self.clock = Clock(saved["elapsed"])
     self.loader.restore(saved["loader"])
     self.schedule.restore(saved["schedule"])
     log.info("train: continuing after step %d, %.1f s into the clock", latest, self.clock.seconds)
-    return latest, state
+    return latest, state, saved["metrics"]
 
-  def _progress(self) -> dict:
+  def _progress(self, writer: MetricsWriter) -> dict:
     """Returns what a checkpoint keeps beside the state."""
-    return {"elapsed": self.clock.agreed(), "loader": self.loader.state(), "schedule": self.schedule.state()}
+    state = {
+      "metrics": writer.lines,
+      "loader": self.loader.state(),
+      "schedule": self.schedule.state(),
+      "settings": to_dict(self.settings),
+      "shards": self._shards,
+    }
+    return {"elapsed": self.clock.agreed(), **state}
 
   def _loop(
     self, programs: Programs, step: int, state: TrainState, checkpoints: Checkpoints, writer: MetricsWriter
@@ -203,7 +223,7 @@ class Trainer:
         if is_due or (t.checkpoint_every_steps and step % t.checkpoint_every_steps == 0):
           self._report(running, writer, bar)
           running = None
-          checkpoints.save(step, state, self._progress())
+          checkpoints.save(step, state, self._progress(writer))
           saved = elapsed
         if self._validate is not None and t.val_loss_every and step % t.val_loss_every == 0:
           jax.block_until_ready(state)

@@ -1,3 +1,4 @@
+import errno
 import re
 import signal
 
@@ -45,6 +46,27 @@ def test_a_stop_by_a_signal_has_the_exit_status_of_the_signal(signum, status, mo
   monkeypatch.setattr(stages, "run", stop)
   assert main(["run", "configs/demo.toml"]) == status
   assert f"stopped by {signum.name} after step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, "No space left on device", "runs/demo/artifact.pgolf"),
+    OSError(errno.EFBIG, "File too large"),
+    ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device"),
+  ],
+)
+def test_a_full_disk_is_one_sentence_whoever_reports_it(error, monkeypatch, capsys):
+  def stop(*_):
+    try:
+      raise error
+    except Exception as cause:
+      raise RuntimeError("a checkpoint could not be written") from cause
+
+  monkeypatch.setattr(stages, "run", stop)
+  assert main(["run", "configs/demo.toml"]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith("pgolf: no room on the disk") and said.count("\n") == 1 and "same command continues" in said
 
 
 def test_an_environment_variable_that_looks_like_a_setting_is_refused(monkeypatch, capsys):

@@ -72,8 +72,8 @@ def test_without_tokenizer_and_manifest_the_other_checks_are_made(folder):
   (folder / TOKENIZER).unlink()
   (folder / MANIFEST).unlink()
   checks = {check.name: check.passed for check in verify(folder)}
-  assert [checks[name] for name in ("shards", "documents", "overlap")] == [True] * 3
-  assert [checks[name] for name in ("token range", "text", "manifest")] == [None] * 3
+  assert [checks[name] for name in ("shards", "documents")] == [True] * 2
+  assert [checks[name] for name in ("token range", "sidecar", "text", "overlap", "manifest")] == [None] * 5
 
 
 def test_plain_data_may_go_without_a_sidecar(tmp_path, train_other):

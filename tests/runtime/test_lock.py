@@ -1,17 +1,21 @@
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime import files
 from pgolf_jax.runtime.files import locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
+from pgolf_jax.runtime import files
 from pgolf_jax.runtime.files import locked
 with locked(Path(sys.argv[1])):
   print("locked", flush=True)
@@ -47,3 +51,39 @@ def test_a_torn_lock_file_still_refuses(tmp_path, holder):
   (tmp_path / ".lock").write_text('{"pid"')
   with pytest.raises(UserError, match="another process"), locked(tmp_path):
     pass
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+  """A file system that knows no locks."""
+
+  def flock(file, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(files.fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize(
+  "host, pid, is_free",
+  [("here", "dead", True), ("here", "alive", False), ("elsewhere", "dead", False), ("", "", True)],
+)
+def test_where_the_file_system_has_no_locks_the_file_says_who_has_the_folder(
+  tmp_path, without_locks, holder, host, pid, is_free
+):
+  if pid == "dead":
+    holder.kill()
+    holder.wait()
+  owner = {"host": socket.gethostname() if host == "here" else host, "pid": holder.pid, "time": "2026-01-01"}
+  (tmp_path / ".lock").write_text(json.dumps(owner) if host else "")
+  if is_free:
+    with locked(tmp_path):
+      pass
+  else:
+    with pytest.raises(UserError, match=f"process {holder.pid} on .* since 2026-01-01.*delete"), locked(tmp_path):
+      pass
+
+
+def test_a_folder_in_the_place_of_the_lock_is_no_lock(tmp_path):
+  (tmp_path / ".lock").mkdir()
+  with locked(tmp_path):
+    assert (tmp_path / ".lock").is_file()

@@ -1,5 +1,6 @@
 """From an artifact to a submission folder: bytes counted, refused where over, and scored from the folder alone."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -113,8 +114,40 @@ def test_folder_scores_from_itself_alone(artifact, data, scored, tmp_path):
   assert summary["bytes_total"] == shipped
   assert (folder / "logs" / "run.log").read_text() == "trained"
   assert f"{scored['bpb']:.5f} bits per byte, {shipped:,} of" in (folder / "README.md").read_text()
+
+
+@pytest.fixture
+def small_code(monkeypatch):
+  """Packing the code takes seconds, and is not looked at here."""
+  monkeypatch.setattr(bundle, "code", code)
+
+
+def test_a_submission_stays_until_the_new_one_is_whole(artifact, tmp_path, small_code):
+  folder, stored = tmp_path / "submission", artifact.read_bytes()
+  package.build(folder, stored, package.Contents("old"))
+  before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+  def refuse(built):
+    assert (built / "submission.json").is_file() and built != folder
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  with pytest.raises(OSError, match="No space"):
+    package.build(folder, stored, package.Contents("new"), verify=refuse)
+  assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+  (tmp_path / ".submission.partial").mkdir()  # of a process that was killed
+  (tmp_path / ".submission.before").mkdir()
+  package.build(folder, stored, package.Contents("new"))
+  assert json.loads((folder / "submission.json").read_text())["name"] == "new"
+  assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_of_something_else_is_left_alone(artifact, tmp_path, small_code):
+  (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(UserError, match="not empty"):
-    package.build(folder, stored, package.Contents("tiny"))
+    package.build(tmp_path, artifact.read_bytes(), package.Contents("tiny"))
+  with pytest.raises(UserError, match="is a file"):
+    package.build(tmp_path / "notes.txt", artifact.read_bytes(), package.Contents("tiny"))
+  assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_other_scores_and_damaged_folders_are_refused(data, tmp_path):

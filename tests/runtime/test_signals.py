@@ -1,0 +1,71 @@
+"""No signal is lost, wherever it comes."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pgolf_jax.runtime.signals import Ended, ending_signals, postponed_signals
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize("signum, status", SIGNALS)
+def test_a_signal_ends_the_block_with_its_status(signum, status):
+  handler = signal.getsignal(signum)
+  with pytest.raises(Ended) as ended, ending_signals():
+    signal.raise_signal(signum)
+  assert ended.value.status == status
+  assert signal.getsignal(signum) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_signal_that_a_library_swallows_comes_again():
+  with pytest.raises(Ended) as ended, ending_signals():
+    with contextlib.suppress(BaseException):  # as Python does while a finaliser runs
+      signal.raise_signal(signal.SIGTERM)
+    time.sleep(5)
+  assert ended.value.status == 143
+
+
+@pytest.mark.parametrize("signum, status", SIGNALS)
+def test_a_postponed_signal_that_nobody_asks_for_ends_the_program(signum, status):
+  with pytest.raises(Ended) as ended, ending_signals(), postponed_signals() as arrived:
+    assert arrived() == 0
+    signal.raise_signal(signum)
+  assert ended.value.status == status
+
+
+def test_a_postponed_signal_is_told_and_the_second_one_ends_at_once():
+  with ending_signals(), postponed_signals() as arrived:
+    signal.raise_signal(signal.SIGTERM)
+    assert arrived() == signal.SIGTERM
+  with pytest.raises(Ended), ending_signals(), postponed_signals():
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+
+
+PROGRAM = """
+import sys, time
+from pgolf_jax import cli
+def command():
+  "Waits."
+  print("ready", flush=True)
+  time.sleep(60)
+cli.commands = lambda verb: {"": command}
+sys.exit(cli.main(["package"]))
+"""
+
+
+@pytest.mark.parametrize("signum, status", SIGNALS)
+def test_a_verb_that_saves_nothing_ends_with_the_status_too(signum, status):
+  process = subprocess.Popen(
+    [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+  )
+  assert process.stdout.readline() == "ready\n"
+  process.send_signal(signum)
+  error = process.communicate(timeout=30)[1]
+  assert process.returncode == status and error.count("\n") == 1 and "the same command continues" in error
