@@ -30,7 +30,7 @@ import sentencepiece
 import zstandard
 from sentencepiece import sentencepiece_model_pb2
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "quantize"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from artifact_samples import sample_tensors, sealed, with_header
 
 from pgolf_jax.data.corpus import JsonLines, Position, open_corpus
