@@ -51,6 +51,10 @@ def plain_score(
 
 def _train(run: RunFolder, mesh: Mesh) -> dict:
   settings = run.settings
+  if settings.model.num_loops > 0 and settings.train.enable_looping_at >= 1:
+    log.info(
+      "training never loops (train.enable_looping_at=%g); every evaluation does", settings.train.enable_looping_at
+    )
 
   def validate(step: int, params: Params) -> None:
     score = plain_score(settings, params, mesh, f"scoring step {step}")

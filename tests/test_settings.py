@@ -212,7 +212,7 @@ def test_no_setting_is_infinite_or_no_number(number, tmp_path):
     ("seed = 1\n\nx = " + "{a=" * 50_000, "line 3: arrays or tables nested too deeply"),
     ("seed =\n", "line 1"),
     ("# text\nseed = " + "9" * 5000, "line 2: a number of hundreds of digits"),
-    ("seed = " + "9" * 400, "seed=9+ must lie in"),
+    ("seed = " + "9" * 400, "seed=9+… must lie in"),
     ("[model]\nrope_base = " + "9" * 400, "rope_base must be a number, not 9+…"),
     ("a" * 100_000 + " = 1", "unknown section or setting"),
     ("seed = [1]", "seed must be a whole number"),

@@ -13,10 +13,11 @@ words one after the other, and each word need be encoded only once.
 """
 
 import array
+import contextlib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -171,12 +172,21 @@ class Tokenizer:
 
     A lossless tokenizer differs from it in one thing: a literal ▁ becomes its three bytes.
     """
-    if self._words is not None:
-      text = coded if self._literal_space else self._sp.normalize(coded)
-      tokens_N = self._words.encode(text, " " if self._literal_space else SPACE)
-      if tokens_N is not None:
-        return tokens_N
-    return np.array(self._encode_text(coded), np.uint16)
+    with self._naming_faults():
+      if self._words is not None:
+        text = coded if self._literal_space else self._sp.normalize(coded)
+        tokens_N = self._words.encode(text, " " if self._literal_space else SPACE)
+        if tokens_N is not None:
+          return tokens_N
+      return np.array(self._encode_text(coded), np.uint16)
+
+  @contextlib.contextmanager
+  def _naming_faults(self) -> Iterator[None]:
+    """Makes a sentence of what the library raises on a model whose normalisation breaks characters apart."""
+    try:
+      yield
+    except (UnicodeError, RuntimeError) as error:
+      raise UserError(f"{self._name}: a damaged model, which breaks characters apart; use another") from error
 
   def decode(self, tokens_N: Sequence[int] | Integer[np.ndarray, "N"]) -> str:
     """Returns the coded text that `tokens_N` stand for; bos, eos and padding stand for nothing.
@@ -190,7 +200,8 @@ class Tokenizer:
       raise UserError(
         f"token {tokens_N[at]} at {at} lies outside the vocabulary of {self.vocab_size}; use the data's own tokenizer"
       )
-    return self._sp.decode(tokens_N.tolist())
+    with self._naming_faults():
+      return self._sp.decode(tokens_N.tolist())
 
   def surfaces(
     self, coded: str, tokens_N: Integer[np.ndarray, "N"]
@@ -206,7 +217,8 @@ class Tokenizer:
     if self.kind == "lossless":
       normal, offset_C = coded, np.arange(len(coded) + 1)
     else:
-      normal, offsets = self._sp.normalize(coded, with_offsets=True)
+      with self._naming_faults():
+        normal, offsets = self._sp.normalize(coded, with_offsets=True)
       offset_C = np.array(offsets, np.int64)
     end_N = np.cumsum(self._lengths(coded, np.asarray(tokens_N, np.int64)))
     begin_N = np.concatenate([[0], end_N[:-1]]) if end_N.size else end_N

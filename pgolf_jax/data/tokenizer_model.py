@@ -71,6 +71,8 @@ def _check_table(table: bytes) -> None:
   has_leaf_P = is_node_P & ((unit_P >> 8) & 1 == 1)
   values = unit_P[next_P[has_leaf_P]] & (2**31 - 1)
   _require(bool((values < len(strings)).all()) and strings.endswith(b"\0"), "a damaged normalisation table")
+  first = np.frombuffer(strings, np.uint8)[values]
+  _require(not ((first & 0xC0) == 0x80).any(), "a damaged normalisation table")  # a string from inside a character
   try:
     strings.decode()
   except UnicodeDecodeError as error:

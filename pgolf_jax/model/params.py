@@ -68,6 +68,12 @@ def count(config: ModelConfig) -> int:
   return sum(math.prod(shape) for shape in shapes(config).values())
 
 
+def without_path(config: ModelConfig) -> frozenset[str]:
+  """Returns the parameters that nothing reads, the lanes' where there is one lane: they get no gradient."""
+  has_lanes = any(layer >= config.parallel_start_layer > 0 for layer in layer_order(config, True)[1])
+  return frozenset() if has_lanes else frozenset(name for name in shapes(config) if name.startswith("parallel_"))
+
+
 def init(config: ModelConfig, key: jax.Array) -> Params:
   """Returns initial parameters in float32, the same for the same key.
 

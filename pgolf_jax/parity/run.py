@@ -200,7 +200,11 @@ def _forward(case: Case, mesh: Mesh) -> Arrays:
 
 def _optimizer(case: Case, mesh: Mesh) -> Arrays:
   config = case.settings.optimizer
-  optimizer = optimizers.make(config)
+  start = case.under("params/")
+  # The reference's optimizers skip what has no gradient.
+  steps = range(len(case.about["steps"]))
+  unused = {name for name in start if not any(f"grads/{k}/{name}" in case.inputs for k in steps)}
+  optimizer = optimizers.make(config, unused=unused)
 
   @jax.jit
   def step(params, state, grads, lr_scale, momentum):
@@ -209,7 +213,7 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
     updates, state = optimizer.update(grads, state, params, lr_scale=lr_scale, momentum=momentum)
     return optax.apply_updates(params, updates), state, norm
 
-  params = {name: jnp.asarray(value) for name, value in case.under("params/").items()}
+  params = {name: jnp.asarray(value) for name, value in start.items()}
   state = optimizer.init(params)
   outputs: Arrays = {}
   for k, plan in enumerate(case.about["steps"]):

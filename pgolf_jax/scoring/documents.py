@@ -62,8 +62,10 @@ def find_documents(tokens_N1: Integer[np.ndarray, "N1"], bos_id: int) -> list[Do
   tokens_N1 = np.asarray(tokens_N1)
   starts = np.flatnonzero(tokens_N1 == bos_id)
   if not len(starts) or starts[0] != 0:
+    first = f"its first bos is at position {starts[0]}" if len(starts) else "it has no bos"
     raise UserError(
-      f"The validation stream begins with token {tokens_N1[:1]}, not with bos={bos_id}; prepare it again."
+      f"The validation stream begins with token {tokens_N1[:1]} at position 0, not with bos={bos_id} ({first}); "
+      "prepare it again."
     )
   ends = np.append(starts[1:] + 1, len(tokens_N1))
   documents = [Document(i, int(s), int(e - s)) for i, (s, e) in enumerate(zip(starts, ends, strict=True))]

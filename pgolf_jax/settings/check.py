@@ -4,7 +4,7 @@ import math
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import flattened
+from pgolf_jax.settings.load import flattened, shown
 
 MAX_PARAMETERS = 2**28  # 1 GiB of fp32 weights
 
@@ -98,9 +98,11 @@ def _divisor_near(n: int, want: int) -> int:
 def _check_ranges(settings: Settings) -> None:
   for name, value in flattened(settings).items():
     numbers = [n for item in (value if isinstance(value, tuple) else [value]) for n in _numbers(item)]
-    _require(not any(n != n or n in (math.inf, -math.inf) for n in numbers), f"{name} must be finite, not {value}.")
+    _require(
+      not any(n != n or n in (math.inf, -math.inf) for n in numbers), f"{name} must be finite, not {shown(value)}."
+    )
     low, high = _RANGES.get(name, (-math.inf, math.inf))
-    _require(all(low <= n <= high for n in numbers), f"{name}={value} must lie in {low} … {high}.")
+    _require(all(low <= n <= high for n in numbers), f"{name}={shown(value)} must lie in {low} … {high}.")
 
 
 def _numbers(value: object) -> list[float]:

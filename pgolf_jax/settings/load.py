@@ -193,7 +193,7 @@ def _at_progress(name: str, item: str, kind: type) -> tuple:
     value, progress = item.split("@", 1)
     return _checked(name, kind(value), kind), _checked(name, float(progress), float)
   except ValueError:
-    raise UserError(f"{name} has the stage {item!r}; each must read value@progress, as in 1024@0.35.") from None
+    raise UserError(f"{name} has the stage {shown(item)}; each must read value@progress, as in 1024@0.35.") from None
 
 
 def _chunk_step(name: str, item: str) -> ChunkStep:
@@ -202,7 +202,7 @@ def _chunk_step(name: str, item: str) -> ChunkStep:
   except (ValueError, TypeError):
     step = ChunkStep(0, 0)
   if step.longest <= 0 or step.size <= 0:
-    raise UserError(f"{name} has {item!r}; each must read length:size, as in 256:16, both positive.")
+    raise UserError(f"{name} has {shown(item)}; each must read length:size, as in 256:16, both positive.")
   return step
 
 
@@ -211,7 +211,7 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 
 def _number(name: str, item: str) -> int:
   if not _DIGITS.fullmatch(item):
-    raise UserError(f"{name} has {item!r}; each must be a whole number, as in 1,5,20.")
+    raise UserError(f"{name} has {shown(item)}; each must be a whole number, as in 1,5,20.")
   return int(item)
 
 
@@ -311,7 +311,7 @@ def _parse_env(name: str, text: str, kind) -> object:
     return _checked(name, kind(text), kind)
   except (ValueError, KeyError):
     wanted = "0 or 1" if kind is bool else {int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"{name}={_shown(text)} is not {wanted}.") from None
+    raise UserError(f"{name}={shown(text)} is not {wanted}.") from None
 
 
 def _checked(where: str, value: object, kind) -> object:
@@ -323,7 +323,7 @@ def _checked(where: str, value: object, kind) -> object:
     if not isinstance(value, str) or value not in choices:
       near = difflib.get_close_matches(str(value)[:100], [str(c) for c in choices], n=1)
       hint = f"; did you mean {near[0]!r}?" if near else "."
-      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {_shown(value)}{hint}")
+      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {shown(value)}{hint}")
     return value
   if typing.get_origin(kind) is tuple:
     return parse_stages(where, _checked(where, value, str), typing.get_args(kind)[0])
@@ -333,12 +333,12 @@ def _checked(where: str, value: object, kind) -> object:
     raise UserError(f"{where} must be finite, not {value}.")
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"{where} must be {names[kind]}, not {_shown(value)}.")
+    raise UserError(f"{where} must be {names[kind]}, not {shown(value)}.")
   return value
 
 
-def _shown(value: object) -> str:
-  """The beginning of what a value looks like, for messages."""
+def shown(value: object) -> str:
+  """Returns the beginning of what a value looks like, for messages."""
   try:
     text = repr(value)
   except (ValueError, RecursionError):  # a whole number of thousands of digits, or something very deep

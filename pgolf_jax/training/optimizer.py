@@ -4,6 +4,7 @@ With several devices each orthogonalises its share of a bank's stack: the gradie
 slice of the padded stack (`scatter_stacks`), and its updates are gathered before weight decay and learning rate.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -73,13 +74,14 @@ def scale_by_muon(
 
 
 def make(
-  config: OptimizerConfig, *, axis: str | None = None, axis_size: int = 1
+  config: OptimizerConfig, *, unused: Collection[str] = (), axis: str | None = None, axis_size: int = 1
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the whole optimizer over flat parameters.
 
   `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate) and `momentum` (μ).
 
   Args:
+    unused: parameters without a path to the loss, which stay as they are: not even decay moves them.
     axis: mesh axis inside `jax.shard_map`; the gradients of banks are then slices made by `scatter_stacks`.
     axis_size: devices along it.
   """
@@ -94,7 +96,7 @@ def make(
     "scalar": _with_decay(_adam(config), config.scalar_lr, config.adam_wd),
     "fixed": optax.set_to_zero(),
   }
-  return optax.partition(groups, lambda params: {name: group(name) for name in params})
+  return optax.partition(groups, lambda params: {n: "fixed" if n in unused else group(n) for n in params})
 
 
 def group(name: str) -> str:

@@ -73,7 +73,9 @@ class TrainStep:
 
   def __init__(self, settings: Settings, mesh: Mesh):
     self.settings, self.mesh = settings, mesh
-    self.optimizer = optimizers.make(settings.optimizer, axis=AXIS, axis_size=mesh.size)
+    self.optimizer = optimizers.make(
+      settings.optimizer, unused=parameters.without_path(settings.model), axis=AXIS, axis_size=mesh.size
+    )
     self._params = {
       name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameters.shapes(settings.model).items()
     }

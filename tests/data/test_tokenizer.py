@@ -1,18 +1,22 @@
 """Tokenizers: their kind, text back from tokens, and the same pieces as SentencePiece itself gives."""
 
+import contextlib
 import pickle
+import re
+import unicodedata
 
 import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sentencepiece import sentencepiece_pb2
+from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
 
 from pgolf_jax.data import caseops
 from pgolf_jax.data import tokenizer as tokenizer_module
 from pgolf_jax.data.corpus import Position, open_corpus
 from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
+from pgolf_jax.data.tokenizer_model import gives_texts_back
 from pgolf_jax.errors import UserError
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,3 +182,88 @@ def test_token_outside_the_vocabulary(lossless, token):
 def test_sizes_that_cannot_be_trained(size, message):
   with pytest.raises(UserError, match=message):
     train_tokenizer(["some text"], size)
+
+
+def changed(model: bytes, change) -> bytes:
+  """The model after `change` of its protobuf."""
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+  change(proto)
+  return proto.SerializeToString()
+
+
+def set_piece(field, value, at=280):
+  return lambda proto: setattr(proto.pieces[at], field, value)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda proto: proto.ClearField("pieces"), "0 pieces"),
+    (lambda proto: proto.pieces.add().CopyFrom(proto.pieces[9]), "two pieces of the same text"),
+    (lambda proto: proto.pieces.extend([proto.pieces[9]] * 70_000), "70600 pieces, but a shard's tokens"),
+    (set_piece("piece", ""), "an empty piece"),
+    (set_piece("piece", "a\0b"), "zero byte"),
+    (set_piece("score", float("nan")), "a score that is not finite"),
+    (set_piece("type", 2), "not exactly one unknown piece"),
+    (set_piece("type", 3, at=590), "a control piece of one character"),
+    (lambda proto: setattr(proto.trainer_spec, "model_type", 3), "a kind of model other than"),
+    (lambda proto: setattr(proto.trainer_spec, "byte_fallback", False), "not a SentencePiece model"),
+    (lambda proto: setattr(proto.normalizer_spec, "precompiled_charsmap", b"\0\4\0\0"), "a damaged normalisation"),
+  ],
+)
+def test_a_damaged_model_is_one_sentence(lossless, change, message):
+  with pytest.raises(UserError, match=f"some.model: .*{message}"):
+    Tokenizer(changed(lossless.model, change), "some.model")
+
+
+@pytest.mark.parametrize("start", range(0, 400, 37))
+def test_a_truncated_model_is_a_sentence_or_a_tokenizer(lossless, start):
+  with contextlib.suppress(UserError):
+    Tokenizer(lossless.model[start : start + 5000])
+
+
+def test_a_damaged_normalisation_table_cannot_lead_out_of_itself(normalising):
+  """The library follows the table's units without looking, so any that leads outside is refused before."""
+  table = sentencepiece_model_pb2.ModelProto.FromString(normalising.model).normalizer_spec.precompiled_charsmap
+  size = int.from_bytes(table[:4], "little")
+  units = np.frombuffer(table, "<u4", size // 4, 4).copy()
+  for wild in (0x7FFFFFFF & ~0xFF, 0xFFFFFC00 & 0x7FFFFFFF):
+    units[0] = wild
+    broken = table[:4] + units.tobytes() + table[4 + size :]
+    with pytest.raises(UserError, match="a damaged normalisation table"):
+      Tokenizer(changed(normalising.model, lambda p, b=broken: setattr(p.normalizer_spec, "precompiled_charsmap", b)))
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda text: unicodedata.normalize("NFKC", text),
+    lambda text: unicodedata.normalize("NFC", text),
+    str.strip,
+    str.lstrip,
+    lambda text: re.sub(" +", " ", text),
+    lambda text: text.replace("\u2581", " "),
+    lambda text: text.replace("\r\n", "\n"),
+    *(lambda text, c=c: text.replace(c, "") for c in "\0\t\x1f\x85\u0301\ufeff\ue003\uf8ff\U0001f469"),
+    lambda text: text.replace("the", "", 1) if len(text) == 3 else text,
+    lambda text: text[:4000],
+  ],
+)
+def test_any_loss_is_found(lossless, loss):
+  proto = sentencepiece_model_pb2.ModelProto.FromString(lossless.model)
+  assert gives_texts_back(proto, list)
+  assert not gives_texts_back(proto, lambda texts: [loss(text) for text in texts])
+
+
+@pytest.mark.parametrize(
+  ("flag", "value"), [("add_dummy_prefix", True), ("remove_extra_whitespaces", True), ("escape_whitespaces", False)]
+)
+def test_a_model_that_normalises_is_not_called_lossless(lossless, flag, value):
+  model = changed(lossless.model, lambda proto: setattr(proto.normalizer_spec, flag, value))
+  assert Tokenizer(model).kind == "normalising"
+
+
+def test_a_model_is_not_called_lossless_where_a_text_does_not_come_back(lossless, monkeypatch):
+  decode = sentencepiece.SentencePieceProcessor.decode
+  monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "decode", lambda *a: [t.rstrip("\0") for t in decode(*a)])
+  assert Tokenizer(lossless.model).kind == "normalising"
