@@ -276,8 +276,8 @@ class Soak:
   def moment(self, life: Life, command: int):
     """Returns a condition that comes true at a random moment: after some time, or at some change in the folder."""
     began, rng = time.monotonic(), self.rng
-    if rng.random() < 0.35:
-      after = rng.uniform(0.0, min(0.9 * self.seconds[command], rng.choice((0.5, 4.0, 20.0))))
+    if rng.random() < (0.35, 0.3, 0.5)[command]:
+      after = rng.uniform(0.0, min(0.9 * self.seconds[command], rng.choice((0.5, 4.0, 4.0, 20.0))))
       return lambda: time.monotonic() - began > after
     left = [int(rng.expovariate(1 / 7)) + 1]
     last = [_listing(life.folder)]
@@ -298,7 +298,7 @@ class Soak:
     """Runs all commands, ending each a few times by a signal at a random moment."""
     done = 0
     for index, command in enumerate(life.commands()):
-      for _ in range({0: 6, 1: most, 2: 5}[index]):
+      for _ in range({0: 12, 1: most, 2: 8}[index]):
         process = life.start(command, save_seconds=self.rng.choice((0.0, 0.0, 0.3, 20.0)))
         status = life.wait(process, self.moment(life, index))
         if status is not None:
@@ -421,7 +421,7 @@ def soak(options: argparse.Namespace, work: Path) -> Soak:
   for kind, count, signums in kinds:
     number = 0
     while soak.rows.get(kind, collections.Counter())["count"] < count:
-      soak.case(kind, number, lambda life, signums=signums: soak.interrupted(life, signums, most=40))
+      soak.case(kind, number, lambda life, signums=signums: soak.interrupted(life, signums, most=20))
       number += 1
       print(f"{kind}: {soak.rows[kind]['count']} of {count}", flush=True)
   bases = soak.bases() if options.damages else []
