@@ -31,24 +31,24 @@ class Check:
   """The outcome of one check."""
 
   name: str
-  passed: bool | None  # None: the check could not be made
-  finding: str  # the evidence, or why the check could not be made
+  passed: bool | None  # None: neither proved nor refuted
+  finding: str  # the evidence, or why nothing is proved and what would prove it
 
 
 def checks_table(checks: Sequence[Check]) -> str:
   """Returns one line per check: whether it holds, and the evidence."""
-  words = {True: "holds", False: "BROKEN", None: "-"}
+  words = {True: "holds", False: "BROKEN", None: "unproved"}
   width = max(len(check.name) for check in checks)
-  return "\n".join(f"{words[check.passed]:<7} {check.name:<{width}}  {check.finding}" for check in checks)
+  return "\n".join(f"{words[check.passed]:<8} {check.name:<{width}}  {check.finding}" for check in checks)
 
 
 def checks_summary(checks: Sequence[Check]) -> str:
-  """Returns one line: how many checks hold, which are broken, and how many could not be made."""
+  """Returns one line: how many checks hold, which are broken, and how many are not proved."""
   broken = [check.name for check in checks if check.passed is False]
-  unmade = sum(check.passed is None for check in checks)
-  parts = [f"{len(checks) - len(broken) - unmade} of {len(checks)} checks hold"]
+  unproved = sum(check.passed is None for check in checks)
+  parts = [f"{len(checks) - len(broken) - unproved} of {len(checks)} checks hold"]
   if broken:
     parts.append(f"broken: {', '.join(broken)}")
-  if unmade:
-    parts.append(f"{unmade} could not be made")
+  if unproved:
+    parts.append(f"{unproved} not proved")
   return "; ".join(parts)

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import audit
+from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.errors import Check, checks_summary, checks_table
@@ -125,11 +126,16 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def _audit(run: RunFolder, mesh: Mesh) -> dict:
-  """Audits the run; the table goes to the log, every check with its evidence to the results."""
+  """Audits the run; the table goes to the log, every check with its evidence and the verdict to the results."""
   made = list(audit(run, locate_prepared(run.settings), mesh))
-  log.info("audit:\n%s", checks_table(made))
-  broken = [check.name for check in made if check.passed is False]
-  return {"broken": broken, "checks": [dataclasses.asdict(check) for check in made]}
+  reached = verdict(made)
+  log.info("audit:\n%s\n%s", checks_table(made), reached.text())
+  return {
+    "broken": reached.broken,
+    "unproved": reached.unproved,
+    "is_legal": reached.is_legal,
+    "checks": [dataclasses.asdict(check) for check in made],
+  }
 
 
 STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -141,10 +142,10 @@ def test_misspelt_environment_names():
     ({"model.rope_dims": 66}, "head width 64"),
     ({"model.leaky_relu_sq_slope": 0.0}, r"\(0, 1\]"),
     ({"eval.batch_tokens": 8192}, "fewer than eval.seq_len"),
-    ({"eval.micro_batches": 0}, "must be positive"),
+    ({"eval.micro_batches": 0}, "must lie in 1 …"),
     ({"hints.order": 0}, "hints.order"),
     ({"hints.order": 33}, "hints.order"),
-    ({"ttt.lora.grad_steps": -1}, "0 scores without learning"),
+    ({"ttt.lora.grad_steps": -1}, "must lie in 0 …"),
     ({"ttt.short.score_first_steps": "", "ttt.short.chunk_size": 4096}, "hold a chunk of 4096"),
   ],
 )
@@ -159,3 +160,67 @@ def test_devices_must_fit_the_ranks():
   ranks = dataclasses.replace(Settings(), train=dataclasses.replace(Settings().train, world_size=2))
   with pytest.raises(UserError, match="clip_scope='global'"):
     check.check(ranks, device_count=8)
+
+
+@pytest.mark.parametrize(
+  "changes, part",
+  [
+    *(({f"quantize.{name}": bits}, r"must lie in 2 … 8") for name in ("matrix_bits", "embed_bits") for bits in (1, 9)),
+    ({"quantize.awq_bits": 16}, r"must lie in 2 … 8"),
+    ({"quantize.lqer_factor_bits": 0}, r"must lie in 2 … 8"),
+    ({"quantize.block_size": 0}, "block_size=0 must lie in 1 …"),
+    ({"quantize.awq_group_size": 0}, "awq_group_size=0 must lie in 1 …"),
+    ({"quantize.lqer_asym_group": 0}, "lqer_asym_group=0 must lie in 1 …"),
+    ({"ttt.chunk_size": 0}, "chunk_size=0 must lie in 1 …"),
+    ({"eval.seq_len": 0}, "eval.seq_len=0 must lie in 1 …"),
+    ({"train.batch_tokens": 1 << 40}, "batch_tokens=1099511627776 must lie in"),
+    ({"model.num_layers": 10**9}, "num_layers=1000000000 must lie in 1 … 1000"),
+    ({"model.model_dim": 2**16, "model.vocab_size": 2**16}, "at most 268435456 parameters"),
+    ({"model.num_loops": 10**9}, "num_loops=1000000000 must lie in"),
+    ({"seed": -1}, "seed=-1 must lie in"),
+    ({"model.parallel_start_layer": 4}, r"inside the loop.*at least model.loop_end \+ 1 = 6"),
+    ({"ttt.seq_len": 32}, "ttt.seq_len=32 must hold a chunk of 64"),
+  ],
+)
+def test_values_out_of_range_are_refused(changes, part):
+  with pytest.raises(UserError, match=part):
+    check.check(changed(Settings(), changes))
+
+
+FLOATS = [name for name, value in flattened(Settings()).items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_setting_is_infinite_or_no_number(number, tmp_path):
+  for name in FLOATS:
+    with pytest.raises(UserError, match=f"{name} must be finite"):
+      changed(Settings(), {name: number})
+  with pytest.raises(UserError, match="TTT_LORA_LR must be finite"):
+    from_env({"TTT_LORA_LR": str(number)})
+  with pytest.raises(UserError, match="MIDRUN_CAP_SCHEDULE must be finite"):
+    from_env({"MIDRUN_CAP_SCHEDULE": f"{number}@0.5"})
+  path = tmp_path / "config.toml"
+  path.write_text(f"[model]\nrope_base = {number}\n")
+  with pytest.raises(UserError, match=r"config.toml: model.rope_base must be finite"):
+    from_toml(path)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("seed = 1\nx = " + "[" * 50_000, "line 2: arrays or tables nested too deeply"),
+    ("seed = 1\n\nx = " + "{a=" * 50_000, "line 3: arrays or tables nested too deeply"),
+    ("seed =\n", "line 1"),
+    ("# text\nseed = " + "9" * 5000, "line 2: a number of hundreds of digits"),
+    ("seed = " + "9" * 400, "seed=9+ must lie in"),
+    ("[model]\nrope_base = " + "9" * 400, "rope_base must be a number, not 9+…"),
+    ("a" * 100_000 + " = 1", "unknown section or setting"),
+    ("seed = [1]", "seed must be a whole number"),
+    ('[model]\nparallel_final_lane = ["mean"]', "must be one of"),
+  ],
+)
+def test_extreme_toml_is_one_sentence_with_file_and_line(tmp_path, text, message):
+  path = tmp_path / "config.toml"
+  path.write_text(text)
+  with pytest.raises(UserError, match=message):
+    check.check(from_toml(path))

@@ -15,6 +15,7 @@ def prepare(
   vocab_size: int | None = None,
   caseops: bool = True,
   shard_tokens: int = 100_000_000,
+  max_document: int = 1 << 26,
   workers: int | None = None,
 ) -> None:
   """Turn documents into shards, byte sidecar, tokenizer and manifest.
@@ -34,6 +35,7 @@ def prepare(
     vocab_size: pieces of the tokenizer; 8192 if one is trained and this is not given.
     caseops: rewrite capitals by CaseOps first.
     shard_tokens: tokens of a shard.
+    max_document: bytes of the longest document; a longer one is an error that names it.
     workers: processes; one per core if not given.
   """
   from pgolf_jax.data.corpus import Holdout, open_corpus
@@ -44,7 +46,7 @@ def prepare(
 
   holdout = Holdout(val_docs, val_every)
   if train is not None:
-    corpus = open_corpus(train)
+    corpus = open_corpus(train, max_document)
     if val is None and holdout == Holdout(None):
       raise UserError("say how many documents are held out, as in --val-docs 50000, or give them with --val FILE")
   else:
@@ -55,7 +57,7 @@ def prepare(
       holdout = default_holdout
   given = Tokenizer.load(tokenizer, vocab_size) if tokenizer else None
   pieces = given.vocab_size if given else vocab_size or 8192
-  held_out_from = open_corpus(val) if val else None
+  held_out_from = open_corpus(val, max_document) if val else None
   run(out, Preparation(corpus, held_out_from, holdout, given, pieces, caseops, shard_tokens), workers)
   inspect(out)
 

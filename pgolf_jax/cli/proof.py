@@ -78,42 +78,49 @@ def evaluate(
 def audit(
   runs: Annotated[list[Path], tyro.conf.Positional],
   data: Path | None = None,
-  probes: int = 3,
-  probe_tokens: int = 600,
+  cuts: int = 3,
+  fast: bool = False,
 ) -> int:
-  """Check every rule of scoring on one run, or on all seeds of a set, and print the evidence.
+  """Check every rule of scoring on one run, or on all seeds of a set, and print the evidence and a verdict.
 
-  Exit status 1 if a rule is broken. In reference order the trace is reported as not acyclic.
+  Exit status 1 unless everything that the rules require is proved. What was not checked is not proved; the verdict says
+  what would prove it. In reference order that is the order of the hints.
 
   Example: pgolf audit runs/demo
 
   Args:
     runs: run folders.
     data: folder of shards and sidecar; the run's if not given.
-    probes: perturbations of each kind; each is an evaluation of a small stream.
-    probe_tokens: tokens of that stream.
+    cuts: places after which the stream is replaced and scored again; each costs up to an evaluation.
+    fast: replay the first batch alone.
   """
   from pgolf_jax.audit import audit as audit_run
-  from pgolf_jax.audit import one_config
+  from pgolf_jax.audit.evidence import one_config
+  from pgolf_jax.audit.verdict import verdict
   from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.errors import checks_table
+  from pgolf_jax.errors import UserError, checks_table
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh
 
+  if not runs:
+    raise UserError("Name the folder of a run, such as runs/demo.")
+  if cuts < 1:
+    raise UserError(f"--cuts {cuts}: at least one cut is needed to prove anything.")
   distributed.start()
   mesh = data_mesh()
   folders = [RunFolder(path) for path in runs]
   made = []
   for run in folders:
-    data_folder = data or locate_prepared(run.settings)
-    checks = list(audit_run(run, data_folder, mesh, probe_tokens=probe_tokens, count=probes))
+    checks = list(audit_run(run, data or locate_prepared(run.settings), mesh, cuts=cuts, fast=fast))
     print(f"{run.path}\n{checks_table(checks)}")
     made += checks
   if len(folders) > 1:
     made.append(one_config(folders))
     print(checks_table(made[-1:]))
-  return int(any(check.passed is False for check in made))
+  reached = verdict(made)
+  print(reached.text())
+  return int(not reached.is_legal)
 
 
 def run(

@@ -17,6 +17,8 @@ import zstandard
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.log import progress
 
+MAX_DOCUMENT_BYTES = 1 << 26  # of a line or file, where nothing else is asked for
+_MAX_WINDOW = 1 << 27  # of zstd, as --long makes them; a frame that asks for more is refused before memory is taken
 BATCH_BYTES = 1 << 20  # of raw documents; sending so large a batch to a worker costs little beside its encoding
 
 
@@ -67,6 +69,11 @@ class RawDocument:
       raise UserError(
         f"{self.place}: broken JSON at column {error.colno} ({error.msg}); correct the line or remove it"
       ) from error
+    except (ValueError, RecursionError) as error:
+      raise UserError(
+        f"{self.place}: JSON that is nested too deeply or has a number of thousands of digits; correct the line or "
+        "remove it"
+      ) from error
     text = fields.get("text") if isinstance(fields, dict) else None
     if not isinstance(text, str):
       raise UserError(f'{self.place}: no "text" with a string; each line is a JSON object such as {{"text": "…"}}')
@@ -106,8 +113,12 @@ class Corpus(Protocol):
     """Yields (position, document, bytes of the input read so far) for every document from `start` on."""
 
 
-def open_corpus(path: Path) -> Corpus:
+def open_corpus(path: Path, max_document: int = MAX_DOCUMENT_BYTES) -> Corpus:
   """Returns the corpus at `path`: a .jsonl or .jsonl.zst file, or a folder of .txt files, in the order of their names.
+
+  Args:
+    path: file or folder.
+    max_document: bytes of the longest document, as a line of JSON or a file; reading refuses longer ones.
 
   Raises:
     UserError: there is nothing at `path`, or something else.
@@ -117,12 +128,12 @@ def open_corpus(path: Path) -> Corpus:
     files = sorted(file for file in path.rglob("*.txt") if file.is_file())
     if not files:
       raise UserError(f"{path}: no .txt file in this folder; give a folder of .txt files or a .jsonl file")
-    return TextFiles(path, files)
+    return TextFiles(path, files, max_document=max_document)
   if not path.is_file():
     raise UserError(f"{path}: no such file or folder; give documents as .jsonl, .jsonl.zst or a folder of .txt files")
   if not path.name.endswith((".jsonl", ".jsonl.zst")):
     raise UserError(f"{path}: of no known kind; give documents as .jsonl, .jsonl.zst or a folder of .txt files")
-  return JsonLines(path)
+  return JsonLines(path, max_document)
 
 
 def read_batches(
@@ -254,8 +265,11 @@ def training_texts(corpus: Corpus, holdout: Holdout | None, held_out: HeldOutDoc
 class TextFiles:
   """A corpus of one document per file, byte for byte."""
 
-  def __init__(self, folder: Path, files: Sequence[Path], name: str | None = None):
+  def __init__(
+    self, folder: Path, files: Sequence[Path], name: str | None = None, max_document: int = MAX_DOCUMENT_BYTES
+  ):
     self.name = name or folder.name
+    self._max_document = _checked_length(max_document)
     self._folder, self._files = folder, files
     self._sizes = [file.stat().st_size for file in files]
     self.size = sum(self._sizes)
@@ -271,7 +285,10 @@ class TextFiles:
   def read(self, start: Position) -> Iterator[tuple[Position, RawDocument, int]]:
     bytes_read = start.offset
     for i in range(start.line, len(self._files)):
-      raw = self._files[i].read_bytes()
+      with self._files[i].open("rb") as file:
+        raw = file.read(self._max_document + 1)
+      if len(raw) > self._max_document:
+        raise _too_long(str(self._files[i]), i, self._max_document)
       position = Position(i, i, bytes_read)
       bytes_read += len(raw)
       yield position, RawDocument(str(self._files[i]), 0, raw), bytes_read
@@ -282,8 +299,8 @@ class JsonLines:
 
   ENDS = 1 << 20  # bytes at each end of the file that go into its identity
 
-  def __init__(self, path: Path):
-    self._path = path
+  def __init__(self, path: Path, max_document: int = MAX_DOCUMENT_BYTES):
+    self._path, self._max_document = path, _checked_length(max_document)
     self.name = path.name
     self.size = path.stat().st_size
 
@@ -307,7 +324,9 @@ class JsonLines:
           stream.read(min(left, 1 << 20))
       else:
         stream.seek(offset)
-      for line in stream:
+      while line := stream.readline(self._max_document + 1):
+        if len(line) > self._max_document:
+          raise _too_long(f"{self._path}, line {line_number + 1}", document, self._max_document)
         if line.strip():
           position = Position(document, line_number, offset)
           yield position, RawDocument(str(self._path), line_number + 1, line), file.tell()
@@ -316,17 +335,34 @@ class JsonLines:
         offset += len(line)
 
 
+def _checked_length(max_document: int) -> int:
+  if max_document < 1:
+    raise UserError(f"documents of at most {max_document} bytes: give at least 1")
+  return max_document
+
+
+def _too_long(place: str, document: int, most: int) -> UserError:
+  return UserError(
+    f"{place}: document {document + 1} has more than {most} bytes; cut it, remove it, or raise --max-document"
+  )
+
+
 class _ZstdStream(io.RawIOBase):
-  """Reads consecutive zstd frames and, unlike the library's reader, refuses a file that ends inside one."""
+  """Reads consecutive zstd frames and, unlike the library's reader, refuses a file that ends inside one.
+
+  The file is decompressed a few bytes at a time, since a hundred kilobytes of it can stand for gigabytes of text.
+  """
+
+  PIECE = 1 << 8  # bytes decompressed at a time, to 8 MiB at most: zstd makes a block of 128 KiB of four bytes
 
   def __init__(self, file: BinaryIO, path: Path):
     self._file, self._path = file, path
+    self._packed, self._at = b"", 0  # what was read of the file, and how much of it is decompressed
     self._start_frame()
-    self._ready = b""
+    self._ready = memoryview(b"")
 
   def _start_frame(self) -> None:
-    # Files made with --long need windows of up to 2 GiB, which the library refuses by default.
-    self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
     self._is_inside = False
 
   def readable(self) -> bool:
@@ -342,10 +378,9 @@ class _ZstdStream(io.RawIOBase):
 
   def _decompress_more(self) -> bool:
     """Decompresses the next stretch of the file; returns false at its end."""
-    packed = self._frame.unused_data if self._frame.eof else b""
-    if self._frame.eof:
-      self._start_frame()
-    packed = packed or self._file.read(1 << 17)
+    if self._at == len(self._packed):
+      self._packed, self._at = self._file.read(1 << 17), 0
+    packed = self._packed[self._at : self._at + self.PIECE]
     if not packed:
       if self._is_inside:
         raise UserError(f"{self._path}: the file ends in the middle of its zstd data; fetch it again")
@@ -354,7 +389,12 @@ class _ZstdStream(io.RawIOBase):
     try:
       self._ready = memoryview(self._frame.decompress(packed))
     except zstandard.ZstdError as error:
-      raise UserError(
-        f"{self._path}: damaged zstd data before byte {self._file.tell()} ({error}); fetch the file again"
-      ) from error
+      place = self._file.tell() - len(self._packed) + self._at + len(packed)
+      if "too much memory" in str(error):
+        raise UserError(f"{self._path}: made with a window of zstd above {_MAX_WINDOW} bytes; use --long=27") from error
+      raise UserError(f"{self._path}: damaged zstd data before byte {place} ({error}); fetch the file again") from error
+    self._at += len(packed)
+    if self._frame.eof:
+      self._at -= len(self._frame.unused_data)
+      self._start_frame()
     return True

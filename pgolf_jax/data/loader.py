@@ -27,7 +27,7 @@ class Loader:
 
   def __init__(self, folder: str | Path, *, world_size: int, row_tokens: int, bos_id: int = 1):
     self._paths = list_shards(Path(folder), "train")
-    self._world_size = world_size
+    self.world_size = world_size
     self._span = row_tokens + 1
     self._bos_id = bos_id
     self._open(0)
@@ -39,15 +39,15 @@ class Loader:
     self._cursor = _first(self._tokens, self._bos_id)
     if self._cursor is None:
       raise UserError(f"{path}: no document starts in this shard (no token {self._bos_id}); prepare the data again.")
-    if self._cursor + self._world_size * self._span > len(self._tokens):
+    if self._cursor + self.world_size * self._span > len(self._tokens):
       raise UserError(
-        f"{path}: {len(self._tokens)} tokens are too few for one micro-batch of {self._world_size} × {self._span}; "
+        f"{path}: {len(self._tokens)} tokens are too few for one micro-batch of {self.world_size} × {self._span}; "
         "use larger shards or a smaller train.batch_tokens."
       )
 
   def _advance(self) -> int:
     """Moves past the next micro-batch and returns where it begins."""
-    need = self._world_size * self._span
+    need = self.world_size * self._span
     if self._cursor + need > len(self._tokens):
       self._open((self._index + 1) % len(self._paths))
     begin = self._cursor
@@ -57,8 +57,8 @@ class Loader:
   def micro_batch(self) -> UInt16[np.ndarray, "world span"]:
     """Reads the next micro-batch; row r is rank r's span, its first n tokens inputs and its last n targets."""
     begin = self._advance()
-    rows = np.asarray(self._tokens[begin : begin + self._world_size * self._span])
-    return rows.reshape(self._world_size, self._span)
+    rows = np.asarray(self._tokens[begin : begin + self.world_size * self._span])
+    return rows.reshape(self.world_size, self._span)
 
   def skip(self, micro_batches: int) -> None:
     """Skips micro-batches without reading them."""

@@ -3,13 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from pgolf_jax.data.corpus import Position
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.files import replacing
+from pgolf_jax.runtime.files import read_json, replacing
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
@@ -17,6 +20,24 @@ TOKENIZER = "tokenizer.model"
 FORMAT = "pgolf-data-1"
 # The published name of CaseOps, and that of text left as it is.
 TRANSFORMS = {True: "lossless_caps_caseops_v1", False: "identity"}
+
+
+_FILE_NAME = re.compile(r"fineweb_(train|val|val_bytes)_[0-9]+\.bin")
+
+
+def _made(kind: type, fields: object) -> Any:
+  """Returns a dataclass of these fields; raises ValueError or TypeError if a value is not of the field's type."""
+  if not isinstance(fields, dict):
+    raise ValueError(f"{fields!r} where an object is needed")
+  for name, wanted in typing.get_type_hints(kind).items():
+    if name not in fields:
+      continue
+    value = fields[name]
+    plain = wanted if isinstance(wanted, UnionType) else typing.get_origin(wanted) or wanted
+    is_right = isinstance(value, plain)
+    if not is_right or (isinstance(value, bool) and wanted is not bool) or (isinstance(value, int) and value < 0):
+      raise ValueError(f"{name} is {value!r}")
+  return kind(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +67,12 @@ class Split:
 
   @classmethod
   def from_json(cls, fields: dict[str, Any]) -> "Split":
-    """Makes a split from what `json` reads of it."""
-    files = {name: tuple(File(**file) for file in fields[name]) for name in ("shards", "sidecar")}
-    return cls(**{**fields, **files})
+    """Makes a split from what `json` reads of it. Raises ValueError, TypeError or KeyError if it is none."""
+    files = {name: tuple(_made(File, file) for file in fields[name]) for name in ("shards", "sidecar")}
+    names = [file.name for group in files.values() for file in group]
+    if not all(_FILE_NAME.fullmatch(name) for name in names):
+      raise ValueError("a file name that is not a shard's")
+    return _made(cls, {**fields, **files})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +104,14 @@ class Manifest:
     path = Path(folder) / MANIFEST
     if not path.is_file():
       return None
+    fields = read_json(path)
+    if fields.pop("format", None) != FORMAT:
+      return None
     try:
-      fields = json.loads(path.read_text())
-      if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        return None
       for name in ("train", "val"):
         fields[name] = Split.from_json(fields[name])
-      return cls(**fields)
-    except (ValueError, TypeError, KeyError) as error:
+      return _made(cls, fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(f"{path}: damaged ({error}); prepare the folder again") from error
 
   @property
@@ -118,8 +142,9 @@ class SplitProgress:
 
   @classmethod
   def from_json(cls, fields: dict[str, Any]) -> "SplitProgress":
-    """Makes a progress from what `json` reads of it."""
-    return cls(Split.from_json(fields["done"]), Position(**fields["start"]), fields["skip"], fields["finished"])
+    """Makes a progress from what `json` reads of it; raises as `Split.from_json`."""
+    parts = {"done": Split.from_json(fields["done"]), "start": _made(Position, fields["start"])}
+    return _made(cls, {**fields, **parts})
 
 
 class Journal:
@@ -154,12 +179,12 @@ class Journal:
         )
       journal.save()
       return journal
+    fields = read_json(journal._path)
     try:
-      fields = json.loads(journal._path.read_text())
       recorded = fields["settings"], fields["modified"]
       journal.tokenizer_text_bytes = fields["tokenizer_text_bytes"]
-      journal.splits = {name: SplitProgress.from_json(split) for name, split in fields["splits"].items()}
-    except (ValueError, TypeError, KeyError) as error:
+      journal.splits = {name: SplitProgress.from_json(fields["splits"][name]) for name in journal.splits}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(f"{journal._path}: damaged ({error}); delete {folder} and prepare it again") from error
     if recorded != (settings, modified):
       raise UserError(

@@ -27,10 +27,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from pgolf_jax.data import caseops
 from pgolf_jax.data.shards import BOS
+from pgolf_jax.data.tokenizer_model import MAX_BYTES, MAX_PIECES, SPACE, gives_texts_back, parse
 from pgolf_jax.errors import UserError
-
-MAX_PIECES = 1 << 16
-SPACE = "\u2581"  # ▁, which SentencePiece writes for a space
 
 
 def train_tokenizer(coded_texts: Iterable[str], vocab_size: int, *, is_caseops: bool = True) -> "Tokenizer":
@@ -85,7 +83,7 @@ class Tokenizer:
 
   Attributes:
     kind: "lossless" if decoding gives every text back byte for byte (identity normalisation, white space retained,
-      byte fallback), else "normalising".
+      byte fallback, and no text among thousands of awkward ones that is not given back), else "normalising".
     vocab_size: number of pieces V.
     model: the serialised model.
     has_caseops: whether each of the four CaseOps markers is a piece.
@@ -95,25 +93,26 @@ class Tokenizer:
     """Loads a serialised model; `name` stands for it in messages.
 
     Raises:
-      UserError: it is not a SentencePiece model, has more pieces than 16 bits can number, or a bos other than 1.
+      UserError: it is not a SentencePiece model, is damaged, has more pieces than 16 bits can number, or a bos other
+        than 1.
     """
     self.model, self._name = model, name
     try:
-      self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-      proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    except Exception as error:  # the type differs between releases of SentencePiece and protobuf
+      proto = parse(model)
+      # As it was parsed, so that the library cannot read other things into the bytes than those that were checked.
+      self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    except ValueError as error:
+      raise UserError(f"{name}: {error}; give the .model file of a tokenizer") from error
+    except Exception as error:  # the type differs between releases of SentencePiece
       raise UserError(f"{name}: not a SentencePiece model; give the .model file of a tokenizer") from error
     self.vocab_size = len(proto.pieces)
-    if self.vocab_size > MAX_PIECES:
-      raise UserError(f"{name}: {self.vocab_size} pieces, but a shard's tokens have 16 bits (at most {MAX_PIECES})")
     if self._sp.bos_id() != BOS:
       raise UserError(
         f"{name}: bos is {self._sp.bos_id()}, but documents start with {BOS}; use a tokenizer whose bos is {BOS}"
       )
     spec = proto.normalizer_spec
-    byte_fallback = sum(piece.type == piece.BYTE for piece in proto.pieces) == 256
-    lossless = (
-      byte_fallback
+    may_be_lossless = (
+      sum(piece.type == piece.BYTE for piece in proto.pieces) == 256
       and spec.escape_whitespaces
       and not (
         spec.precompiled_charsmap
@@ -122,7 +121,6 @@ class Tokenizer:
         or proto.denormalizer_spec.precompiled_charsmap
       )
     )
-    self.kind: Literal["lossless", "normalising"] = "lossless" if lossless else "normalising"
     user_defined = {piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED}
     self.has_caseops = user_defined.issuperset(caseops.MARKERS)
     self._unk = self._sp.unk_id()
@@ -130,9 +128,13 @@ class Tokenizer:
     self._byte_V = np.array([int(p.piece[1:-1], 16) if p.type == p.BYTE else -1 for p in proto.pieces])
     byte_ids = {int(byte): token for token, byte in enumerate(self._byte_V) if byte >= 0}
     # SentencePiece would decode a literal ▁ as a space: it is spelt in bytes instead.
-    self._literal_space = [byte_ids[byte] for byte in SPACE.encode()] if lossless else None
+    self._literal_space = [byte_ids[byte] for byte in SPACE.encode()] if may_be_lossless else None
     self._dummy_prefix = spec.add_dummy_prefix
     self._letter_a = self._sp.piece_to_id("a")
+    self._words = None
+    if may_be_lossless and not gives_texts_back(proto, self._there_and_back):
+      self._literal_space = None
+    self.kind: Literal["lossless", "normalising"] = "normalising" if self._literal_space is None else "lossless"
     self._words = _WordCache(self._encode_word) if _words_are_separate(proto) else None
 
   @classmethod
@@ -144,6 +146,8 @@ class Tokenizer:
     """
     path = Path(path)
     try:
+      if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, more than a tokenizer's {MAX_BYTES}; give a .model file")
       tokenizer = cls(path.read_bytes(), name=str(path))
     except OSError as error:
       raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a .model file") from error
@@ -224,6 +228,9 @@ class Tokenizer:
       return self._sp.encode(text)
     first, *rest = map(self._sp.encode, text.split(SPACE))
     return sum(([*self._literal_space, *part] for part in rest), first)
+
+  def _there_and_back(self, texts: Sequence[str]) -> list[str]:
+    return self._sp.decode([self._encode_text(text) for text in texts])
 
   def _encode_word(self, word: str) -> list[int] | None:
     """Returns the pieces of one word of normalised text; None where they depend on the rest of the text."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_jax.data import caseops
+from pgolf_jax.data import caseops, overlap, sidecar
 from pgolf_jax.data.corpus import digest
 from pgolf_jax.data.encode import token_bytes
 from pgolf_jax.data.manifest import TOKENIZER, Manifest, sha256_of
@@ -142,6 +142,10 @@ class _Folder:
   def is_caseops(self) -> bool:
     return self.manifest.is_caseops if self.manifest else self.tokenizer.has_caseops
 
+  @cached_property
+  def pieces(self) -> sidecar.PieceBytes:
+    return sidecar.PieceBytes(self.tokenizer, is_caseops=self.is_caseops)
+
   def shards(self, split: str) -> list[Path]:
     return list_shards(self.path, split)
 
@@ -204,35 +208,50 @@ def _check_documents(data: _Folder) -> str:
 
 
 def _check_sidecar(data: _Folder) -> str:
+  """Each token's bytes are at most those of its text, and those of the official split are the official ones."""
   paths, sidecar_paths = data.shards("val"), data.sidecar()
   if len(paths) != len(sidecar_paths):
     raise _FailedError(
       f"{data.path}: {len(sidecar_paths)} sidecar files for {len(paths)} validation shards; prepare both again"
     )
-  total, before = 0, BOS  # the token before the shard
   for path, sidecar_path in zip(paths, sidecar_paths, strict=True):
-    tokens_N, bytes_N = read_shard(path), read_shard(sidecar_path)
-    if len(tokens_N) != len(bytes_N):
-      raise _FailedError(
-        f"{sidecar_path}: {len(bytes_N)} entries for {len(tokens_N)} tokens of {path.name}; prepare both again"
-      )
-    wrong_N = _without_text(data, tokens_N, before) & (bytes_N != 0)
+    if (count := read_count(path)) != (entries := read_count(sidecar_path)):
+      raise _FailedError(f"{sidecar_path}: {entries} entries for {count} tokens of {path.name}; prepare both again")
+  total = _check_bytes(data, sidecar_paths)
+  return f"{total.counted:,} bytes of text; {total.finding}"
+
+
+def _check_bytes(data: _Folder, sidecar_paths: list[Path]) -> sidecar.Total:
+  """Compares the sidecar with the bytes that the pieces spell, and its sum with that of the text."""
+  sidecar_N, at = _concatenated(sidecar_paths), 0
+  total = sidecar.Total()
+  for document in data.documents("val"):
+    bytes_N = sidecar_N[at : at + len(document.tokens_N)].astype(np.int64)
+    spelt_N = data.pieces.spelt(document.tokens_N)
+    wrong_N = data.pieces.without_text(document.tokens_N) & (bytes_N != 0)
     if wrong_N.any():
-      at = int(np.argmax(wrong_N))
-      raise _FailedError(f"{sidecar_path}: {bytes_N[at]} bytes at {at} for token {tokens_N[at]}, which stands for none")
-    total += int(bytes_N.sum(dtype=np.int64))
-    before = int(tokens_N[-1]) if len(tokens_N) else before
-  return f"{total:,} bytes of text"
-
-
-def _without_text(data: _Folder, tokens_N: np.ndarray, before: int) -> np.ndarray:
-  """Tells of each token whether it is a bos or a CaseOps marker that is not escaped."""
-  is_without_N = tokens_N == BOS
-  if data.is_caseops:
-    *others, esc = (int(data.tokenizer.encode(marker)[0]) for marker in caseops.MARKERS)
-    after_esc_N = np.concatenate([[before], tokens_N])[:-1] == esc
-    is_without_N |= np.isin(tokens_N, [*others, esc]) & ~after_esc_N
-  return is_without_N
+      i = int(np.argmax(wrong_N))
+      raise _FailedError(
+        f"{data.path}: the sidecar has {bytes_N[i]} bytes at {at + i} for token {document.tokens_N[i]}, which stands "
+        "for none; prepare it again"
+      )
+    more_N = bytes_N > spelt_N
+    if data.tokenizer.kind == "lossless" and more_N.any():
+      i = int(np.argmax(more_N))
+      raise _FailedError(
+        f"{document.place}: token {i} of this document spells {spelt_N[i]} bytes, the sidecar has {bytes_N[i]}; "
+        "prepare both again"
+      )
+    total.add(bytes_N, spelt_N, data.pieces.has_space(document.tokens_N))
+    at += len(document.tokens_N)
+  if fault := total.fault(data.tokenizer.sha256):
+    raise _FailedError(f"{data.path}: {fault}; prepare the sidecar again")
+  if data.manifest and total.counted > data.manifest.val.text_bytes:
+    raise _FailedError(
+      f"{data.path}: the sidecar adds up to {total.counted:,} bytes, the documents have "
+      f"{data.manifest.val.text_bytes:,}; prepare the folder again"
+    )
+  return total
 
 
 def _check_text(data: _Folder) -> str:
@@ -272,6 +291,7 @@ def _check_text(data: _Folder) -> str:
 
 
 def _check_overlap(data: _Folder) -> str:
+  """No validation document is in the training shards, by its tokens or by most of its n-grams of words."""
   held_out = {digest(document.tokens_N.tobytes()): document for document in data.documents("val")}
   shared = [
     (document, held_out[key])
@@ -284,7 +304,23 @@ def _check_overlap(data: _Folder) -> str:
       f"{len(shared)} validation documents are in the training shards, first that of {val.place} at {train.place}; "
       "prepare the folder again"
     )
-  return f"none of {len(held_out):,} different validation documents is in the training shards"
+  none_is = f"none of {len(held_out):,} different validation documents is in the training shards"
+  try:
+    decode = data.tokenizer.decode
+  except _NotApplicableError as reason:
+    raise _NotApplicableError(f"{none_is} token by token; text in other tokens is not looked for: {reason}") from None
+  n, limit = overlap.N, overlap.LIMIT
+  share_D = overlap.shares(*((decode(d.tokens_N) for d in data.documents(split)) for split in ("val", "train")))
+  most = np.nanmax(share_D, initial=0)
+  if most >= limit:
+    place = next(d.place for d, share in zip(data.documents("val"), share_D, strict=True) if share >= limit)
+    raise _FailedError(
+      f"text of {np.sum(share_D >= limit)} validation documents is in the training shards, {most:.0%} of the {n}-grams "
+      f"of one; the first is that of {place}; prepare the folder again"
+    )
+  short = int(np.isnan(share_D).sum())
+  unsearched = f"; {short:,} are too short for that" if short else ""
+  return f"{none_is}; of no document's {n}-grams of words more than {most:.0%} are, {limit:.0%} allowed{unsearched}"
 
 
 def _check_manifest(data: _Folder) -> str:

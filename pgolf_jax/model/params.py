@@ -28,12 +28,7 @@ SOFTCAPS = ("softcap_pos", "softcap_neg")
 @functools.cache
 def layer_order(config: ModelConfig, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns (encoder, decoder): physical layers in the order in which they run. Recipe section 2."""
-  layers = list(range(config.num_layers))
-  if looping and config.num_loops > 0:
-    loop = layers[config.loop_start : config.loop_end + 1]
-    layers = layers[: config.loop_start] + loop * (config.num_loops + 1) + layers[config.loop_end + 1 :]
-  cut = len(layers) // 2
-  return tuple(layers[:cut]), tuple(layers[cut:])
+  return config.layer_order(looping)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ The kind `caseops` has `docs.jsonl` and `expected.jsonl` instead.
 """
 
 import dataclasses
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.files import read_json, read_json_lines, write_json_lines
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import check_env_names, from_env
 
@@ -59,14 +59,14 @@ class Case:
   def load(cls, folder: str | Path, **changes) -> "Case":
     """Reads case.json; `changes` are fields of the case."""
     path = Path(folder) / "case.json"
-    try:
-      about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-      raise UserError(f"{folder} is not a golden case: it has no case.json.") from None
-    except ValueError as e:
-      raise UserError(f"{path} is not valid JSON: {e}.") from None
-    if "kind" not in about:
+    if not path.exists():
+      raise UserError(f"{folder} is not a golden case: it has no case.json.")
+    about = read_json(path)
+    if not isinstance(about.get("kind"), str):
       raise UserError(f"{path} does not name the kind of the case.")
+    environ = about.get("settings", {})
+    if not isinstance(environ, dict) or not all(isinstance(value, str) for value in environ.values()):
+      raise UserError(f"{path} has settings that are not environment names with strings.")
     return cls(Path(folder), about, **changes)
 
   @property
@@ -111,7 +111,7 @@ class Case:
   def expected(self) -> Outputs:
     """What the reference computed."""
     if self.kind == "caseops":
-      return _read_lines(self.folder / "expected.jsonl")
+      return read_json_lines(self.folder / "expected.jsonl")
     return _read_arrays(self.folder / "expected.safetensors")
 
   @property
@@ -129,7 +129,7 @@ class Case:
 
   def read_outputs(self, path: Path) -> Outputs:
     """Outputs that `write_outputs` wrote."""
-    return _read_lines(path) if self.kind == "caseops" else _read_arrays(path)
+    return read_json_lines(path) if self.kind == "caseops" else _read_arrays(path)
 
   def _perturb(self, arrays: Arrays) -> Arrays:
     if not self.perturbation:
@@ -162,7 +162,7 @@ def write_outputs(path: Path, outputs: Outputs) -> None:
   if isinstance(outputs, dict):
     save_file({name: np.array(value, order="C") for name, value in outputs.items()}, path)
   else:
-    path.write_text("".join(json.dumps(line) + "\n" for line in outputs), encoding="utf-8")
+    write_json_lines(path, outputs)
 
 
 def _under(prefix: str, arrays: Arrays, folder: Path) -> Arrays:
@@ -179,10 +179,3 @@ def _read_arrays(path: Path) -> Arrays:
     raise UserError(f"{path} is missing.") from None
   except SafetensorError as e:
     raise UserError(f"{path} is not a readable safetensors file: {e}.") from None
-
-
-def _read_lines(path: Path) -> list[dict]:
-  try:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-  except (OSError, ValueError) as e:
-    raise UserError(f"{path} cannot be read as JSON lines: {e}.") from None

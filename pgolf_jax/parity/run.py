@@ -1,7 +1,6 @@
 """Golden cases run by the code that trains, quantises and scores; outputs have the names of the expected file."""
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.make import make, quantize
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.runtime.files import read_json_lines
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.scoring.adapter_sets import Draw
 from pgolf_jax.scoring.hints import build_hints
@@ -39,8 +39,11 @@ from pgolf_jax.training.loop import Trainer
 def run_caseops(case: Case) -> list[dict]:
   """Rewritten text, ids without the leading bos, bytes per token and their sums, for each document of the case."""
   tokenizer = Tokenizer.load(case.tokenizer or _find_tokenizer(case))
-  lines = (case.folder / "docs.jsonl").read_text(encoding="utf-8").splitlines()
-  return [_document(json.loads(line)["text"], tokenizer) for line in lines]
+  path = case.folder / "docs.jsonl"
+  documents = [document.get("text") for document in read_json_lines(path)]
+  if not all(isinstance(text, str) for text in documents):
+    raise UserError(f'{path} has a line without a "text" that is a string.')
+  return [_document(text, tokenizer) for text in documents]
 
 
 def _document(text: str, tokenizer: Tokenizer) -> dict:
@@ -154,10 +157,12 @@ def run(case: Case, mesh: Mesh | None = None) -> Outputs:
     mesh: the first device alone if not given, since the reference ran on one.
 
   Raises:
-    UserError: the kind of the case is not known, or something that it needs is missing.
+    UserError: the kind of the case is not known, its settings cannot work, or something that it needs is missing.
   """
   if case.kind not in KINDS:
     raise UserError(f"{case.folder}: the kind {case.kind!r} is not known; choose one of {', '.join(KINDS)}.")
+  if case.kind != "caseops":
+    check.check(case.settings)
   mesh = data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
   with jax.default_matmul_precision("highest" if case.types.compute == "float32" else "default"):
     outputs = KINDS[case.kind](case, mesh)

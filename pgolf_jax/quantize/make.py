@@ -73,7 +73,7 @@ def _grids(large: Mapping[str, np.ndarray], calibration: Calibration, config: Qu
   with progress("quantising", total=len(large), unit="matrices") as bar:
     for (_, columns), names in by_shape.items():
       levels = {n: _levels(_bits(n, config)) for n in names}
-      step = {n: row_step(large[n], _clip(n, config), levels[n]) for n in names}
+      step = {n: grid_step(n, large[n], config) for n in names}
       fine_step = {n: row_step(large[n], _clip(n, config), fine_levels) for n in names}
       is_fine_QxN = np.zeros((len(names), columns), bool)
       for row, name in zip(is_fine_QxN, names, strict=True):
@@ -107,6 +107,11 @@ def _small(name: str, value: np.ndarray, config: QuantizeConfig) -> Half | Rows:
   step_Mx1 = step_M.astype(np.float32)[:, None]
   ratio = np.divide(value, step_Mx1, out=np.zeros_like(value), where=step_Mx1 > 0)
   return Rows(np.clip(np.rint(ratio), -127, 127).astype(np.int8), step_M)
+
+
+def grid_step(name: str, weight_MxN: np.ndarray, config: QuantizeConfig) -> np.ndarray:
+  """Returns the step of each row of a large matrix, in fp16."""
+  return row_step(weight_MxN, _clip(name, config), _levels(_bits(name, config)))
 
 
 def _bits(name: str, config: QuantizeConfig) -> int:

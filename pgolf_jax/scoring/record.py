@@ -16,11 +16,12 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.files import read_json_lines, write_json_lines
@@ -362,3 +363,31 @@ def _document_line(batch: Batch, document: Document, result: Evaluation, data: V
     "nats_untilted": float(result.model_nll_N[targets].sum(dtype=np.float64)),
     "hints": int(result.gate_N[targets].sum()),
   }
+
+
+class Scores(NamedTuple):
+  """The scores of an evaluation, one entry a target in the stream's order; see `Evaluation`."""
+
+  nll_N: np.ndarray
+  model_nll_N: np.ndarray
+  hint_nll_N: np.ndarray
+  times_N: np.ndarray
+
+
+def read_scores(folder: Path, targets: int) -> Scores:
+  """Returns the scores that an evaluation left in a folder.
+
+  Raises:
+    UserError: a file is missing, or is not an array of that many numbers.
+  """
+  arrays = []
+  for name in ("nll", "model_nll", "hint_nll", "times"):
+    path = folder / f"{name}.npy"
+    try:
+      array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+      raise UserError(f"{path} cannot be read ({error}); score the run again.") from None
+    if array.shape != (targets,) or array.dtype not in (np.float32, np.uint8):
+      raise UserError(f"{path} has shape {array.shape} of {array.dtype} for {targets} targets; score the run again.")
+    arrays.append(array)
+  return Scores(*arrays)

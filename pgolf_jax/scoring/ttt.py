@@ -189,6 +189,7 @@ class RunningCall(NamedTuple):
   batch: Batch
   target_SxBxX: np.ndarray
   valid_SxBxX: np.ndarray
+  gate_SxBxX: np.ndarray
   sampled_SxBxX: np.ndarray | None
   scored: Scored
 
@@ -237,12 +238,13 @@ def _dispatch(plan: Plan, programs: Programs, state: State, batch: Batch) -> lis
   running = []
   for call in plan.work.calls[batch.index]:
     target, valid = _places(plan.layout, batch, call)
-    hint = np.where(valid & state.hints.gate_N[target], state.hints.ids_N[target], -1)
+    gate = valid & state.hints.gate_N[target]
+    hint = np.where(gate, state.hints.ids_N[target], -1)
     sampled = None if state.sampled_N is None else valid & state.sampled_N[target]
     sample = None if sampled is None else sampled.argmax(axis=2)
     arguments = place_call(programs.mesh, inputs, batch.chunk_size, call, hint, sample)
     scan, scored = programs.scan(batch.is_short, call.shape, scan, arguments)
-    running.append(RunningCall(batch, target, valid, sampled, scored))
+    running.append(RunningCall(batch, target, valid, gate, sampled, scored))
     updates_B[plan.layout.slot_of_rows() < call.shape.slots] += call.updates * plan.settings.ttt.lora.grad_steps
   state.memory = scan.memory
   if state.adapters.needs_end(start):
@@ -267,10 +269,12 @@ def _places(layout: Layout, batch: Batch, call: Call) -> tuple[np.ndarray, np.nd
 
 def _collect(plan: Plan, record: Record, options: Options, running: list[RunningCall], bar: Progress) -> None:
   """Brings scores to the host and enters them under their targets."""
-  for _, target, valid, sampled, scored in running:
+  for _, target, valid, gate, sampled, scored in running:
     steps, target_M = len(valid), target[valid]
-    record.enter(target_M, *(np.asarray(x)[:steps][valid] for x in (scored.model_nll, scored.hint_nll, scored.nll)))
-    if sampled is not None:
+    model_M, hint_M, tilted_M = (np.asarray(x)[:steps][valid] for x in (scored.model_nll, scored.hint_nll, scored.nll))
+    # Without a hint the two are one number, which a compiler that computes it twice may round differently.
+    record.enter(target_M, model_M, hint_M, np.where(gate[valid], tilted_M, model_M))
+    if sampled is not None and sampled.any():
       step_M, row_M = sampled.any(axis=2).nonzero()
       targets = target[step_M, row_M, sampled[step_M, row_M].argmax(axis=1)]
       logp_MxV = np.asarray(scored.logp)[step_M, row_M]

@@ -97,6 +97,15 @@ class ModelConfig:
     """F, width of the MLP's hidden layer."""
     return int(self.mlp_mult * self.model_dim)
 
+  def layer_order(self, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns (encoder, decoder): physical layers in the order in which they run. Recipe section 2."""
+    layers = list(range(self.num_layers))
+    if looping and self.num_loops > 0:
+      loop = layers[self.loop_start : self.loop_end + 1]
+      layers = layers[: self.loop_start] + loop * (self.num_loops + 1) + layers[self.loop_end + 1 :]
+    cut = len(layers) // 2
+    return tuple(layers[:cut]), tuple(layers[cut:])
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

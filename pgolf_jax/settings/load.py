@@ -6,7 +6,9 @@ In files and environments the schedules are text: `1024@0.1,3072@1` (length@prog
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -35,9 +37,26 @@ def from_toml(path: str | Path) -> Settings:
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else "."
     raise UserError(f"There is no config file {path}{hint}") from None
+  except OSError as e:
+    raise UserError(f"{path} cannot be read ({e.strerror}).") from None
   except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
     raise UserError(f"{path} is not valid TOML: {e}.") from None
+  except (ValueError, RecursionError):
+    raise UserError(f"{path}, {_extreme_line(path.read_text(encoding='utf-8'))}; no setting is like that.") from None
   return from_dict(table, where=str(path))
+
+
+_LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{640,}")  # of more digits than Python converts, whatever it is set to
+
+
+def _extreme_line(text: str) -> str:
+  """The line of a TOML text that Python's parser gives up on: a very long number, else the deepest brackets."""
+  lines = text.splitlines()
+  for number, line in enumerate(lines, 1):
+    if _LONG_NUMBER.search(line):
+      return f"line {number}: a number of hundreds of digits"
+  deepest = max(range(len(lines)), key=lambda i: lines[i].count("[") + lines[i].count("{"))
+  return f"line {deepest + 1}: arrays or tables nested too deeply"
 
 
 def from_env(environ: Mapping[str, str], base: Settings | None = None) -> Settings:
@@ -172,7 +191,7 @@ def _scale_stage(name: str, item: str) -> ScaleStage:
 def _at_progress(name: str, item: str, kind: type) -> tuple:
   try:
     value, progress = item.split("@", 1)
-    return kind(value), float(progress)
+    return _checked(name, kind(value), kind), _checked(name, float(progress), float)
   except ValueError:
     raise UserError(f"{name} has the stage {item!r}; each must read value@progress, as in 1024@0.35.") from None
 
@@ -187,8 +206,11 @@ def _chunk_step(name: str, item: str) -> ChunkStep:
   return step
 
 
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
+
 def _number(name: str, item: str) -> int:
-  if not item.isdigit():
+  if not _DIGITS.fullmatch(item):
     raise UserError(f"{name} has {item!r}; each must be a whole number, as in 1,5,20.")
   return int(item)
 
@@ -266,7 +288,7 @@ def _replaced(section, changes: Changes):
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
   """The end of an error's sentence: the valid name that is most like the given one."""
-  near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+  near = difflib.get_close_matches(name[:100], list(valid), n=1, cutoff=0.5)
   return f"; did you mean {near[0]}?" if near else "; see README.md for the settings there are."
 
 
@@ -286,10 +308,10 @@ def _parse_env(name: str, text: str, kind) -> object:
       return {"1": True, "0": False, "true": True, "false": False}[text.lower()]
     if kind is int and text.lstrip("+-").isdigit():
       return int(text)
-    return kind(text)
+    return _checked(name, kind(text), kind)
   except (ValueError, KeyError):
     wanted = "0 or 1" if kind is bool else {int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"{name}={text!r} is not {wanted}.") from None
+    raise UserError(f"{name}={_shown(text)} is not {wanted}.") from None
 
 
 def _checked(where: str, value: object, kind) -> object:
@@ -298,19 +320,30 @@ def _checked(where: str, value: object, kind) -> object:
     kind = next(k for k in typing.get_args(kind) if k is not type(None))
   if typing.get_origin(kind) is Literal:
     choices = typing.get_args(kind)
-    if value not in choices:
-      near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
+    if not isinstance(value, str) or value not in choices:
+      near = difflib.get_close_matches(str(value)[:100], [str(c) for c in choices], n=1)
       hint = f"; did you mean {near[0]!r}?" if near else "."
-      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
+      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {_shown(value)}{hint}")
     return value
   if typing.get_origin(kind) is tuple:
     return parse_stages(where, _checked(where, value, str), typing.get_args(kind)[0])
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+  if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
     return float(value)
+  if kind is float and isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f"{where} must be finite, not {value}.")
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"{where} must be {names[kind]}, not {value!r}.")
+    raise UserError(f"{where} must be {names[kind]}, not {_shown(value)}.")
   return value
+
+
+def _shown(value: object) -> str:
+  """The beginning of what a value looks like, for messages."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # a whole number of thousands of digits, or something very deep
+    return "a value too long to show"
+  return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 # Name → the values accepted, and why no others are. `None` accepts any: the name has no effect in this recipe.

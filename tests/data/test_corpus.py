@@ -1,6 +1,7 @@
 """Corpora: what is read, that reading can begin at any position, and every way in which a file can be faulty."""
 
 import json
+import tracemalloc
 
 import pytest
 import zstandard
@@ -124,3 +125,61 @@ def test_a_missing_path_and_an_unknown_kind_are_refused(tmp_path):
   (tmp_path / "docs.parquet").touch()
   with pytest.raises(UserError, match=r"docs\.parquet: of no known kind"):
     open_corpus(tmp_path / "docs.parquet")
+
+
+def zstd_bomb(path, line_end=b""):
+  """Writes about a hundred kilobytes that stand for a gigabyte of blanks."""
+  compressor = zstandard.ZstdCompressor(level=19).compressobj()
+  data = b"".join([*(compressor.compress(b" " * (1 << 20) + line_end) for _ in range(1024)), compressor.flush()])
+  path.write_bytes(data)
+  assert len(data) < 1 << 18
+  return path
+
+
+def test_a_zstd_bomb_of_one_line_is_refused_in_bounded_memory(tmp_path):
+  corpus = open_corpus(zstd_bomb(tmp_path / "bomb.jsonl.zst"), max_document=1 << 22)
+  tracemalloc.start()
+  with pytest.raises(UserError, match=r"bomb\.jsonl\.zst, line 1: document 1 has more than 4194304 bytes"):
+    next(corpus.read(Position()))
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 48 << 20
+
+
+def test_a_zstd_bomb_of_many_lines_is_read_in_bounded_memory(tmp_path):
+  corpus = open_corpus(zstd_bomb(tmp_path / "bomb.jsonl.zst", b"\n"))
+  tracemalloc.start()
+  assert list(corpus.read(Position())) == []  # blank lines are no documents
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 48 << 20
+
+
+def test_an_endless_line_is_refused_by_file_and_document(tmp_path):
+  path = tmp_path / "endless.jsonl"
+  path.write_bytes(b'{"text": "a"}\n' + b"x" * 5000)
+  documents = open_corpus(path, max_document=1000).read(Position())
+  assert next(documents)[1].text() == "a"
+  with pytest.raises(UserError, match=r"endless\.jsonl, line 2: document 2 has more than 1000 bytes.*--max-document"):
+    next(documents)
+  (tmp_path / "texts").mkdir()
+  (tmp_path / "texts" / "a.txt").write_bytes(b"x" * 1001)
+  with pytest.raises(UserError, match=r"a\.txt: document 1 has more than 1000 bytes"):
+    next(open_corpus(tmp_path / "texts", max_document=1000).read(Position()))
+
+
+def test_a_window_of_gigabytes_is_refused(tmp_path):
+  path = tmp_path / "window.jsonl.zst"
+  magic, descriptor, window = b"\x28\xb5\x2f\xfd", b"\x00", bytes([(30 - 10) << 3])
+  path.write_bytes(magic + descriptor + window + b"\x01\x00\x00")  # and an empty last block
+  with pytest.raises(UserError, match=r"window\.jsonl\.zst: made with a window of zstd above"):
+    next(open_corpus(path).read(Position()))
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"text": "a", "n": ' + b"9" * 5000 + b"}"])
+def test_deep_and_endless_json_is_named(tmp_path, line):
+  path = tmp_path / "odd.jsonl"
+  path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
+  documents = [document for _, document, _ in open_corpus(path).read(Position())]
+  with pytest.raises(UserError, match=r"odd\.jsonl, line 2: JSON that is nested too deeply or"):
+    documents[1].text()

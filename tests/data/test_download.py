@@ -1,5 +1,6 @@
 """Downloading a published data set from a folder that stands in for the hub."""
 
+import hashlib
 import json
 import shutil
 
@@ -21,11 +22,17 @@ class Hub:
   """A local copy of a hub repository that logs what is fetched."""
 
   def __init__(self, root):
-    self.root, self.fetched = root, []
+    self.root, self.fetched, self.announced = root, [], {}
 
-  def list_repo_files(self, repo, *, repo_type):
-    assert (repo, repo_type) == (REPO, "dataset")
-    return [str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()]
+  def list_repo_tree(self, repo, *, recursive, repo_type):
+    assert (repo, recursive, repo_type) == (REPO, True, "dataset")
+    for path in self.root.rglob("*"):
+      if path.is_file():
+        data, name = path.read_bytes(), str(path.relative_to(self.root))
+        lfs = {"size": len(data), "oid": hashlib.sha256(data).hexdigest(), "pointerSize": 1}
+        oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+        file = {"path": name, "size": len(data), "oid": oid, "lfs": lfs if name.endswith(".bin") else None}
+        yield huggingface_hub.hf_api.RepoFile(**file | self.announced.get(path.name, {}))
 
   def hf_hub_download(self, repo, filename, *, repo_type, local_dir):
     assert (repo, repo_type) == (REPO, "dataset")
@@ -51,7 +58,7 @@ def hub(tmp_path, monkeypatch, lossless):
   manifest = {"datasets": [{"name": "another"}, {"name": PUBLISHED["caseops"].shards, "stats": stats}]}
   (root / "datasets" / "manifest.json").write_text(json.dumps(manifest))
   hub = Hub(root)
-  monkeypatch.setattr(huggingface_hub, "list_repo_files", hub.list_repo_files)
+  monkeypatch.setattr(huggingface_hub, "list_repo_tree", hub.list_repo_tree)
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
   return hub
 
@@ -134,6 +141,52 @@ def test_no_connection(hub, tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
   with pytest.raises(UserError, match=r"network is unreachable.* again to continue"):
     download("caseops", tmp_path / "out", train_shards=1)
-  monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+  monkeypatch.setattr(huggingface_hub, "list_repo_tree", fail)
   with pytest.raises(UserError, match="cannot list"):
     download("caseops", tmp_path / "out", train_shards=1)
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "manifest.json"])
+def test_the_hash_announced_is_the_hash_checked(hub, tmp_path, name):
+  lfs = {"size": 1044, "oid": "0" * 64, "pointerSize": 1} if name.endswith(".bin") else None
+  hub.announced[name] = {"oid": "0" * 40, "lfs": lfs}
+  with pytest.raises(UserError, match=f"{name} of .* is not what the hub announced"):
+    download("caseops", tmp_path / "out", train_shards=1)
+  assert not (tmp_path / "out" / name).exists()
+  hub.announced.clear()
+  assert len(download("caseops", tmp_path / "out", train_shards=1)) == 4
+
+
+def test_a_file_of_the_right_size_but_another_hash_is_fetched_again(hub, tmp_path):
+  path = download("caseops", tmp_path / "out", train_shards=1)[0]
+  path.write_bytes(path.read_bytes()[:-1] + b"\7")
+  hub.fetched.clear()
+  download("caseops", tmp_path / "out", train_shards=1)
+  assert hub.fetched == [path.name] and read_shard(path).tolist() == [0] * 10
+
+
+def test_sizes_are_capped_before_anything_is_fetched(hub, tmp_path):
+  hub.announced["fineweb_train_000000.bin"] = {"size": 1 << 40}
+  with pytest.raises(UserError, match=r"fineweb_train_000000\.bin of .* has 1099511627776 bytes, more than"):
+    download("caseops", tmp_path / "out", train_shards=1)
+  assert hub.fetched == []
+
+
+@pytest.mark.parametrize("text", ['{"datasets": [', '{"datasets": {}}', '{"datasets": [1]}', "[" * 100_000, "[]"])
+def test_a_damaged_manifest_is_removed(hub, tmp_path, text):
+  manifest = hub.root / "datasets" / "manifest.json"
+  whole = manifest.read_text()
+  manifest.write_text(text)
+  with pytest.raises(UserError, match=r"manifest\.json"):
+    download("caseops", tmp_path / "out", train_shards=1)
+  assert not (tmp_path / "out" / "published_manifest.json").exists()
+  manifest.write_text(whole)
+  assert len(download("caseops", tmp_path / "out", train_shards=1)) == 4
+
+
+def test_paths_that_lead_out_of_the_folder_are_not_fetched(hub, tmp_path):
+  hub.announced["fineweb_train_000001.bin"] = {"path": f"../{SHARDS}/fineweb_train_000001.bin"}
+  hub.announced["fineweb_train_000002.bin"] = {"path": f"/tmp/{SHARDS}/fineweb_train_000002.bin"}
+  hub.announced["fineweb_train_000003.bin"] = {"path": f"{SHARDS}/../fineweb_train_000003.bin"}
+  with pytest.raises(UserError, match="has 1 training shards"):
+    download("caseops", tmp_path / "out", train_shards=4)

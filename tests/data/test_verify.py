@@ -72,8 +72,8 @@ def test_without_tokenizer_and_manifest_the_other_checks_are_made(folder):
   (folder / TOKENIZER).unlink()
   (folder / MANIFEST).unlink()
   checks = {check.name: check.passed for check in verify(folder)}
-  assert [checks[name] for name in ("shards", "documents", "overlap")] == [True] * 3
-  assert [checks[name] for name in ("token range", "text", "manifest")] == [None] * 3
+  assert [checks[name] for name in ("shards", "documents")] == [True] * 2
+  assert [checks[name] for name in ("token range", "sidecar", "text", "overlap", "manifest")] == [None] * 5
 
 
 def test_plain_data_may_go_without_a_sidecar(tmp_path, train_other):
@@ -193,5 +193,5 @@ def test_manifest_hashes_are_those_of_the_files(prepared):
 
 def test_damaged_manifest_is_an_error_that_says_so(folder):
   (folder / MANIFEST).write_text("{")
-  with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+  with pytest.raises(UserError, match=r"manifest\.json, line 1: damaged"):
     Manifest.read(folder)

@@ -147,3 +147,44 @@ def test_what_is_not_a_case_is_refused(tmp_path):
   (tmp_path / "case.json").write_text('{"kind": "forward", "settings": {"MODLE_DIM": "3"}}')
   with pytest.raises(UserError, match="did you mean MODEL_DIM"):
     _ = Case.load(tmp_path).settings
+
+
+def test_a_few_huge_entries_of_a_matrix_are_caught(small_golden):
+  """Two of 120,000 entries are fewer than ties may change, but no tie moves an entry by a hundred steps."""
+  golden = Case.load(small_golden("quantize"))
+  name = "dequantized/tok_emb.weight"
+  assert agrees(check(golden, golden.expected))
+  wrong = golden.expected[name].copy()
+  wrong[3, 5:7] += 10 * np.abs(wrong[3]).max()
+  assert not agrees(check(golden, golden.expected | {name: wrong}))
+
+
+def test_a_gradient_that_is_zero_by_mathematics_may_be_noise(case):
+  expected = {"loop0/grads/kv_bank": 1e-9 * X, "loop0/grads/qo_bank": X, "loop1/grads/qo_bank": 1e-9 * X}
+  golden = case("forward", {"x": X}, expected)
+  assert agrees(check(golden, expected | {"loop0/grads/kv_bank": -1e-9 * X}))
+  assert not agrees(check(golden, expected | {"loop0/grads/kv_bank": 1e-4 * X}))
+  # Where all gradients are small, none is noise.
+  assert not agrees(check(golden, expected | {"loop1/grads/qo_bank": -1e-9 * X}))
+
+
+@pytest.mark.parametrize(
+  ("kind", "settings", "message"),
+  [
+    ("ttt", {"TTT_EVAL_SEQ_LEN": "32"}, "ttt.seq_len=32 must hold a chunk of 64"),
+    ("ngram", {"TOKEN_ORDER": "33"}, "hints.order=33 must lie in 1 … 32"),
+    ("ngram", {"TOKEN_ORDER": "0"}, "hints.order=0 must lie in 1 … 32"),
+    ("quantize", {"MATRIX_BITS": "1"}, "matrix_bits=1 must lie in 2 … 8"),
+    ("forward", {"PARALLEL_START_LAYER": "4"}, "inside the loop"),
+  ],
+)
+def test_settings_are_checked_before_a_case_is_run(case, kind, settings, message):
+  with pytest.raises(UserError, match=message):
+    run(case(kind, {"x": X}, {"x": X}, settings=settings))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"kind": 5}', '{"kind": "ttt", "settings": {"SEED": 1}}', "{"])
+def test_a_damaged_case_is_one_sentence(tmp_path, text):
+  (tmp_path / "case.json").write_text(text)
+  with pytest.raises(UserError, match=r"case\.json"):
+    Case.load(tmp_path)

@@ -12,9 +12,10 @@ from artifact_samples import CONFIG, sample_tensors, sealed, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pgolf_jax.errors import ArtifactError
-from pgolf_jax.quantize.artifact import read
-from pgolf_jax.quantize.artifact.codecs import NAMES
+from pgolf_jax.errors import ArtifactError, UserError
+from pgolf_jax.quantize.artifact import load, read, reader
+from pgolf_jax.quantize.artifact.codecs import NAMES, ans
+from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, unbank
 from pgolf_jax.quantize.artifact.writer import write
 
@@ -133,7 +134,7 @@ def test_hostile_headers_are_refused(name, path, value, match):
 
 @pytest.mark.parametrize(
   "text",
-  [b"[" * 500_000, b'{"config":NaN}', b"\xff\xfe", b"9" * 100_000, b"null", b'{"a":' * 100_000, b""],
+  [b"[" * 200_000, b'{"config":NaN}', b"\xff\xfe", b"9" * 100_000, b"null", b'{"a":' * 40_000, b""],
   ids=["deep", "nan", "not text", "long number", "null", "nested", "empty"],
 )
 def test_headers_that_are_not_ours_are_refused(text):
@@ -275,3 +276,74 @@ def test_values_that_fp16_cannot_hold_are_not_written():
   tensors = {"w": Half(np.array([1.0, np.inf], np.float16))}
   with pytest.raises(ArtifactError, match="w holds values that are not finite"):
     write({}, tensors)
+
+
+def peak_bytes(path: Path) -> int:
+  """Memory that refusing the artifact at `path` takes."""
+  tracemalloc.start()
+  with pytest.raises(UserError):
+    load(path)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  return peak
+
+
+@pytest.mark.parametrize(
+  ("config", "entry"),
+  [
+    ({}, ["half", "blocks.99999999.attn.c_q.weight", [1]]),
+    ({}, ["half", "blocks.9999.attn.c_q.weight", [1]]),
+    ({}, ["half", "x" * 100_000, [1]]),
+    ({"model": {"num_layers": 10**9}}, ["half", "x", [1]]),
+    ({"model": {"num_layers": 900, "num_loops": 10**9}}, ["half", "x", [1]]),
+    ({"model": {"vocab_size": 65536, "model_dim": 65536}}, ["half", "x", [1]]),
+    ({}, ["grid", "tok_emb.weight", [8192, 32768], None, None]),
+    ({}, ["half", "tok_emb.weight", [2**28 - 1]]),
+  ],
+  ids=["layer", "layers", "name", "config layers", "config loops", "config size", "2^28 integers", "2^28 halves"],
+)
+def test_a_hundred_bytes_cannot_claim_memory(tmp_path, config, entry):
+  header = {"config": config, "streams": [0] if entry[0] == "half" else [0, 0], "tensors": [entry]}
+  whole = with_header(WHOLE["entropy"], lambda _: header)
+  size = reader.PREFIX.unpack_from(whole)[3]
+  (tmp_path / "small.pgolf").write_bytes(sealed(whole[: reader.START + size]))
+  assert peak_bytes(tmp_path / "small.pgolf") < reader.WORKING_BYTES
+
+
+def test_layers_of_params_are_bounded_by_the_table():
+  names = [f"blocks.{i}.mlp.fc.weight" for i in (0, 9999)]
+  tensors = {name: Half(np.ones((2, 2), np.float16)) for name in names}
+  with pytest.raises(ArtifactError, match="do not make up whole banks"):
+    read(write({}, tensors)).params()
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_numbers_of_the_config_are_finite(number):
+  text = json.dumps({"config": {"x": 17.25}, "streams": [], "tensors": []}).replace("17.25", number)
+  refused(with_header(WHOLE["entropy"], lambda _: text.encode()), "not finite")
+
+
+def test_counts_are_made_in_slabs():
+  """Counting a million symbols takes less memory than they do as 64-bit numbers."""
+  counts, symbols = np.zeros(1024, np.int64), np.zeros(1 << 20, np.int16)
+  tracemalloc.start()
+  ans._add_counts(counts, symbols)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert counts[0] == 1 << 20 and peak < 2 * symbols.nbytes
+
+
+def test_a_grid_of_endless_classes_is_refused():
+  """Without the bound a matrix of 256 rows and 96 column classes has 24,576 parts of one value each."""
+  rng = np.random.default_rng(0)
+  shape = (256, 96)
+  model = Model(None, rng.permutation(96).astype(np.int32), (np.arange(256) - 128).astype(np.int32))
+  with pytest.raises(ArtifactError, match="width classes where at most"):
+    put_grids(ans.Writer(), [np.zeros(shape, np.int8)], [model])
+
+
+def test_a_tensor_without_values_comes_back():
+  """A model of one layer has no skips."""
+  tensors = {"skip_weights": Half(np.zeros((0, 8), np.float16)), "x": Half(np.ones(3, np.float16))}
+  for codec in NAMES:
+    assert read(write({}, tensors, codec)).params()["skip_weights"].shape == (0, 8)

@@ -4,8 +4,6 @@ import jax
 import numpy as np
 from ttt_case import SETTINGS, changed, random_documents, random_params
 
-from pgolf_jax.audit import probes
-from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 
@@ -30,17 +28,3 @@ def test_the_first_chunks_are_those_of_the_exact_evaluation_and_later_ones_diffe
   # The second chunk's update is the same, so the third is the first to see keys of older adapters.
   np.testing.assert_allclose(cached.model_nll_N[:size], exact.model_nll_N[:size], atol=1e-5)
   assert np.abs(cached.model_nll_N[3 * size : 29] - exact.model_nll_N[3 * size : 29]).max() > 1e-4
-
-
-def test_documents_longer_than_the_ring_and_every_probe():
-  data = random_documents([40, 131, 52, 77])
-  settings = changed(CACHED, phase__prefix_docs=2, batch_size=2, chunk_size=7)
-  mesh, params, options = data_mesh(jax.devices()[:1]), random_params(), ttt.Options(distributions=True)
-  programs = ttt.Programs(settings, mesh, distributions=True)
-
-  def evaluate(tokens):
-    return ttt.evaluate(settings, params, ValidationData(tokens, data.token_bytes), mesh, options, programs)
-
-  model = settings.model
-  checks = probes.run(evaluate, data.tokens, bos_id=model.bos_id, vocab_size=model.vocab_size)
-  assert all(check.passed for check in checks), checks

@@ -64,9 +64,9 @@ def test_files_that_are_no_artifact_are_refused(artifact, tmp_path):
   with pytest.raises(UserError, match="There is no artifact"):
     load(tmp_path / "artifact.pgolf")
   stored = read(artifact.read_bytes())
-  config = stored.config | {"model": stored.config["model"] | {"num_heads": 2}}
+  config = stored.config | {"model": stored.config["model"] | {"num_heads": 2, "num_kv_heads": 2, "rope_dims": 4}}
   (tmp_path / "other.pgolf").write_bytes(writer.write(config, stored.tensors, "zstd"))
-  with pytest.raises(UserError, match=r"other\.pgolf: .* has the shape"):
+  with pytest.raises(UserError, match=r"other\.pgolf: .* has shape .* the artifact's own config gives"):
     load(tmp_path / "other.pgolf")
 
 

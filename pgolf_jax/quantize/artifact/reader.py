@@ -9,8 +9,9 @@ The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the t
 the form needs), `streams` (bytes of each). Which arrays lie in which stream follows from the table.
 
 Reading takes any bytes and either returns what was written or raises ArtifactError: the claims in the header are
-checked against each other and against a bound on parameters before memory is taken for them. Weights are computed with
-NumPy alone, so that they do not depend on JAX's version or backend.
+checked against each other, against the model of the settings in it (`load`) and against a bound on parameters before
+memory is taken for them. Whatever the bytes, reading holds at most twice what the file and its fp32 weights take, and
+`WORKING_BYTES`. Weights are computed with NumPy alone, so that they do not depend on JAX's version or backend.
 
 The table says which tensors there are, and with that which of their arrays lie together in a stream.
 
@@ -41,15 +42,19 @@ import numpy as np
 from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize.artifact.codecs import NAMES, Content, entropy, zstd
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Quantized, Rows, kind, rebank
-from pgolf_jax.settings import Settings
+from pgolf_jax.quantize.artifact.tensors import BANKS, Grid, Half, LowRank, Quantized, Rows, kind, rebank, unbank
+from pgolf_jax.runtime.files import parse_json
+from pgolf_jax.settings import ModelConfig, Settings, check
+from pgolf_jax.settings.check import MAX_PARAMETERS
 from pgolf_jax.settings.load import from_dict
 
 _LARGE = 4096  # fp16 values; a kind with at least as many gets a stream of its own
 _MAX_SIDE = 1 << 20  # rows or columns of a grid
 _MAX_RANK = 64  # of a correction
 _MAX_DIMENSIONS = 4
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,99}")
+_NAME = re.compile(r"(?!blocks\.)[A-Za-z_][A-Za-z0-9_.]{0,99}|blocks\.(0|[1-9][0-9]{0,3})\.[A-Za-z0-9_.]{1,88}")
+
+Buffer = bytes | memoryview
 
 Entry = list
 """One line of the table, as JSON has it."""
@@ -155,8 +160,10 @@ def check_entry(entry: object) -> None:
   require(isinstance(entry, list) and len(entry) >= 3, "an entry of the wrong type")
   form, name, shape, *more = entry
   require(isinstance(name, str) and _NAME.fullmatch(name) is not None, "an impossible name")
+  require(name not in BANKS, "a whole bank, which is stored by its matrices")
   require(isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS, f"an impossible shape for {name}")
-  require(all(number(size, 1, 2**28) for size in shape), f"an impossible shape for {name}")
+  least = 0 if form == "half" else 1  # a model of one layer has no skips, and [0, D] of their weights
+  require(all(number(size, least, MAX_PARAMETERS) for size in shape), f"an impossible shape for {name}")
   if form == "half":
     require(not more, f"too many fields for {name}")
     return
@@ -183,10 +190,14 @@ def check_entry(entry: object) -> None:
 
 MAGIC = b"PGOLFJAX"
 VERSION = 1
-MAX_PARAMETERS = 2**28  # 1 GiB of fp32 weights
+WORKING_BYTES = 1 << 25
+"""Memory that reading takes whatever the size of the artifact: the header as Python objects, slabs, distributions."""
 PREFIX = struct.Struct("<8sHHI")
 _DIGEST = 16
-_MAX_HEADER = 1 << 20  # bytes of JSON
+_MAX_HEADER = 1 << 18  # bytes of JSON, which take up to a hundred times as much memory once it is parsed
+_MAX_FILE = 1 << 30  # bytes; more than `MAX_PARAMETERS` can take
+# Values that an artifact may hold whatever its size, and for each of its bytes: a trained matrix takes 3 bits a value.
+_FREE_VALUES, _VALUES_PER_BYTE = 1 << 22, 1 << 10
 START = PREFIX.size + _DIGEST
 """Bytes before the header."""
 
@@ -207,7 +218,7 @@ class Artifact:
       ArtifactError: a bank's matrices are incomplete or differ in shape.
     """
     try:
-      return rebank(self.tensors, lambda name: self.tensors[name].dequantize())
+      return rebank(self.tensors)
     except (KeyError, ValueError) as error:
       raise ArtifactError(f"The artifact's matrices do not make up whole banks ({error}): it is damaged.") from error
 
@@ -220,16 +231,36 @@ def load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   """
   if not path.is_file():
     raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
-  artifact = read(path.read_bytes())
-  settings = from_dict(artifact.config, where=f"the config in {path}")
-  params = artifact.params()
-  parameters.check(settings.model, params, where=str(path))
-  return settings, params
+  if path.stat().st_size > _MAX_FILE:
+    raise ArtifactError(f"{path} has {path.stat().st_size} bytes; an artifact has at most {_MAX_FILE}.")
+  frame = _unpack(path.read_bytes())
+  settings = from_dict(frame.header["config"], where=f"the config in {path}")
+  try:
+    check.check(settings)
+  except UserError as error:
+    raise UserError(f"The config in {path} cannot work: {error}") from error
+  _check_shapes(settings.model, frame.header["tensors"], path)
+  return settings, _decode(frame).params()
+
+
+def _check_shapes(config: ModelConfig, table: list[Entry], path: Path) -> None:
+  """Raises ArtifactError unless the table's tensors are those of a model of this config."""
+  views = {name: np.broadcast_to(np.int8(0), shape) for name, shape in parameters.shapes(config).items()}
+  wanted = {name: view.shape for name, view in unbank(views).items()}
+  shapes = {name: tuple(shape) for _, name, shape, *_ in table}
+  for name in sorted(wanted.keys() | shapes.keys()):
+    if wanted.get(name) != shapes.get(name):
+      stored, needed = (f"shape {s[name]}" if name in s else "none" for s in (shapes, wanted))
+      raise ArtifactError(f"{path}: {name} has {stored}, and the artifact's own config gives {needed}: it is damaged.")
 
 
 def read(data: bytes) -> Artifact:
   """Returns what `writer.write` was given. Raises ArtifactError on anything that it did not make."""
-  codec, header, header_bytes, body = _unpack(data)
+  return _decode(_unpack(data))
+
+
+def _decode(frame: "_Frame") -> Artifact:
+  codec, header, header_bytes, body = frame
   table, lengths = header["tensors"], header["streams"]
   streams = split(table)
   if len(lengths) != len(streams) or sum(lengths) != len(body):
@@ -247,7 +278,7 @@ def read(data: bytes) -> Artifact:
   return Artifact(header["config"], tensors, codec, {"header": header_bytes, **sizes})
 
 
-def decode_stream(codec: str, content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def decode_stream(codec: str, content: Content, data: Buffer, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
   """Returns a stream's arrays, of exactly these shapes. Raises ArtifactError if `data` cannot hold them."""
   return {"zstd": zstd, "entropy": entropy}[codec].decode(content, data, shapes)
 
@@ -277,15 +308,16 @@ class _Frame(NamedTuple):
   codec: str
   header: dict
   header_bytes: int  # from the beginning of the file to the streams
-  streams: bytes
+  streams: memoryview
 
 
-def _unpack(data: bytes) -> _Frame:
+def _unpack(whole: bytes) -> _Frame:
   """Takes a file apart, with its checksum verified and every claim of its header within bounds.
 
   Raises:
     ArtifactError: `pack` did not make these bytes.
   """
+  data = memoryview(whole)
   if len(data) < START:
     raise ArtifactError(f"The file has {len(data)} bytes, fewer than an artifact's first {START}: it is truncated.")
   magic, version, codec, size = PREFIX.unpack_from(data)
@@ -298,7 +330,12 @@ def _unpack(data: bytes) -> _Frame:
     raise ArtifactError("The artifact's checksum does not match its content: it is truncated or damaged.")
   if codec >= len(NAMES) or size > len(body):
     raise ArtifactError("The artifact's first bytes contradict its content: it is damaged.")
-  return _Frame(NAMES[codec], _checked_header(body[:size]), START + size, body[size:])
+  header = _checked_header(body[:size])
+  count = sum(map(parameter_count, header["tensors"]))
+  most = min(MAX_PARAMETERS, _FREE_VALUES + _VALUES_PER_BYTE * len(data))
+  if count > most:
+    raise ArtifactError(f"The artifact claims {count} parameters; {len(data)} bytes may hold at most {most}.")
+  return _Frame(NAMES[codec], header, START + size, body[size:])
 
 
 def _digest(prefix: bytes, body: bytes) -> bytes:
@@ -307,11 +344,10 @@ def _digest(prefix: bytes, body: bytes) -> bytes:
   return digest.digest()
 
 
-def _checked_header(packed: bytes) -> dict:
-  text = zstd.decompress(packed, 0, _MAX_HEADER)
+def _checked_header(packed: Buffer) -> dict:
   try:
-    header = json.loads(text, parse_constant=_refuse_constant)
-  except (ValueError, RecursionError) as error:
+    header = parse_json(zstd.decompress(packed, 0, _MAX_HEADER).decode())
+  except ValueError as error:
     raise ArtifactError(f"The artifact's header is not JSON ({error}): it is damaged.") from error
   if not isinstance(header, dict) or sorted(header) != ["config", "streams", "tensors"]:
     raise ArtifactError("The artifact's header lacks its three parts: it is damaged.")
@@ -325,11 +361,4 @@ def _checked_header(packed: bytes) -> dict:
   names = [entry[1] for entry in table]
   if len(set(names)) != len(names):
     raise ArtifactError("The artifact's table names a tensor twice: it is damaged.")
-  count = sum(parameter_count(entry) for entry in table)
-  if count > MAX_PARAMETERS:
-    raise ArtifactError(f"The artifact claims {count} parameters; this program reads at most {MAX_PARAMETERS}.")
   return header
-
-
-def _refuse_constant(name: str):
-  raise ValueError(f"{name} is no number")

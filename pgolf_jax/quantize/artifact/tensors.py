@@ -6,38 +6,67 @@ Only NumPy's elementwise IEEE arithmetic is used: a matrix product may fuse or r
 on the machine. M outputs, N inputs, R rank.
 """
 
+import abc
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 _SLAB = 1 << 18  # values of a product worked on at a time
 
 
+class Stored(abc.ABC):
+  """A parameter in its stored form."""
+
+  @property
+  @abc.abstractmethod
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the weights."""
+
+  @abc.abstractmethod
+  def write_to(self, out: np.ndarray) -> None:
+    """Writes the fp32 weights to `out`; beside it only a slab of them is held."""
+
+  def dequantize(self) -> np.ndarray:
+    """Returns the fp32 weights."""
+    out = np.empty(self.shape, np.float32)
+    self.write_to(out)
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
-class Half:
+class Half(Stored):
   """A parameter kept as fp16, of any shape."""
 
   values: np.ndarray  # float16
 
-  def dequantize(self) -> np.ndarray:
-    return self.values.astype(np.float32)
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.values.shape
+
+  def write_to(self, out: np.ndarray) -> None:
+    out[...] = self.values
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(Stored):
   """Integers with one fp16 step per row, the form of attention gates."""
 
   q_MxN: np.ndarray  # int8
   step_M: np.ndarray  # float16
 
-  def dequantize(self) -> np.ndarray:
-    return self.q_MxN.astype(np.float32) * self.step_M.astype(np.float32)[:, None]
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.q_MxN.shape
+
+  def write_to(self, out: np.ndarray) -> None:
+    out[...] = self.q_MxN
+    out *= self.step_M.astype(np.float32)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(Stored):
   """A correction A·B that is added to a matrix on its grids (LQER); both factors are integers with fp16 steps.
 
   A has one step per row, or a single one. The flattened B is cut into `b_step.size` pieces of equal length, a row or a
@@ -56,21 +85,26 @@ class LowRank:
     groups = self.b_RxN.reshape(self.b_step.size, -1).astype(np.float32)
     return (groups * self.b_step.astype(np.float32)[:, None]).reshape(self.b_RxN.shape)
 
-  def dequantize(self) -> np.ndarray:
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (self.a_MxR.shape[0], self.b_RxN.shape[1])
+
+  def write_to(self, out: np.ndarray) -> None:
     a_MxR, b_RxN = self.a(), self.b()
-    total_MxN = np.zeros((a_MxR.shape[0], b_RxN.shape[1]), np.float32)
-    rows = max(1, _SLAB // b_RxN.shape[1])
-    for first in range(0, len(total_MxN), rows):
-      slab = slice(first, first + rows)
-      # Each rank is added in float64 and the sum rounded to float32, as a fused multiply-add does.
-      for r in range(b_RxN.shape[0]):
-        product = np.multiply.outer(a_MxR[slab, r].astype(np.float64), b_RxN[r].astype(np.float64))
-        total_MxN[slab] = total_MxN[slab] + product
-    return total_MxN
+    for slab in _slabs(self.shape):
+      out[slab] = _product(a_MxR[slab], b_RxN)
+
+
+def _product(a_MxR: np.ndarray, b_RxN: np.ndarray) -> np.ndarray:
+  """A·B in fp32: each rank is added in float64 and the sum rounded to float32, as a fused multiply-add does."""
+  total_MxN = np.zeros((a_MxR.shape[0], b_RxN.shape[1]), np.float32)
+  for a_M, b_N in zip(a_MxR.T, b_RxN, strict=True):
+    total_MxN[...] = total_MxN + np.multiply.outer(a_M.astype(np.float64), b_N.astype(np.float64))
+  return total_MxN
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(Stored):
   """A matrix on the grids of its rows (GPTQ): q · step, with a finer step for the columns of some groups (AWQ)."""
 
   q_MxN: np.ndarray  # int8
@@ -80,15 +114,30 @@ class Grid:
   fine_step_M: np.ndarray | None = None  # float16; None without such groups
   low_rank: LowRank | None = None
 
-  def dequantize(self) -> np.ndarray:
-    weight_MxN = self.q_MxN.astype(np.float32)
-    weight_MxN *= self.step_M.astype(np.float32)[:, None]
-    for start in self.fine_starts:
-      columns = slice(start, start + self.fine_size)
-      weight_MxN[:, columns] = self.q_MxN[:, columns] * self.fine_step_M.astype(np.float32)[:, None]
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.q_MxN.shape
+
+  def write_to(self, out: np.ndarray) -> None:
+    step_Mx1 = self.step_M.astype(np.float32)[:, None]
+    if self.fine_starts:
+      fine_C = np.add.outer(np.array(self.fine_starts), np.arange(self.fine_size)).reshape(-1)
+      fine_step_Mx1 = self.fine_step_M.astype(np.float32)[:, None]
     if self.low_rank is not None:
-      weight_MxN += self.low_rank.dequantize()
-    return weight_MxN
+      a_MxR, b_RxN = self.low_rank.a(), self.low_rank.b()
+    for slab in _slabs(self.shape):
+      weight_MxN = self.q_MxN[slab] * step_Mx1[slab]
+      if self.fine_starts:
+        weight_MxN[:, fine_C] = self.q_MxN[slab][:, fine_C] * fine_step_Mx1[slab]
+      if self.low_rank is not None:
+        weight_MxN += _product(a_MxR[slab], b_RxN)
+      out[slab] = weight_MxN
+
+
+def _slabs(shape: tuple[int, int]) -> Iterator[slice]:
+  """Yields the rows of a matrix in slices of at most `_SLAB` values, or one row."""
+  rows = max(1, _SLAB // shape[1])
+  return (slice(first, first + rows) for first in range(0, shape[0], rows))
 
 
 Quantized = Half | Rows | Grid
@@ -122,34 +171,34 @@ def unbank(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return matrices | {name: value for name, value in params.items() if name not in BANKS}
 
 
-def rebank(names: Collection[str], value: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns the parameters that `unbank` took apart, holding only one matrix beside the banks at a time.
+def rebank(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+  """Returns the fp32 parameters that `unbank` took apart, holding no matrix beside the banks.
 
   Args:
-    names: of all matrices and parameters.
-    value: returns the matrix of a name; called once for each.
+    tensors: all matrices and parameters, by name.
 
   Raises:
     KeyError: a bank lacks a matrix.
     ValueError: a bank's matrices differ in shape.
   """
-  layers = 1 + max((int(match[1]) for name in names if (match := _IN_BLOCK.fullmatch(name))), default=-1)
+  layers = {int(match[1]) for name in tensors if (match := _IN_BLOCK.fullmatch(name))}
+  if missing := [i for i in range(len(layers)) if i not in layers]:
+    raise KeyError(f"blocks.{missing[0]}")
   params = {}
   for bank, suffixes in BANKS.items():
-    parts = [f"blocks.{i}.{suffix}" for suffix in suffixes for i in range(layers)]
-    if not any(name in names for name in parts):
+    parts = [f"blocks.{i}.{suffix}" for suffix in suffixes for i in range(len(layers))]
+    if not any(name in tensors for name in parts):
       continue
-    if missing := [name for name in parts if name not in names]:
+    if missing := [name for name in parts if name not in tensors]:
       raise KeyError(missing[0])
+    shape = tensors[parts[0]].shape
+    for name in parts:
+      if tensors[name].shape != shape:
+        raise ValueError(f"{name} is {tensors[name].shape}, {parts[0]} {shape}")
+    params[bank] = np.empty((len(parts), *shape), np.float32)
     for i, name in enumerate(parts):
-      matrix = value(name)
-      if i == 0:
-        params[bank] = np.empty((len(parts), *matrix.shape), matrix.dtype)
-      if matrix.shape != params[bank].shape[1:]:
-        raise ValueError(f"{name} is {matrix.shape}, {parts[0]} {params[bank].shape[1:]}")
-      params[bank][i] = matrix
-      del matrix  # before the next one is made
-  return params | {name: value(name) for name in names if not _in_a_bank(name)}
+      tensors[name].write_to(params[bank][i])
+  return params | {name: tensor.dequantize() for name, tensor in tensors.items() if not _in_a_bank(name)}
 
 
 def kind(name: str) -> str:

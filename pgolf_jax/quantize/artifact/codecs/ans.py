@@ -20,6 +20,7 @@ from pgolf_jax.errors import ArtifactError
 _Stack = constriction.stream.stack.AnsCoder
 Distribution = constriction.stream.model.Categorical
 
+SLAB = 1 << 16  # symbols that are held in a wider type at a time
 _FIRST_CHUNK = 16
 _COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
 
@@ -70,20 +71,25 @@ class Reader:
 
 def put_counted(writer: Writer, symbols: np.ndarray, alphabet: int) -> None:
   """Writes symbols of 0 … alphabet − 1 in growing chunks, each under the counts of all before it."""
+  counts = np.zeros(alphabet, np.int64)
   for start, end in _chunks(len(symbols)):
-    writer.put(symbols[start:end], _counted(symbols[:start], alphabet))
+    writer.put(symbols[start:end], distribution(1 + _COUNT_WEIGHT * counts))
+    _add_counts(counts, symbols[start:end])
 
 
 def take_counted(reader: Reader, count: int, alphabet: int) -> np.ndarray:
-  """Reads what `put_counted` wrote."""
-  symbols = np.zeros(count, np.int32)
+  """Reads what `put_counted` wrote, as 16-bit numbers so that they take less memory than the weights."""
+  symbols = np.zeros(count, np.int16)
+  counts = np.zeros(alphabet, np.int64)
   for start, end in _chunks(count):
-    symbols[start:end] = reader.take(end - start, _counted(symbols[:start], alphabet))
+    symbols[start:end] = reader.take(end - start, distribution(1 + _COUNT_WEIGHT * counts))
+    _add_counts(counts, symbols[start:end])
   return symbols
 
 
-def _counted(seen: np.ndarray, alphabet: int) -> Distribution:
-  return distribution(1 + _COUNT_WEIGHT * np.bincount(seen, minlength=alphabet))
+def _add_counts(counts: np.ndarray, symbols: np.ndarray) -> None:
+  for start in range(0, len(symbols), SLAB):  # `bincount` makes 64-bit numbers of what it counts
+    counts += np.bincount(symbols[start : start + SLAB], minlength=len(counts))
 
 
 def _chunks(count: int) -> list[tuple[int, int]]:

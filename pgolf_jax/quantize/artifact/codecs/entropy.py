@@ -14,6 +14,7 @@ import numpy as np
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content, zstd
 from pgolf_jax.quantize.artifact.codecs.ans import (
+  SLAB,
   Reader,
   Writer,
   distribution,
@@ -47,9 +48,10 @@ def decode(content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> 
   """Returns arrays of exactly these shapes. Raises ArtifactError if `data` cannot hold them."""
   if content == "grid":
     return _read(take_grids, data, shapes)
-  if data[:1] == bytes([_ZSTD]):
+  method = bytes(data[:1])
+  if method == bytes([_ZSTD]):
     return zstd.decode(content, data[1:], shapes)
-  if data[:1] != bytes([_COUNTED]):
+  if method != bytes([_COUNTED]):
     raise ArtifactError("A stream of the artifact names a method that does not exist: it is damaged.")
   return _read(_take_halves if content == "half" else _take_small, data[1:], shapes)
 
@@ -74,11 +76,11 @@ def _put_halves(writer: Writer, arrays: Sequence[np.ndarray]) -> None:
 
 
 def _take_halves(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
-  count = sum(map(math.prod, shapes))
-  # Cast to 16 bits before the low part is read, so that no more memory is held than the values take as fp32.
-  bits = take_counted(reader, count, _HIGH_ALPHABET).astype(np.uint16)
+  bits = take_counted(reader, sum(map(math.prod, shapes)), _HIGH_ALPHABET).view(np.uint16)
   bits <<= _LOW_BITS
-  bits |= reader.take(count, _LOW).astype(np.uint16)
+  for start in range(0, len(bits), SLAB):
+    part = bits[start : start + SLAB]
+    part |= reader.take(len(part), _LOW).astype(np.uint16)
   return parts(bits.view(np.float16), shapes)
 
 

@@ -12,6 +12,7 @@ order), so every machine computes the same one.
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -25,6 +26,7 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   PHASE_BITS,
   PHASES,
   SHAPES,
+  SLAB,
   STEPS,
   Distribution,
   Reader,
@@ -48,6 +50,7 @@ _MAX_SHIFT = 7
 _BASIS = distribution(ans.weights(CENTRE + 3 * STEPS, 0, 0, -B_LIMIT, B_LIMIT))
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values
+_FREE_CELLS, _VALUES_PER_CELL = 1 << 14, 1 << 8  # of a stream; a trained model has thousands of values to a cell
 _REACH = 255  # of an integer less its mean: −128 … 127 less −127 … 127
 
 
@@ -71,10 +74,14 @@ class Mean:
       row, column: indices of the part.
     """
     left, right = (column, row) if self.flipped else (row, column)
-    product = np.matmul(self.a_MxR[left].astype(np.float64), self.b_RxN[:, right].astype(np.float64)).astype(np.int64)
-    mean = (product * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
-    mean = np.clip(mean, -127 * PHASES, 127 * PHASES).astype(np.int32)
-    return mean if self.flipped else mean.T
+    a_MxR, b_RxN = self.a_MxR[left], self.b_RxN[:, right].astype(np.float64)
+    mean_MxN = np.empty((a_MxR.shape[0], b_RxN.shape[1]), np.int32)
+    rows = max(1, SLAB // max(1, b_RxN.shape[1]))
+    for first in range(0, len(mean_MxN), rows):  # a slab at a time, for the memory that wide types take
+      product = np.matmul(a_MxR[first : first + rows].astype(np.float64), b_RxN).astype(np.int64)
+      product = (product * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
+      mean_MxN[first : first + rows] = np.clip(product, -127 * PHASES, 127 * PHASES)
+    return mean_MxN if self.flipped else mean_MxN.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,7 @@ def _distribution(*law: int) -> Distribution:
 
 def put_grids(writer: Writer, arrays: Sequence[np.ndarray], models: Sequence[Model]) -> None:
   """Writes int8 matrices: the range and shape of the laws, the classes of all, then the mean and values of each."""
+  _check_cells([q.shape for q in arrays], [m.column_N for m in models], [m.row_M for m in models])
   pieces = [list(_pieces(q, model)) for q, model in zip(arrays, models, strict=True)]
   low = min((int(v.min()) for p in pieces for *_, v in p if len(v)), default=0)
   high = max((int(v.max()) for p in pieces for *_, v in p if len(v)), default=0)
@@ -134,13 +142,23 @@ def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
     raise ArtifactError("A stream of the artifact names a distribution that does not exist: it is damaged.")
   ranks = take_counted(reader, len(shapes), MAX_RANK + 1).tolist()
   columns = parts(take_counted(reader, sum(n for _, n in shapes), CLASSES), [(n,) for _, n in shapes])
-  rows = take_counted(reader, sum(m for m, _ in shapes), 2 * _ROW_CENTRE) - _ROW_CENTRE
+  rows = take_counted(reader, sum(m for m, _ in shapes), 2 * _ROW_CENTRE)
+  rows -= _ROW_CENTRE
   rows = parts(rows, [(m,) for m, _ in shapes])
+  _check_cells(shapes, columns, rows)
   matrices = []
   for size, rank, column_N, row_M in zip(shapes, ranks, columns, rows, strict=True):
     model = Model(_take_mean(reader, size, rank) if rank else None, column_N, row_M)
     matrices.append(_take_grid(reader, model, stream))
   return matrices
+
+
+def _check_cells(shapes: Sequence[tuple[int, ...]], columns: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> None:
+  """Raises ArtifactError if matrices have so many cells of different width that reading them would take minutes."""
+  cells = sum(len(np.unique(column_N)) * len(np.unique(row_M)) for column_N, row_M in zip(columns, rows, strict=True))
+  most = _FREE_CELLS + sum(map(math.prod, shapes)) // _VALUES_PER_CELL
+  if cells > most:
+    raise ArtifactError(f"A stream of the artifact has {cells} width classes where at most {most} are allowed.")
 
 
 def _cells(model: Model) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
@@ -219,7 +237,9 @@ def _take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
     raise ArtifactError("A stream of the artifact gives a mean to a matrix too small for it: it is damaged.")
   flipped, high, low = (int(reader.take(1, _WORD)[0]) for _ in range(3))
   tall, wide = shape[::-1] if flipped else shape
-  a_MxR = np.stack([_take_coefficients(reader, tall) for _ in range(rank)], axis=1)
+  a_MxR = np.empty((tall, rank), np.int32)
+  for r in range(rank):
+    a_MxR[:, r] = _take_coefficients(reader, tall)
   b_RxN = reader.take(rank * wide, _BASIS).reshape(rank, wide) - B_LIMIT
   return Mean(a_MxR, b_RxN, high << 16 | low, bool(flipped))
 
@@ -240,5 +260,5 @@ def _take_coefficients(reader: Reader, count: int) -> np.ndarray:
   shift, low, top = (int(reader.take(1, _WORD)[0]) for _ in range(3))
   if shift > _MAX_SHIFT or not low <= top <= 512:
     raise ArtifactError("A stream of the artifact names a distribution that does not exist: it is damaged.")
-  values = (take_counted(reader, count, top - low + 2) + low - 256) << shift
+  values = (take_counted(reader, count, top - low + 2).astype(np.int32) + (low - 256)) << shift
   return values | reader.take(count, distribution(np.ones(1 << shift))) if shift else values

@@ -65,5 +65,5 @@ def _restored(content: Content, raw: bytes, shape: tuple[int, ...], dtype: np.dt
     return np.ascontiguousarray(np.frombuffer(raw, dtype).reshape(shape[::-1]).T)
   if content == "half":
     planes = np.frombuffer(raw, np.uint8).reshape(2, -1)
-    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape).astype(np.float16)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(shape).astype(np.float16, copy=False)
   return np.frombuffer(raw, dtype).reshape(shape)

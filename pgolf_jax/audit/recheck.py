@@ -1,0 +1,270 @@
+"""The scores themselves, without the model: hints built again, every tilt computed again, every sum added up again.
+
+The model's probability of a hint is part of the record, so that each tilted score follows from the record by the
+formula of `scoring.hints.tilt`; whether that probability is the model's is for the replay to find out.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.errors import Check, UserError
+from pgolf_jax.kernels.ngram import NgramState
+from pgolf_jax.scoring import record
+from pgolf_jax.scoring.documents import Document, find_documents
+from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores, WeightsEvent
+from pgolf_jax.settings import Settings
+
+_TILT_ERROR = 5e-5  # nats; scores are float32 numbers of up to some tens of nats
+_PROBABILITY_ERROR = 1e-4
+_SUM_ERROR = 1e-9  # of a sum, relative; both are float64 sums of the same numbers
+_PRINTED_ERROR = 5.1e-6  # bits per byte, of a figure printed with five digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is audited: the scores of a stream and the trace of how they came about."""
+
+  settings: Settings
+  data: ValidationData
+  scores: Scores
+  trace: Sequence[Event]
+
+  @classmethod
+  def read(cls, folder: Path, settings: Settings, data: ValidationData) -> "Subject":
+    """Reads what an evaluation left in a folder.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    path = folder / "trace.jsonl"
+    try:
+      trace = record.read_trace(path)
+    except FileNotFoundError:
+      raise UserError(f"{folder} has no trace.jsonl; score the run with test-time training.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(f"{path} is damaged ({error}); score the run again.") from None
+    return cls(settings, data, record.read_scores(folder, len(data.tokens) - 1), trace)
+
+  @functools.cached_property
+  def documents(self) -> list[Document]:
+    """All documents of the stream."""
+    return find_documents(self.data.tokens, self.settings.model.bos_id)
+
+  @functools.cached_property
+  def batches(self) -> list[list[Document]]:
+    """Documents in the order of scoring, those of a batch together, as the trace tells it.
+
+    Raises:
+      UserError: the trace names a document that the stream does not have.
+    """
+    return [self._named(event) for event in self.trace if isinstance(event, ScoreEvent)]
+
+  @functools.cached_property
+  def _hints_of_run(self) -> tuple[np.ndarray, np.ndarray]:
+    return self._count(self.data.tokens)
+
+  def hints(self, tokens_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (token hinted at, gate) of each target of a stream whose documents are counted in the trace's order."""
+    return self._hints_of_run if tokens_N1 is self.data.tokens else self._count(tokens_N1)
+
+  def _count(self, tokens_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ids_N, gate_N = np.zeros(len(tokens_N1) - 1, np.int32), np.zeros(len(tokens_N1) - 1, bool)
+    if not self.settings.hints.enabled:
+      return ids_N, gate_N
+    if self.settings.ttt.order == "reference":
+      # As published: one pass over the stream, its first target in place of its first token.
+      parts = [(slice(0, len(ids_N)), np.append(tokens_N1[1:2], tokens_N1[1:]))]
+    else:
+      counted = [document for event in self.trace if isinstance(event, HintsEvent) for document in self._named(event)]
+      parts = [(d.target_slice, tokens_N1[d.start : d.start + d.length]) for d in counted]
+    # Not by the evaluator's own functions: whoever bends those must not bend the audit with them.
+    config = self.settings.hints
+    counts = NgramState(
+      config.order,
+      threshold=config.threshold,
+      mode=config.table,
+      vocab_size=self.settings.model.vocab_size,
+      expected=len(ids_N),
+      threads=os.cpu_count() or 1,
+    )
+    for targets, text in parts:
+      if len(text) and counts.last != text[0]:
+        counts.seed(np.ascontiguousarray(text[:1]))
+      ids, gate = counts.update(np.ascontiguousarray(text[1:]))
+      gate |= config.table == "reference" and config.threshold <= 0  # a confidence of 0 passes, as published
+      ids_N[targets], gate_N[targets] = ids * gate, gate
+    return ids_N, gate_N
+
+  def _named(self, event: Event) -> list[Document]:
+    if not all(0 <= index < len(self.documents) for index in event.documents):
+      raise UserError(f"The trace names documents up to {max(event.documents)}; there are {len(self.documents)}.")
+    return [self.documents[index] for index in event.documents]
+
+
+def recheck(subject: Subject, folder: Path, reported: dict | None) -> Iterator[Check]:
+  """Makes all checks that need no model.
+
+  Args:
+    folder: holds documents.jsonl.
+    reported: what the run says of its evaluation in results.json; None if it says nothing.
+  """
+  yield scored_once(subject)
+  yield one_order(subject)
+  yield tilts(subject, subject.scores, np.ones(len(subject.scores.nll_N), bool))
+  yield from sums(subject, folder, reported)
+
+
+def scored_once(subject: Subject) -> Check:
+  """Every target was scored exactly once, with a finite number."""
+  name, scores = "every target scored exactly once", subject.scores
+  wrong = np.flatnonzero(scores.times_N != 1)
+  if len(wrong):
+    times = scores.times_N[wrong[0]]
+    return Check(name, False, f"{len(wrong)} targets were not: target {wrong[0]} was scored {times} times")
+  for kind, x_N in (("score", scores.nll_N), ("model's score", scores.model_nll_N)):
+    wrong = np.flatnonzero(~(np.isfinite(x_N) & (x_N >= -1e-5)))
+    if len(wrong):
+      return Check(name, False, f"the {kind} of target {wrong[0]} is {x_N[wrong[0]]} ({len(wrong)} such)")
+  listed = sorted(document.index for batch in subject.batches for document in batch)
+  if listed != list(range(len(subject.documents))):
+    return Check(name, False, f"the trace scores {len(listed)} documents, not each of {len(subject.documents)} once")
+  return Check(name, True, f"{len(scores.nll_N):,} targets of {len(listed):,} documents")
+
+
+def one_order(subject: Subject) -> Check:
+  """One order of documents explains the trace: whatever a score depends on was scored before."""
+  name = "one order explains every score"
+  version = 0
+  for event in subject.trace:
+    version = event.version if isinstance(event, WeightsEvent) else version
+    if isinstance(event, ScoreEvent) and event.weights != version:
+      return Check(name, False, f"batch {event.batch} was scored with weights {event.weights}, made were {version}")
+  cycle = record.find_cycle(subject.trace)
+  if cycle is None:
+    return Check(name, True, f"the trace of {len(subject.documents):,} documents is acyclic")
+  shown = " ← ".join(cycle[:6]) + (" ← …" if len(cycle) > 6 else "")
+  events = [event for event in subject.trace if not isinstance(event, HintsEvent)]
+  if subject.settings.ttt.order == "reference" and record.find_cycle(events) is None:
+    text = f"not acyclic, as is the published order: hints from documents scored later ({shown})"
+    return Check(name, None, f'{text}; ttt.order = "strict" can be proved')
+  return Check(name, False, f"not acyclic: {shown}")
+
+
+def tilts(subject: Subject, scores: Scores, where_N: np.ndarray, tokens_N1: np.ndarray | None = None) -> Check:
+  """Every score follows from the model's by a tilt towards a hint that was built from earlier tokens alone.
+
+  Args:
+    scores: of the subject's stream, or of another.
+    where_N: targets to look at.
+    tokens_N1: the other stream.
+  """
+  name = "hints and tilts recomputed"
+  tokens_N1 = subject.data.tokens if tokens_N1 is None else tokens_N1
+  hint_N, gate_N = subject.hints(tokens_N1)
+  beta = float(np.float32(subject.settings.hints.boost))
+  is_right_N = gate_N & (hint_N == tokens_N1[1:])
+  model_N, hint_nll_N = scores.model_nll_N.astype(np.float64), scores.hint_nll_N.astype(np.float64)
+
+  def first(wrong_N: np.ndarray, text: str) -> Check | None:
+    wrong = np.flatnonzero(wrong_N & where_N)
+    if not len(wrong):
+      return None
+    t = wrong[0]
+    values = f"score {scores.nll_N[t]:.6f}, model {scores.model_nll_N[t]:.6f}, hint {scores.hint_nll_N[t]:.6f}"
+    return Check(name, False, f"target {t} {text} ({values}); {len(wrong)} such")
+
+  with np.errstate(invalid="ignore", over="ignore"):
+    q_N = np.exp(-np.maximum(hint_nll_N, 0))
+    expected_N = model_N - beta * is_right_N + np.log((1 - q_N) + q_N * math.exp(beta))
+    apart_N = np.abs(scores.nll_N - expected_N)
+    p_N = np.exp(-model_N)
+    broken = (
+      first(~gate_N & (scores.nll_N != scores.model_nll_N), "has no hint, yet its score is not the model's")
+      or first(is_right_N & ~(np.abs(hint_nll_N - model_N) <= _TILT_ERROR), "is its hint, yet they differ")
+      or first(gate_N & ~is_right_N & ~(p_N + q_N <= 1 + _PROBABILITY_ERROR), "and its hint are too probable together")
+      or first(gate_N & ~(apart_N <= _TILT_ERROR), "is not scored as its hint says")
+    )
+  if broken:
+    return broken
+  gates, right = int((gate_N & where_N).sum()), int((is_right_N & where_N).sum())
+  worst = float(apart_N.max(initial=0, where=gate_N & where_N))
+  return Check(
+    name, True, f"{gates:,} hints, {right:,} of them right; every tilt within {worst:.0e} nats of the formula"
+  )
+
+
+def sums(subject: Subject, folder: Path, reported: dict | None) -> Iterator[Check]:
+  """Documents and results add up to the scores, and their bytes to those of the sidecar."""
+  name, scores, token_bytes = "sums of the results", subject.scores, subject.data.token_bytes
+  try:
+    lines = [json.loads(line) for line in (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_document = {line["document"]: line for line in lines}
+    counted = sum(line["bytes"] for line in lines)
+    wrong = _wrong_documents(subject, by_document)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    yield Check(name, False, f"{folder / 'documents.jsonl'} is missing or damaged ({error}); score the run again")
+    return
+  nats, text_bytes = float(scores.nll_N.sum(dtype=np.float64)), int(token_bytes[1:].sum(dtype=np.int64))
+  total = {
+    "loss": nats / len(scores.nll_N),
+    "bpb": nats / math.log(2) / max(text_bytes, 1),
+    "bpb_without_hints": float(scores.model_nll_N.sum(dtype=np.float64)) / math.log(2) / max(text_bytes, 1),
+    "targets": len(scores.nll_N),
+    "bytes": text_bytes,
+  }
+  if len(lines) != len(subject.documents) or wrong:
+    yield Check(name, False, wrong or f"documents.jsonl has {len(lines)} lines for {len(subject.documents)} documents")
+  elif reported is None:
+    yield Check(name, None, "not checked: results.json says nothing of the evaluation; `pgolf run` writes it")
+  elif off := [key for key, value in total.items() if not _equal(reported.get(key), value)]:
+    key = off[0]
+    yield Check(name, False, f"results.json says {key} {reported.get(key)}, the scores add up to {total[key]}")
+  else:
+    yield Check(name, True, f"{len(lines):,} documents and the results: {total['bpb']:.5f} bits per byte")
+  agrees = counted == text_bytes
+  yield Check("bytes of the score", agrees, f"{counted:,} counted, the sidecar adds up to {text_bytes:,}")
+
+
+def _wrong_documents(subject: Subject, by_document: dict[int, dict]) -> str | None:
+  """The first document whose line is not what the scores and the sidecar say."""
+  for document in subject.documents:
+    targets, line = document.target_slice, by_document.get(document.index)
+    if line is None:
+      return f"documents.jsonl lacks document {document.index}"
+    expected = {
+      "targets": document.targets,
+      "bytes": int(subject.data.token_bytes[targets.start + 1 : targets.stop + 1].sum(dtype=np.int64)),
+      "nats": float(subject.scores.nll_N[targets].sum(dtype=np.float64)),
+      "nats_untilted": float(subject.scores.model_nll_N[targets].sum(dtype=np.float64)),
+    }
+    for key, value in expected.items():
+      if not _equal(line[key], value):
+        return f"documents.jsonl says {key} {line[key]} of document {document.index}, the scores {value}"
+  return None
+
+
+def printed(log: Path, bpb: float | None) -> Check:
+  """The last table of the run's log shows the score of the results."""
+  name = "the printed table"
+  try:
+    rows = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("test-time training  ")]
+    shown = float(rows[-1].split()[2])
+  except (OSError, ValueError, IndexError):
+    return Check(name, None, f"not checked: {log} has no table with the score")
+  if not _equal(bpb, bpb if isinstance(bpb, float) else 0.0):
+    return Check(name, None, "not checked: results.json says nothing of the evaluation")
+  return Check(name, abs(shown - bpb) <= _PRINTED_ERROR, f"{shown:.5f} printed, {bpb:.5f} in the results")
+
+
+def _equal(stated: object, value: float) -> bool:
+  if isinstance(stated, bool) or not isinstance(stated, int | float):
+    return False
+  return abs(stated - value) <= _SUM_ERROR * max(1.0, abs(value))
