@@ -8,6 +8,7 @@ checkpoints/         Orbax: parameters, average, optimizer state, progress
 results.json         what each finished stage reported
 artifact.pgolf       the quantised model
 scores/              per-document scores
+damaged/             checkpoints that were not as they were written; nothing reads them
 """
 
 import functools
