@@ -79,6 +79,9 @@ class RunFolder:
       if path.is_dir():
         log.warning("%s is a folder where a file belongs, and is removed.", path)
         remove(path)
+    if self.scores.exists() and not self.scores.is_dir():
+      log.warning("%s is a file where a folder belongs, and is removed.", self.scores)
+      remove(self.scores)
 
   @property
   def checkpoints(self) -> Path:
