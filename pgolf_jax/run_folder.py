@@ -54,6 +54,7 @@ class RunFolder:
 
   def __init__(self, path: str | Path, settings: Settings | None = None):
     self.path = Path(path)
+    self._warned: set[str] = set()
     if settings is not None:
       self._make_way()
     config = self.path / "config.toml"
@@ -115,15 +116,21 @@ class RunFolder:
     try:
       results = read_json(path)
     except UserError as damage:
-      log.warning("%s The stages report again.", damage)
+      self._warn(f"{damage} The stages report again.")
       return {}
     whole = {}
     for stage in filter(results.__contains__, STAGES):
       if isinstance(results[stage], dict) and is_sealed(results[stage]):
         whole[stage] = unsealed(results[stage])
       else:
-        log.warning("%s: what it says of %s is damaged; that stage reports again.", path, stage)
+        self._warn(f"{path}: what it says of {stage} is damaged; that stage reports again.")
     return whole
+
+  def _warn(self, message: str) -> None:
+    """Says something once, however often it is found."""
+    if message not in self._warned:
+      log.warning(message)
+      self._warned.add(message)
 
   def finish(self, stage: str, result: dict, made_from: dict[str, str]) -> None:
     """Marks a stage as complete: what it reports, what it read, and what it left on disk."""
