@@ -124,8 +124,10 @@ def test_a_damaged_config_is_written_again_where_settings_are_given(run, text, c
 def test_a_folder_in_the_place_of_a_file_is_removed(run):
   run.artifact.unlink()
   run.artifact.mkdir()
+  (run.path / ".submission.partial" / "logs").mkdir(parents=True)  # of a `pgolf package` that was killed
+  (run.path / ".results.json.7.partial").write_text("{")
   RunFolder(run.path, SETTINGS)
-  assert not run.artifact.exists()
+  assert not run.artifact.exists() and not list(run.path.glob("*.partial"))
 
 
 def test_results_are_sealed_by_stage(run):
