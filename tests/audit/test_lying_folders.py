@@ -415,7 +415,7 @@ THOROUGH = {
     another_rank_in_the_config,
     another_seed_in_the_config,
   ],
-  "data: text": [a_sidecar_with_one_more_byte_on_every_token, a_sidecar_with_one_more_byte_on_one_token],
+  "data: sidecar": [a_sidecar_with_one_more_byte_on_every_token, a_sidecar_with_one_more_byte_on_one_token],
   "data: overlap": [a_validation_document_in_the_training_shards],
   "training log": [
     no_first_step,
@@ -459,7 +459,7 @@ def test_a_thorough_lie_is_caught(lie, name, tell):
 @pytest.mark.parametrize(
   ("remove", "name"),
   [
-    (lambda lie: (lie.data / "tokenizer.model").unlink(), "data: text"),
+    (lambda lie: (lie.data / "tokenizer.model").unlink(), "data: sidecar"),
     (lambda lie: lie.run.metrics.unlink(), "training log"),
     (lambda lie: lie.edit_settings(train__max_wallclock_seconds=0.0), "clock: training"),
   ],
