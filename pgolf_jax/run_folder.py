@@ -8,6 +8,7 @@ checkpoints/         Orbax: parameters, average, optimizer state, progress
 results.json         what each finished stage reported
 artifact.pgolf       the quantised model
 scores/              per-document scores
+damaged/             checkpoints that were not as they were written; nothing reads them
 """
 
 import functools
@@ -53,6 +54,7 @@ class RunFolder:
 
   def __init__(self, path: str | Path, settings: Settings | None = None):
     self.path = Path(path)
+    self._warned: set[str] = set()
     if settings is not None:
       self._make_way()
     config = self.path / "config.toml"
@@ -78,6 +80,9 @@ class RunFolder:
       if path.is_dir():
         log.warning("%s is a folder where a file belongs, and is removed.", path)
         remove(path)
+    if self.scores.exists() and not self.scores.is_dir():
+      log.warning("%s is a file where a folder belongs, and is removed.", self.scores)
+      remove(self.scores)
 
   @property
   def checkpoints(self) -> Path:
@@ -111,15 +116,21 @@ class RunFolder:
     try:
       results = read_json(path)
     except UserError as damage:
-      log.warning("%s The stages report again.", damage)
+      self._warn(f"{damage} The stages report again.")
       return {}
     whole = {}
     for stage in filter(results.__contains__, STAGES):
       if isinstance(results[stage], dict) and is_sealed(results[stage]):
         whole[stage] = unsealed(results[stage])
       else:
-        log.warning("%s: what it says of %s is damaged; that stage reports again.", path, stage)
+        self._warn(f"{path}: what it says of {stage} is damaged; that stage reports again.")
     return whole
+
+  def _warn(self, message: str) -> None:
+    """Says something once, however often it is found."""
+    if message not in self._warned:
+      log.warning(message)
+      self._warned.add(message)
 
   def finish(self, stage: str, result: dict, made_from: dict[str, str]) -> None:
     """Marks a stage as complete: what it reports, what it read, and what it left on disk."""

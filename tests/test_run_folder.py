@@ -86,7 +86,7 @@ def test_another_artifact_makes_later_stages_stale(run, data):
 @pytest.mark.parametrize("text", ["", '{"train": {', "[]", "7", "[" * 5000, '{"train": 7}'])
 def test_damaged_results_are_as_if_no_stage_had_reported(run, text, caplog):
   (run.path / "results.json").write_text(text)
-  assert run.results() == {}
+  assert run.results() == {} == run.results()
   assert len(caplog.messages) == 1 and "results.json" in caplog.messages[0]
   run.finish("plain", {"bpb": 1.5}, {})
   assert list(run.results()) == ["plain"]
@@ -124,8 +124,10 @@ def test_a_damaged_config_is_written_again_where_settings_are_given(run, text, c
 def test_a_folder_in_the_place_of_a_file_is_removed(run):
   run.artifact.unlink()
   run.artifact.mkdir()
+  (run.path / ".submission.partial" / "logs").mkdir(parents=True)  # of a `pgolf package` that was killed
+  (run.path / ".results.json.7.partial").write_text("{")
   RunFolder(run.path, SETTINGS)
-  assert not run.artifact.exists()
+  assert not run.artifact.exists() and not list(run.path.glob("*.partial"))
 
 
 def test_results_are_sealed_by_stage(run):

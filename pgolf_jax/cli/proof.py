@@ -33,6 +33,7 @@ def evaluate(
     method: exact windows or cached keys and values, if not as configured.
     out: folder for scores and progress; the same command goes on there after a kill.
   """
+  import contextlib
   import os
 
   from pgolf_jax import stages
@@ -43,6 +44,7 @@ def evaluate(
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh
+  from pgolf_jax.runtime.files import locked
   from pgolf_jax.scoring import documents as streams
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
@@ -68,7 +70,8 @@ def evaluate(
   folder = data or locate_prepared(settings)
   stream = streams.first_documents(load_validation(folder), documents, settings.model.bos_id)
   if ttt:
-    result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)
+    with locked(out) if out else contextlib.nullcontext():
+      result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)
   else:
     result = stages.plain_score(settings, params, mesh, "scoring", stream)
   for name, value in result.items():

@@ -48,9 +48,9 @@ def replacing(path: Path, *, is_durable: bool = False) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path) -> None:
-  """Deletes what killed processes left of files that they were writing in `folder`; no process may be writing there."""
+  """Deletes what killed processes left of what they were writing in `folder`; no process may be writing there."""
   for partial in folder.glob(".*.partial"):
-    partial.unlink()
+    remove(partial)
 
 
 def remove(path: Path) -> None:

@@ -26,8 +26,8 @@ class Ended(KeyboardInterrupt):
 def ending_signals() -> Iterator[None]:
   """SIGTERM and SIGINT raise `Ended` in the block.
 
-  Python drops what is raised while a finaliser or a callback of a library runs, so it is raised again each second until
-  the block has ended.
+  Python drops what is raised while a finaliser runs, and libraries make other errors of what is raised in a callback.
+  So it is raised again each second until the block has ended, and then whatever else the block raised.
   """
   if threading.current_thread() is not threading.main_thread():
     yield  # only the main thread may handle signals
@@ -47,6 +47,15 @@ def ending_signals() -> Iterator[None]:
   handlers = {signum: signal.signal(signum, end) for signum in (*_SIGNALS, signal.SIGALRM)}
   try:
     yield
+  except Ended:
+    raise
+  except BaseException as error:
+    if arrived:
+      raise Ended(arrived[0]) from error
+    raise
+  else:
+    if arrived:
+      raise Ended(arrived[0])
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     for signum, handler in handlers.items():

@@ -31,6 +31,17 @@ def test_a_signal_that_a_library_swallows_comes_again():
   assert ended.value.status == 143
 
 
+def test_a_signal_that_a_library_makes_another_error_of_keeps_its_status():
+  with pytest.raises(Ended) as ended, ending_signals():
+    try:
+      signal.raise_signal(signal.SIGTERM)
+    except BaseException as error:
+      raise ValueError("the callback failed") from error
+  assert ended.value.status == 143
+  with pytest.raises(ValueError, match="without a signal"), ending_signals():
+    raise ValueError("without a signal")
+
+
 @pytest.mark.parametrize("signum, status", SIGNALS)
 def test_a_postponed_signal_that_nobody_asks_for_ends_the_program(signum, status):
   with pytest.raises(Ended) as ended, ending_signals(), postponed_signals() as arrived:

@@ -29,6 +29,7 @@ from pathlib import Path
 from pgolf_jax import stages
 from pgolf_jax.cli import commands, main
 from pgolf_jax.scoring import ttt
+from pgolf_jax.submission import bundle
 
 HANGS_AFTER = 240.0  # seconds of one command
 MOST_MEMORY = 4096  # MiB
@@ -43,9 +44,7 @@ model_dim = 64
 num_heads = 4
 num_kv_heads = 2
 mlp_mult = 2.0
-num_loops = 1
-loop_start = 0
-loop_end = 1
+num_loops = 0
 parallel_start_layer = 1
 rope_dims = 8
 xsa_last_n = 2
@@ -152,9 +151,11 @@ class Life:
     said = self.log.read_text(errors="replace").strip() if self.log.exists() else ""
     return said.splitlines()[-1][:300] if said else "(silent)"
 
-  def finish(self, first: int = 0) -> None:
-    """Gives all commands from `first` on, none of which may fail."""
-    for command in self.commands()[first:]:
+  def finish(self) -> None:
+    """Gives all commands, none of which may fail."""
+    for command in self.commands():
+      if command[0] == "package" and (self.run / "submission" / "submission.json").exists():
+        continue  # it is there, whole
       status = self.judge(self.wait(self.start(command)))
       if status != 0:
         raise Wrong("wrong results", f"{command[0]} refuses: {self.last_words()}")
@@ -221,8 +222,8 @@ def _hash(path: Path) -> str:
 class Soak:
   """Cases, and the table of what they found."""
 
-  def __init__(self, work: Path, seed: int):
-    self.work, self.rng = work, random.Random(seed)
+  def __init__(self, work: Path, seed: int, until: float):
+    self.work, self.rng, self.until = work, random.Random(seed), until
     self.rows: dict[str, collections.Counter] = {}
     self.faults: list[str] = []
     words = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=2 + i % 6)) for i in range(500)]
@@ -246,9 +247,17 @@ class Soak:
     self.whole.folder = self.home.rename(work / "whole")
     print("seconds of prepare, run, package:", *(f"{s:.1f}" for s in self.seconds), flush=True)
 
+  def cases(self, kind: str, wanted: int, act) -> None:
+    """Makes cases until there were as many disturbances as wanted, or the time is over."""
+    row, number = self.rows.setdefault(kind, collections.Counter()), 0
+    while row["count"] < wanted and time.monotonic() < self.until:
+      self.case(kind, number, partial(act, number))
+      number += 1
+      print(f"{kind}: {row['count']} of {wanted}", flush=True)
+
   def case(self, kind: str, number: int, act) -> None:
     """Makes one case: `act(life)` disturbs it and returns how many disturbances there were; then all must be equal."""
-    row = self.rows.setdefault(kind, collections.Counter())
+    row = self.rows[kind]
     life = Life(self.home, self.work)
     note = ""
     try:
@@ -276,8 +285,8 @@ class Soak:
   def moment(self, life: Life, command: int):
     """Returns a condition that comes true at a random moment: after some time, or at some change in the folder."""
     began, rng = time.monotonic(), self.rng
-    if rng.random() < 0.35:
-      after = rng.uniform(0.0, min(0.9 * self.seconds[command], rng.choice((0.5, 4.0, 20.0))))
+    if rng.random() < (0.35, 0.3, 0.5)[command]:
+      after = rng.uniform(0.0, min(0.9 * self.seconds[command], rng.choice((0.5, 4.0, 4.0, 20.0))))
       return lambda: time.monotonic() - began > after
     left = [int(rng.expovariate(1 / 7)) + 1]
     last = [_listing(life.folder)]
@@ -294,11 +303,11 @@ class Soak:
 
     return changed
 
-  def interrupted(self, life: Life, signums: tuple[int, ...], most: int) -> tuple[int, str]:
+  def interrupted(self, life: Life, signums: tuple[int, ...]) -> tuple[int, str]:
     """Runs all commands, ending each a few times by a signal at a random moment."""
     done = 0
     for index, command in enumerate(life.commands()):
-      for _ in range({0: 6, 1: most, 2: 5}[index]):
+      for _ in range({0: 12, 1: 20, 2: 8}[index]):
         process = life.start(command, save_seconds=self.rng.choice((0.0, 0.0, 0.3, 20.0)))
         status = life.wait(process, self.moment(life, index))
         if status is not None:
@@ -351,6 +360,8 @@ class Soak:
           path.mkdir()
       case "made another text":
         path.write_text(self.rng.choice(("[]", "null", "7", '{"a": 1}\n', "\xff\n")))
+    if path.is_relative_to(life.run / "submission"):  # a new one takes its place
+      life.judge(life.wait(life.start(life.commands()[2])))
     note = f"{base.name}: {path.relative_to(life.folder)} {how}"
     status = life.judge(life.wait(life.start(life.commands()[1])))
     if status == 1 and path.name == "config.toml":  # settings cannot be guessed: what the message says is done
@@ -416,32 +427,18 @@ def _listing(folder: Path) -> tuple:
 def soak(options: argparse.Namespace, work: Path) -> Soak:
   for verb in ("data", "run", "package"):
     commands(verb)  # imports it, for all processes to come
-  soak = Soak(work, options.seed)
-  kinds = (("kills", options.kills, (signal.SIGKILL,)), ("signals", options.signals, (signal.SIGTERM, signal.SIGINT)))
-  for kind, count, signums in kinds:
-    number = 0
-    while soak.rows.get(kind, collections.Counter())["count"] < count:
-      soak.case(kind, number, lambda life, signums=signums: soak.interrupted(life, signums, most=40))
-      number += 1
-      print(f"{kind}: {soak.rows[kind]['count']} of {count}", flush=True)
+  bundle.code()  # packs it, likewise
+  soak = Soak(work, options.seed, time.monotonic() + options.seconds)
+  soak.cases("kills", options.kills, lambda _, life: soak.interrupted(life, (signal.SIGKILL,)))
+  soak.cases("signals", options.signals, lambda _, life: soak.interrupted(life, (signal.SIGTERM, signal.SIGINT)))
   bases = soak.bases() if options.damages else []
-  for number in range(options.damages):
-    base = bases[number % len(bases)]
-    soak.case("damaged files", number, lambda life, base=base: soak.damaged(life, base))
-    print(f"damaged files: {number + 1}", flush=True)
-  used = sum(path.stat().st_size for path in soak.whole.folder.rglob("*") if path.is_file()) // 1024
+  soak.cases("damaged files", options.damages, lambda number, life: soak.damaged(life, bases[number % len(bases)]))
   if options.full and not _can_mount(work):
     print("full disks: SKIPPED, for this process may not mount a file system")
     options.full = 0
-  number = 0
-  while soak.rows.get("full disks", collections.Counter())["count"] < options.full:
-    size = soak.rng.randrange(40, int(used * 1.3))
-    soak.case("full disks", number, lambda life, size=size: soak.full(life, size))
-    number += 1
-    print(f"full disks: {soak.rows['full disks']['count']}", flush=True)
-  for number in range(options.two):
-    soak.case("two processes", number, soak.two)
-    print(f"two processes: {number + 1}", flush=True)
+  used = sum(path.stat().st_size for path in soak.whole.folder.rglob("*") if path.is_file()) // 1024
+  soak.cases("full disks", options.full, lambda _, life: soak.full(life, soak.rng.randrange(40, int(used * 1.3))))
+  soak.cases("two processes", options.two, lambda _, life: soak.two(life))
   return soak
 
 
@@ -458,6 +455,7 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for name, count in (("kills", 300), ("signals", 60), ("damages", 100), ("full", 30), ("two", 20), ("seed", 0)):
     parser.add_argument(f"--{name}", type=int, default=count)
+  parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after so long")
   options = parser.parse_args()
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
