@@ -155,7 +155,9 @@ def later_steps(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
       except UserError as error:
         return Check(name, False, str(error))
       if differing := [line["step"] for line in progress["metrics"] if lines.get(line["step"]) != line]:
-        return Check(name, False, f"step {differing[0]} was logged otherwise when the checkpoint of step {step} was made")
+        return Check(
+          name, False, f"step {differing[0]} was logged otherwise when the checkpoint of step {step} was made"
+        )
       if (line := lines.get(step + 1)) is None:
         continue
       loader = _loader(run, data_folder, mesh)
