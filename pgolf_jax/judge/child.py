@@ -37,6 +37,7 @@ _COMPILERS = {"cc", "gcc", "clang", "ptxas", "nvlink", "nvidia-smi", "ldconfig"}
 _ACCELERATOR_PARTS = re.compile(r"(jax-cuda|jax-rocm|nvidia-|libtpu)")  # what JAX loads of its own accord
 _SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", "/bin", "/opt")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_LONGEST_EVENT, _MOST_EVENTS = 1 << 16, 1 << 20  # characters, events; an evaluation tells of some thousands
 _TAIL = 1 << 16  # bytes of what an evaluator prints that are looked at
 
 
@@ -141,8 +142,8 @@ class Children:
       data: the stream.
       sample: targets whose whole distributions are asked for.
     """
-    # A name of the same form each time, so that a run cannot be told from a replay.
-    folder = self.work / f"run-{secrets.token_hex(8)}"
+    # The same name each time, so that a run cannot be told from a replay, and what compiles is found compiled.
+    folder = self.work / "run"
     for name in ("submission", "data", "scores", "tmp", "cache"):
       (folder / name).mkdir(parents=True)
     for name in COUNTED:
@@ -155,7 +156,10 @@ class Children:
     if sample is not None:
       np.save(folder / "data" / "sample.npy", sample)
       args += ["--sample", folder / "data" / "sample.npy"]
-    return self._watched(folder, [str(x) for x in (folder / "submission" / "evaluate.py", *args)])
+    ran = self._watched(folder, [str(x) for x in (folder / "submission" / "evaluate.py", *args)])
+    kept = self.work / f"ran-{secrets.token_hex(8)}"
+    folder.rename(kept)
+    return dataclasses.replace(ran, folder=kept)
 
   def _watched(self, folder: Path, script_and_args: list[str]) -> Ran:
     reader, writer = os.pipe()
@@ -244,21 +248,27 @@ def _environment(folder: Path) -> dict[str, str]:
   taken = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "XLA_FLAGS", "CC")}
   taken |= {k: v for k, v in os.environ.items() if k.startswith(("CUDA", "NVIDIA", "TPU", "JAX_PLATFORMS"))}
   own = {"HOME": folder / "tmp", "TMPDIR": folder / "tmp", "JAX_COMPILATION_CACHE_DIR": folder / "cache"}
-  every = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+  every = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+  }
   return {**taken, **{k: str(v) for k, v in own.items()}, **every}
 
 
 def _events(reader: int) -> Iterator[list]:
   """What comes down the pipe; a line of another form is an event too: the evaluator itself has written there."""
   with os.fdopen(reader, "r", errors="replace") as lines:
-    for line in lines:
+    for count, line in enumerate(iter(lambda: lines.readline(_LONGEST_EVENT), "")):
+      if count > _MOST_EVENTS:
+        continue  # read, so that the process is not held up, and not kept
       try:
         event = json.loads(line)
         is_event = isinstance(event, list) and all(isinstance(x, str | int | None) for x in event)
       except (ValueError, RecursionError):
         is_event = False
       is_event = is_event and len(event) == (4 if event[:1] == ["open"] else 2) and isinstance(event[1], str)
-      yield event if is_event else ["os.exec", "something that writes into the trace"]
+      yield event if is_event and count < _MOST_EVENTS else ["os.exec", "something that writes into the trace"]
 
 
 def _tail(path: Path) -> list[str]:

@@ -7,11 +7,14 @@ told cannot be taken back. Connections are refused.
 
 import json
 import os
+import resource
 import runpy
 import sys
 
 REPORTED = {"open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "ctypes.dlopen"}
 REFUSED = {"socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo"}
+
+LARGEST_FILE = 4 << 30  # bytes; what an evaluator prints is a file too
 
 
 def main(packages: str, pipe: int, script: str, args: list[str]) -> None:
@@ -38,6 +41,7 @@ def main(packages: str, pipe: int, script: str, args: list[str]) -> None:
     if event in REFUSED:
       raise PermissionError(f"the judge allows no network ({event})")
 
+  resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
   sys.path.append(packages)
   sys.argv = [script, *args]
   sys.addaudithook(report)
