@@ -138,7 +138,7 @@ def judge(submission: tyro.conf.Positional[Path], data: Path, out: Path | None =
     out: file for the page with the verdict; verdict.md in the current folder if not given.
     cuts: how often later text is replaced; each is an evaluation.
   """
-  from pgolf_jax.judge import Terms, page
+  from pgolf_jax.judge import Terms, page, summary
   from pgolf_jax.judge import judge as judge_folder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.files import write_text
@@ -146,8 +146,8 @@ def judge(submission: tyro.conf.Positional[Path], data: Path, out: Path | None =
   distributed.leave_devices()
   judgement = judge_folder(submission, data, Terms(cuts=cuts))
   path = out or Path("verdict.md")
-  write_text(path, page.markdown(judgement))
-  print(f"{page.terminal(judgement)}\n{path}: the page")
+  write_text(path, page(judgement))
+  print(f"{summary(judgement)}\n{path}: the page")
   return int(not judgement.is_proved)
 
 

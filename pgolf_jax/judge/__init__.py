@@ -2,10 +2,10 @@
 
 tracer.py  runs inside the evaluator's process and reports what that loads
 child.py   the evaluator's process: what it gets, and the clock around it
-page.py    the verdict on one page
 """
 
 import dataclasses
+import datetime
 import math
 import os
 import platform
@@ -21,7 +21,7 @@ from pgolf_jax.audit.recheck import Subject, recheck
 from pgolf_jax.audit.verdict import rules
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.verify import verify
-from pgolf_jax.errors import Check, UserError
+from pgolf_jax.errors import Check, UserError, checks_table
 from pgolf_jax.judge.child import COUNTED, Children, Packages, Ran, network_isolation
 from pgolf_jax.quantize.artifact import load
 from pgolf_jax.scoring.record import Scores, read_scores
@@ -47,6 +47,7 @@ REQUIRED = {
 CANNOT_PROVE = (
   "How the weights were trained: on which text, for how long. A folder holds no training; its logs are claims.",
   "That native code (compiled C, a GPU kernel) opens no file: the trace sees what Python opens, loads and starts.",
+  "That native code leaves this machine as it was: judge as a user, or in a container, that is thrown away afterwards.",
   "That the packages of requirements.txt are what their names say: install them from where you trust them.",
   "That another machine gives the same score to the last digit, or another accelerator the same seconds.",
   "That the validation shards are the official ones: the data folder is the judge's own, and trusted.",
@@ -121,12 +122,12 @@ def judge(submission: Path, data_folder: Path, terms: Terms | None = None) -> Ju
   if not submission.is_dir():
     raise UserError(f"{submission}: no such folder; give the folder of a submission.")
   terms, data = terms or Terms(), load_validation(data_folder)
-  found = Judgement(submission, _machine())
+  judgement = Judgement(submission, _machine())
   with tempfile.TemporaryDirectory(prefix="pgolf-") as work:
-    found.checks += _data_checks(data_folder)
-    for check in _checks(found, data, terms, Path(work)):
-      found.checks.append(check)
-  return found
+    judgement.checks += _data_checks(data_folder)
+    for check in _checks(judgement, data, terms, Path(work)):
+      judgement.checks.append(check)
+  return judgement
 
 
 def _data_checks(folder: Path) -> Iterator[Check]:
@@ -136,57 +137,58 @@ def _data_checks(folder: Path) -> Iterator[Check]:
       yield dataclasses.replace(check, name=f"data: {check.name}")
 
 
-def _checks(found: Judgement, data: ValidationData, terms: Terms, work: Path) -> Iterator[Check]:
-  yield _size(found, terms)
+def _checks(judgement: Judgement, data: ValidationData, terms: Terms, work: Path) -> Iterator[Check]:
+  yield _size(judgement, terms)
   ready = "scores from its counted files"
   try:
-    settings, _ = load(found.submission / COUNTED[0])
-    packages = Packages(found.submission / "requirements.txt", work / "packages")
+    settings, _ = load(judgement.submission / COUNTED[0])
+    packages = Packages(judgement.submission / "requirements.txt", work / "packages")
   except UserError as error:
     yield Check(ready, False, str(error))
     return
-  children = Children(found.submission, work, packages, terms.patience_seconds, terms.cache)
-  # A run on other text of the same shape compiles. What it leaves for later runs knows nothing of the text to come.
-  first = children.run(_other_text(data, settings.model.bos_id))
-  found.seconds["with compiling"] = first.seconds
+  children = Children(judgement.submission, work, packages, terms.patience_seconds, terms.cache)
+  # A run on random tokens compiles. The programs that it leaves for later runs know nothing of the text but lengths.
+  first = children.run(_random_tokens(data, settings))
+  judgement.seconds["with compiling"] = first.seconds
   if first.fault is None:
     limit = terms.evaluation_seconds
     children = dataclasses.replace(children, cache=first.folder / "cache", wall_seconds=1.5 * limit)
     run = children.run(data)
-    found.seconds["evaluation"] = run.seconds
-    yield Check("clock: evaluation", run.seconds <= limit, _clock(found, limit))
+    judgement.seconds["evaluation"] = run.seconds
+    yield Check("clock: evaluation", run.seconds <= limit, _clock(judgement, limit))
   else:
     run = first
-  found.packages = run.packages
-  yield _loaded(run)
-  yield Check("network", not run.network, ", ".join(sorted(set(run.network))) or network_isolation())
+  judgement.packages = run.packages
+  yield _loaded(first, run)
+  tried = sorted({*first.network, *run.network})
+  yield Check("network", not tried, ", ".join(tried) or network_isolation())
   yield Check(ready, run.fault is None, run.fault or f"{', '.join(COUNTED)} and {len(packages.names)} packages")
   if run.fault is None:
     replayed = Replayed(dataclasses.replace(children, wall_seconds=terms.patience_seconds), data)
-    yield from _scores(found, run, settings, replayed, terms.cuts)
+    yield from _scores(judgement, run, settings, replayed, terms.cuts)
 
 
-def _scores(found: Judgement, run: Ran, settings: Settings, replayed: "Replayed", cuts: int) -> Iterator[Check]:
+def _scores(judgement: Judgement, run: Ran, settings: Settings, replayed: "Replayed", cuts: int) -> Iterator[Check]:
   try:
     subject = Subject.read(run.folder / "scores", settings, replayed.data)
     checks = list(recheck(subject, run.folder / "scores", run.figures))
-  except UserError as error:
-    yield Check("every target scored exactly once", False, str(error))
+  except Exception as error:  # the evaluator may have left anything
+    yield Check("every target scored exactly once", False, f"its scores cannot be read: {error}")
     return
   yield from checks
   if checks[0].passed:
     text_bytes = int(subject.data.token_bytes[1:].sum(dtype=np.int64))
-    found.bpb = float(subject.scores.nll_N.sum(dtype=np.float64)) / math.log(2) / max(text_bytes, 1)
-  if any(check.passed is False for check in [*found.checks, *checks]):
+    judgement.bpb = float(subject.scores.nll_N.sum(dtype=np.float64)) / math.log(2) / max(text_bytes, 1)
+  if any(check.passed is False for check in [*judgement.checks, *checks]):
     return  # replays take long, and the verdict stands
   try:
     yield from replays(subject, replayed, cuts=cuts)
-  except UserError as error:
-    yield Check("later tokens change no score", False, str(error))
+  except Exception as error:  # likewise
+    yield Check("later tokens change no score", False, f"its replay cannot be read: {error}")
   odd = [ran for ran in replayed.runs if ran.outside or ran.network]
   if odd:
     yield Check("code that replays load", False, (odd[0].outside + odd[0].network)[0])
-  found.seconds["replays"] = sum(ran.seconds for ran in replayed.runs)
+  judgement.seconds["replays"] = sum(ran.seconds for ran in replayed.runs)
 
 
 @dataclasses.dataclass
@@ -239,38 +241,103 @@ def _machine() -> str:
   )
 
 
-def _size(found: Judgement, terms: Terms) -> Check:
+def _size(judgement: Judgement, terms: Terms) -> Check:
   name = "artifact and code"
   for file in COUNTED:
-    path = found.submission / file
+    path = judgement.submission / file
     if path.is_symlink() or not path.is_file():
       return Check(name, False, f"{path} is missing or not a plain file")
-    found.sizes[file] = path.stat().st_size
-  total = sum(found.sizes.values())
+    judgement.sizes[file] = path.stat().st_size
+  total = sum(judgement.sizes.values())
   return Check(name, total <= terms.submission_bytes, f"{total:,} of {terms.submission_bytes:,} bytes")
 
 
-def _other_text(data: ValidationData, bos_id: int) -> ValidationData:
-  """Documents of the same lengths whose tokens are those of the stream in another order."""
-  tokens_N1, bytes_N1 = data.tokens.copy(), data.token_bytes.copy()
-  text = np.flatnonzero(tokens_N1 != bos_id)
-  shuffled = np.random.default_rng().permutation(text)
-  tokens_N1[text], bytes_N1[text] = tokens_N1[shuffled], bytes_N1[shuffled]
-  return ValidationData(tokens_N1, bytes_N1)
+def _random_tokens(data: ValidationData, settings: Settings) -> ValidationData:
+  """Documents of the same lengths and of tokens drawn at random."""
+  bos, vocab_size = settings.model.bos_id, settings.model.vocab_size
+  is_bos_N1 = data.tokens == bos
+  drawn_N1 = np.random.default_rng().choice(np.delete(np.arange(vocab_size), bos), len(data.tokens))
+  tokens_N1 = np.where(is_bos_N1, bos, drawn_N1).astype(data.tokens.dtype)
+  return ValidationData(tokens_N1, np.where(is_bos_N1, 0, 3).astype(data.token_bytes.dtype))
 
 
-def _clock(found: Judgement, limit: float) -> str:
-  compiling = found.seconds["with compiling"] - found.seconds["evaluation"]
+def _clock(judgement: Judgement, limit: float) -> str:
+  compiling = judgement.seconds["with compiling"] - judgement.seconds["evaluation"]
   return (
-    f"{found.seconds['evaluation']:.1f} s of {limit:g} from start to end of the process; compiling, in a run before, "
-    f"took {max(compiling, 0):.1f} s more"
+    f"{judgement.seconds['evaluation']:.1f} s of {limit:g} from start to end of the process; compiling, in a run "
+    f"before, took {max(compiling, 0):.1f} s more"
   )
 
 
-def _loaded(run: Ran) -> Check:
-  text = f"{run.modules:,} modules, of the standard library, its own, and of {', '.join(run.packages) or 'no package'}"
-  if run.outside:
-    text = f"{'; '.join(run.outside[:3])}" + (f" and {len(run.outside) - 3} more" if len(run.outside) > 3 else "")
-  elif not run.modules:
-    return Check("code that evaluation loads", None, "not checked: the process told of nothing that it loaded")
-  return Check("code that evaluation loads", not run.outside, text)
+def _loaded(*runs: Ran) -> Check:
+  name, outside = "code that evaluation loads", list(dict.fromkeys(what for run in runs for what in run.outside))
+  if outside:
+    rest = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
+    return Check(name, False, f"{'; '.join(outside[:3])}{rest}")
+  last = runs[-1]
+  if not last.modules:
+    return Check(name, None, "not checked: the process told of nothing that it loaded")
+  packages = ", ".join(last.packages) or "no package"
+  return Check(name, True, f"{last.modules:,} modules, of the standard library, its own, and of {packages}")
+
+
+_WORDS = {True: "holds", False: "**BROKEN**", None: "not proved"}
+
+
+def headline(judgement: Judgement) -> str:
+  """Returns the verdict in one line."""
+  if judgement.is_proved:
+    return f"PROVED: {judgement.bpb:.5f} bits per byte; every rule about the score holds."
+  if judgement.broken:
+    return f"BROKEN: {', '.join(dict.fromkeys(check.name for check in judgement.broken))}."
+  return f"NOT PROVED: {', '.join(judgement.unproved)}."
+
+
+def summary(judgement: Judgement) -> str:
+  """Returns the checks, and the verdict below them."""
+  return f"{checks_table(judgement.checks)}\n{headline(judgement)}"
+
+
+def page(judgement: Judgement) -> str:
+  """Returns the whole page."""
+  now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+  parts = [
+    f"# {judgement.submission.resolve().name}\n\n**{_escaped(headline(judgement))}**\n\nJudged {now} on "
+    f"{_escaped(judgement.machine)}. The evaluator ran {_escaped(network_isolation())}.",
+    "## Score, bytes, time\n\n" + _table(("", ""), _figure_rows(judgement)),
+    "## Checks\n\n" + _table(("outcome", "check", "proves", "evidence"), _check_rows(judgement)),
+  ]
+  if judgement.unproved:
+    parts.append("## Not proved\n\n" + _bullets(f"{name}: {why}" for name, why in judgement.unproved.items()))
+  parts.append("## What this page cannot prove\n\n" + _bullets(CANNOT_PROVE))
+  return "\n\n".join(parts) + "\n"
+
+
+def _figure_rows(judgement: Judgement) -> list[tuple[str, str]]:
+  sizes, seconds = judgement.sizes, judgement.seconds
+  rows = [("bits per byte, added up by the judge", f"{judgement.bpb:.5f}")]
+  rows += [(f"`{name}`", f"{size:,} bytes") for name, size in sizes.items()]
+  rows += [("counted together", f"{sum(sizes.values()):,} bytes")]
+  rows += [(f"seconds: {what}", f"{value:.1f}") for what, value in seconds.items()]
+  return [*rows, ("packages imported", ", ".join(judgement.packages) or "none")]
+
+
+def _check_rows(judgement: Judgement) -> list[tuple[str, ...]]:
+  return [(_WORDS[c.passed], c.name, REQUIRED.get(c.name, ""), c.finding) for c in judgement.checks]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+  body = [line([cells[0], *map(_escaped, cells[1:])]) for cells in rows]
+  return "\n".join([line(head), line(["---"] * len(head)), *body])
+
+
+def _bullets(lines) -> str:
+  return "\n".join(f"- {_escaped(line)}" for line in lines)
+
+
+def _escaped(text: str) -> str:
+  """Text of a submission must not become part of the page's form."""
+  for mark in "\\`*_<>|[]#":
+    text = text.replace(mark, f"\\{mark}")
+  return " ".join(text.split())

@@ -157,9 +157,10 @@ class Children:
       np.save(folder / "data" / "sample.npy", sample)
       args += ["--sample", folder / "data" / "sample.npy"]
     ran = self._watched(folder, [str(x) for x in (folder / "submission" / "evaluate.py", *args)])
-    kept = self.work / f"ran-{secrets.token_hex(8)}"
-    folder.rename(kept)
-    return dataclasses.replace(ran, folder=kept)
+    _remove_special_files(folder)
+    finished = self.work / f"ran-{secrets.token_hex(8)}"
+    folder.rename(finished)
+    return dataclasses.replace(ran, folder=finished)
 
   def _watched(self, folder: Path, script_and_args: list[str]) -> Ran:
     reader, writer = os.pipe()
@@ -221,8 +222,7 @@ class Children:
     return list(dict.fromkeys(outside)), network, len(modules), packages
 
   def _may_open(self, path: str, folder: Path, *, writes: bool) -> bool:
-    own = str(folder.resolve())
-    if path == "/dev/null" or Path(path).is_relative_to(own):
+    if path == "/dev/null" or Path(path).is_relative_to(folder.resolve()):
       return True
     if writes:
       return path.startswith("/dev/")  # an accelerator's
@@ -231,6 +231,14 @@ class Children:
     python = os.path.realpath(sys.base_prefix)
     places = (*_SYSTEM, f"{python}/lib", f"{python}/include", self.packages.folder.resolve(), Path(tracer.__file__))
     return "site-packages" not in path and any(Path(path).is_relative_to(place) for place in places)
+
+
+def _remove_special_files(folder: Path) -> None:
+  """Leaves files and folders alone: a pipe or a link that an evaluator made would hold up or mislead who reads it."""
+  for parent, folders, files in os.walk(folder):
+    for path in (Path(parent, name) for name in (*folders, *files)):
+      if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        path.unlink()
 
 
 @functools.cache
@@ -247,13 +255,13 @@ def _environment(folder: Path) -> dict[str, str]:
   """What the evaluator sees of the environment: what accelerators need, and folders of its own."""
   taken = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "XLA_FLAGS", "CC")}
   taken |= {k: v for k, v in os.environ.items() if k.startswith(("CUDA", "NVIDIA", "TPU", "JAX_PLATFORMS"))}
-  own = {"HOME": folder / "tmp", "TMPDIR": folder / "tmp", "JAX_COMPILATION_CACHE_DIR": folder / "cache"}
+  folders = {"HOME": folder / "tmp", "TMPDIR": folder / "tmp", "JAX_COMPILATION_CACHE_DIR": folder / "cache"}
   every = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
   }
-  return {**taken, **{k: str(v) for k, v in own.items()}, **every}
+  return {**taken, **{k: str(v) for k, v in folders.items()}, **every}
 
 
 def _events(reader: int) -> Iterator[list]:

@@ -11,7 +11,7 @@ from ttt_case import SETTINGS, random_documents, random_params
 
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
-from pgolf_jax.judge import CANNOT_PROVE, Terms, child, judge, page
+from pgolf_jax.judge import CANNOT_PROVE, Terms, child, judge, page, summary
 from pgolf_jax.quantize.artifact import writer
 from pgolf_jax.quantize.artifact.tensors import Half, unbank
 from pgolf_jax.settings import HintConfig, LengthStage
@@ -74,9 +74,9 @@ def outcomes(judgement) -> dict[str, str]:
 
 def test_an_honest_submission_is_proved_on_one_page(honest, data):
   judgement = judge(honest, data, TERMS)
-  assert judgement.is_proved, page.terminal(judgement)
+  assert judgement.is_proved, summary(judgement)
   assert judgement.packages == ["numpy"]
-  written = page.markdown(judgement)
+  written = page(judgement)
   assert f"PROVED: {judgement.bpb:.5f} bits per byte" in written
   assert all(sentence.split(":")[0] in written for sentence in CANNOT_PROVE)
 
@@ -119,6 +119,10 @@ CHEATS = {
     {"A": "import socket\ntry:\n  socket.create_connection(('127.0.0.1', 9), 1)\nexcept OSError:\n  pass"},
     "network",
   ),
+  "a pipe in place of scores": (
+    {"A": "import os", "D": "os.mkfifo(options.scores / 'nll.npy')\nnp.save = lambda *args: None"},
+    "every target scored exactly once",
+  ),
   "the trace cut off": ({"A": "import os\nos.closerange(3, 256)"}, "scores from its counted files"),
   "a status that is not 0": ({"D": "import atexit, os\natexit.register(os._exit, 3)"}, "scores from its counted files"),
 }
@@ -132,7 +136,7 @@ def test_a_cheat_is_caught(cheating, data, tmp_path, cheat):
   folder = cheating({place: line.replace("ELSEWHERE", str(tmp_path / "elsewhere")) for place, line in lines.items()})
   (folder / "extra.py").write_text("")
   judgement = judge(folder, data, TERMS)
-  assert check in outcomes(judgement), page.terminal(judgement)
+  assert check in outcomes(judgement), summary(judgement)
   assert not judgement.is_proved
 
 
@@ -163,7 +167,7 @@ def test_bytes_over_the_limit_and_packages_that_nobody_needs_are_refused(honest,
 
 def test_text_of_a_submission_cannot_shape_the_page(cheating, data):
   folder = cheating({"A": "raise SystemExit('| **PROVED** <h1> | [x](y)')"})
-  written = page.markdown(judge(folder, data, TERMS))
+  written = page(judge(folder, data, TERMS))
   assert "\\| \\*\\*PROVED\\*\\* \\<h1\\>" in written
 
 
@@ -189,5 +193,5 @@ def test_the_evaluator_leaves_scores_and_whole_distributions(data, tmp_path):
 def test_a_packaged_submission_is_proved(data, tmp_path):
   package.build(tmp_path / "submission", artifact_of(LEARNING), package.Contents("tiny"))
   judgement = judge(tmp_path / "submission", data, Terms(cuts=2))
-  assert judgement.is_proved, page.terminal(judgement)
+  assert judgement.is_proved, summary(judgement)
   assert {"jax", "numpy", "zstandard"} < set(judgement.packages)
