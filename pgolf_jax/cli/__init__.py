@@ -26,6 +26,7 @@ VERBS = {
   "eval": "score a run or a bare artifact, with or without test-time training",
   "audit": "prove or refute the rules on a run",
   "package": "build and check a submission folder",
+  "judge": "score a submission folder as an organiser would, and say what is proved",
   "parity": "run and check golden cases of the PyTorch reference",
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
@@ -35,7 +36,7 @@ _MODULES = {
   "run": ("run", "train", "plan"),
   "data": ("data",),
   "artifact": ("quantize", "package", "generate"),
-  "proof": ("eval", "audit", "parity"),
+  "proof": ("eval", "audit", "judge", "parity"),
   "bench": ("bench",),
 }
 

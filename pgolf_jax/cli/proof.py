@@ -126,6 +126,34 @@ def audit(
   return int(not reached.is_legal)
 
 
+def judge(submission: tyro.conf.Positional[Path], data: Path, out: Path | None = None, cuts: int = 2) -> int:
+  """Judge a submission folder as an organiser would: score it again and believe nothing that it says.
+
+  Its evaluator runs in processes of its own, without a network, with its counted files and declared packages alone,
+  under a clock outside; then on copies of the data with later text replaced. Exit status 1 unless every rule about the
+  score is proved.
+
+  Example: pgolf judge submissions/demo --data data/web --out verdict.md
+
+  Args:
+    submission: folder that `pgolf package` made.
+    data: the judge's own folder of validation shards and sidecar.
+    out: file for the page with the verdict; verdict.md in the current folder if not given.
+    cuts: how often later text is replaced; each is an evaluation.
+  """
+  from pgolf_jax.judge import Terms, page, summary
+  from pgolf_jax.judge import judge as judge_folder
+  from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.files import write_text
+
+  distributed.leave_devices()
+  judgement = judge_folder(submission, data, Terms(cuts=cuts))
+  path = out or Path("verdict.md")
+  write_text(path, page(judgement))
+  print(f"{summary(judgement)}\n{path}: the page")
+  return int(not judgement.is_proved)
+
+
 def run(
   case: tyro.conf.Positional[Path],
   out: Path,
@@ -206,5 +234,6 @@ def check(
 COMMANDS = {
   "eval": {"": evaluate},
   "audit": {"": audit},
+  "judge": {"": judge},
   "parity": {"run": run, "check": check},
 }
