@@ -1,7 +1,10 @@
 """What JAX is told before its first look at a device: options of XLA, and the folder of compiled programs.
 
-Only GPUs get options: on TPUs libtpu overlaps collectives with compute by itself, and CPUs have nothing to overlap. No
-option has been measured on a Hopper card yet; each is what JAX's own guide gives for its purpose.
+GPUs get options of the compiler: on TPUs libtpu overlaps collectives with compute by itself, and CPUs have nothing to
+overlap. No option has been measured on a Hopper card yet; each is what JAX's own guide gives for its purpose.
+
+On CPUs the number of threads is fixed. XLA divides sums among them, so that their number decides the last bits: with as
+many threads as cores, which is the default, a run on one core and a run on two differ from the second step on.
 """
 
 import os
@@ -17,14 +20,19 @@ GPU_FLAGS = {
   # https://docs.jax.dev/en/latest/gpu_performance_tips.html (code generation and communication flags).
   "--xla_gpu_enable_latency_hiding_scheduler": "true",
 }
+CPU_THREADS = ("PJRT_NPROC", "8")
+"""What XLA's CPU client reads, and the number."""
+
 # Looked at and left at XLA's defaults, for want of a measurement: combine thresholds (the step's four reduce-scatters
 # are of megabytes each, its small all-reduces are combined already), command buffers, Triton's matrix products.
 
 
 def set_xla_options(environ: MutableMapping[str, str] | None = None, *, driver: Path = Path("/dev/nvidiactl")) -> None:
-  """Adds the flags where there is an NVIDIA driver. Must come before the first look at a device."""
+  """Sets the number of threads, and the flags where there is an NVIDIA driver. Must precede the first look at a device."""
+  environ = os.environ if environ is None else environ
+  environ.setdefault(*CPU_THREADS)
   if driver.exists():
-    add_gpu_flags(os.environ if environ is None else environ)
+    add_gpu_flags(environ)
 
 
 def add_gpu_flags(environ: MutableMapping[str, str]) -> None:

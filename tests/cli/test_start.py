@@ -49,6 +49,7 @@ COMMANDS = {
   "quantize": ["RUN"],
   "eval": ["RUN"],
   "audit": ["RUN"],
+  "judge": ["RUN", "--data", "RUN"],
   "package": ["RUN"],
   "parity": ["check", "RUN"],
   "bench": ["step", "configs/demo.toml"],
