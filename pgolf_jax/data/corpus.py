@@ -19,6 +19,7 @@ from pgolf_jax.runtime.log import progress
 
 MAX_DOCUMENT_BYTES = 1 << 26  # of a line or file, where nothing else is asked for
 _MAX_WINDOW = 1 << 27  # of zstd, as --long makes them; a frame that asks for more is refused before memory is taken
+_MAX_BLANK = 1 << 20  # bytes of blank lines one after the other
 BATCH_BYTES = 1 << 20  # of raw documents; sending so large a batch to a worker costs little beside its encoding
 
 
@@ -316,6 +317,7 @@ class JsonLines:
 
   def read(self, start: Position) -> Iterator[tuple[Position, RawDocument, int]]:
     document, line_number, offset = start.document, start.line, start.offset
+    blank = 0  # bytes of blank lines since the last document, which a bomb can have millions of
     with self._path.open("rb") as file:
       stream = file
       if self._path.suffix == ".zst":
@@ -331,6 +333,9 @@ class JsonLines:
           position = Position(document, line_number, offset)
           yield position, RawDocument(str(self._path), line_number + 1, line), file.tell()
           document += 1
+          blank = 0
+        elif (blank := blank + len(line)) > _MAX_BLANK:
+          raise UserError(f"{self._path}, line {line_number + 1}: ends {_MAX_BLANK} bytes of blank lines; remove them")
         line_number += 1
         offset += len(line)
 
