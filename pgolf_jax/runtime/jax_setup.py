@@ -28,7 +28,7 @@ CPU_THREADS = ("PJRT_NPROC", "8")
 
 
 def set_xla_options(environ: MutableMapping[str, str] | None = None, *, driver: Path = Path("/dev/nvidiactl")) -> None:
-  """Sets the number of threads, and the flags where there is an NVIDIA driver. Must precede the first look at a device."""
+  """Sets the threads, and the flags where there is an NVIDIA driver. Must come before the first look at a device."""
   environ = os.environ if environ is None else environ
   environ.setdefault(*CPU_THREADS)
   if driver.exists():
