@@ -327,7 +327,7 @@ class Evaluator:
 
   @functools.cached_property
   def _sampling(self) -> ttt.Programs:
-    return ttt.Programs(self.settings, self.mesh, distributions=True)
+    return self._programs.sampling()
 
   def evaluate(self, data: ValidationData, batches: int) -> Scores:
     """See `Evaluate`; the evaluation ends after the last batch that is asked for."""

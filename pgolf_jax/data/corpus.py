@@ -66,15 +66,11 @@ class RawDocument:
   def _text_field(self, line: str) -> str:
     try:
       fields = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(
-        f"{self.place}: broken JSON at column {error.colno} ({error.msg}); correct the line or remove it"
-      ) from error
     except (ValueError, RecursionError) as error:
-      raise UserError(
-        f"{self.place}: JSON that is nested too deeply or has a number of thousands of digits; correct the line or "
-        "remove it"
-      ) from error
+      what = "JSON that is nested too deeply or has a number of thousands of digits"
+      if isinstance(error, json.JSONDecodeError):
+        what = f"broken JSON at column {error.colno} ({error.msg})"
+      raise UserError(f"{self.place}: {what}; correct the line or remove it") from error
     text = fields.get("text") if isinstance(fields, dict) else None
     if not isinstance(text, str):
       raise UserError(f'{self.place}: no "text" with a string; each line is a JSON object such as {{"text": "…"}}')
@@ -377,8 +373,7 @@ class _ZstdStream(io.RawIOBase):
     while not self._ready and self._decompress_more():
       pass
     n = min(len(buffer), len(self._ready))
-    buffer[:n] = self._ready[:n]
-    self._ready = self._ready[n:]
+    buffer[:n], self._ready = self._ready[:n], self._ready[n:]
     return n
 
   def _decompress_more(self) -> bool:

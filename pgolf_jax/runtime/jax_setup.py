@@ -21,7 +21,7 @@ GPU_FLAGS = {
   "--xla_gpu_enable_latency_hiding_scheduler": "true",
 }
 CPU_THREADS = ("PJRT_NPROC", "4")
-"""What XLA's CPU client reads, and the number: it costs two cores 6 % of a training step; with many, set another one."""
+"""What XLA's CPU client reads, and the number. It costs two cores 6 % of a training step; with many, set another."""
 
 # Looked at and left at XLA's defaults, for want of a measurement: combine thresholds (the step's four reduce-scatters
 # are of megabytes each, its small all-reduces are combined already), command buffers, Triton's matrix products.

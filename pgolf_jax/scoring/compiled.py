@@ -1,5 +1,6 @@
 """Everything that an evaluation runs on the devices, compiled before its clock starts."""
 
+import copy
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -108,8 +109,9 @@ class Programs:
 
   def __init__(self, settings: Settings, mesh: Mesh, *, distributions: bool = False):
     self.mesh, self.distributions = mesh, distributions
-    specs = {short: Spec.choose(settings, short=short, distributions=distributions) for short in (False, True)}
-    self.adapters = {short: AdapterPrograms(spec, mesh) for short, spec in specs.items()}  # by "short documents"
+    # By "short documents".
+    self._specs = {short: Spec.choose(settings, short=short, distributions=distributions) for short in (False, True)}
+    self.adapters = {short: AdapterPrograms(spec, mesh) for short, spec in self._specs.items()}
     self.phase = GlobalPhase(settings, mesh)
     self._scans: dict[tuple[bool, Shape, int, int], jax.stages.Compiled] = {}
     dtype = jnp.dtype(settings.train.compute_dtype)
@@ -117,6 +119,13 @@ class Programs:
       lambda params: {name: p if name in SOFTCAPS else p.astype(dtype) for name, p in params.items()},
       out_shardings=replicated(mesh),
     )
+
+  def sampling(self) -> "Programs":
+    """Returns programs whose scans return whole distributions; all but the scans are these ones."""
+    other = copy.copy(self)
+    other.distributions, other._scans = True, {}
+    other._specs = {short: spec._replace(distributions=True) for short, spec in self._specs.items()}
+    return other
 
   def scan(self, short: bool, shape: Shape, state: ScanState, inputs: ScanInputs) -> tuple[ScanState, Scored]:
     """Runs up to `STEPS_PER_CALL` chunks; the state is donated."""
@@ -145,7 +154,7 @@ class Programs:
     new = [(short, shape) for short, shape in sorted(workload.scans) if (short, shape, rows, length) not in self._scans]
     lowered = {}
     for short, shape in new:
-      spec = self.adapters[short].spec
+      spec = self._specs[short]
       arguments = abstract(self.mesh, spec, shape, slots, length)
       lowered[short, shape, rows, length] = sharded_scan(self.mesh, spec, shape).lower(*arguments)
     for short in {short for short, _ in new}:

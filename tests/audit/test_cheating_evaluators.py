@@ -1,7 +1,7 @@
-"""Evaluators that cheat: ours with one piece replaced. Scores that they make are audited by themselves.
+"""Honest evaluators, and evaluators that cheat: ours with one piece replaced. Each audits the scores that it made.
 
 A cheat is a function that bends the evaluator on the host; its name says what it does. All share one evaluator that is
-compiled once. At the end stands, for each, the check that has to catch it.
+compiled once. At the end stands, for each, the check that has to catch it, or several where chance decides which.
 """
 
 import dataclasses
@@ -9,8 +9,9 @@ import functools
 
 import numpy as np
 import pytest
-from case import DATA, STRICT, Run, first_broken
+from case import CACHED, DATA, REFERENCE, STRICT, Run, chained_documents, first_broken
 
+from pgolf_jax.errors import checks_table
 from pgolf_jax.scoring import adapter_sets, buckets, global_phase, ttt
 from pgolf_jax.scoring.hints import HintCounter, HintStream
 from pgolf_jax.scoring.record import Record, ScoreEvent, WeightsEvent
@@ -27,6 +28,19 @@ LATER, FULL, FIXED = (
 def shared():
   """An evaluator in strict order that is compiled once."""
   return Run(STRICT)
+
+
+LONG = chained_documents([40, 131, 52, 77])  # longer than a window, or than the ring of keys and values
+
+
+@pytest.mark.parametrize("kind", ["strict", "reference", "cached"])
+def test_an_honest_evaluation_is_clean(kind, shared, tmp_path):
+  settings = {"strict": STRICT, "reference": REFERENCE, "cached": CACHED}[kind]
+  run = Run(settings, LONG) if kind == "cached" else Run(settings, other=shared)
+  checks = list(run.checks(tmp_path, run.score(tmp_path)))
+  assert [check for check in checks if check.passed is False] == [], checks_table(checks)
+  unproved = [check.name for check in checks if check.passed is None]
+  assert unproved == (["one order explains every score"] if kind == "reference" else [])
 
 
 def is_rare(x) -> np.ndarray:
@@ -112,12 +126,12 @@ def counts_of_a_batch_before_its_hints(patch):
   patch.setattr(HintCounter, "_count", count)
 
 
-def a_lower_threshold_than_configured(patch):
+def a_higher_threshold_than_configured(patch):
   honest = HintStream.__init__
   patch.setattr(
     HintStream,
     "__init__",
-    lambda self, config, *a, **k: honest(self, dataclasses.replace(config, threshold=0.2), *a, **k),
+    lambda self, config, *a, **k: honest(self, dataclasses.replace(config, threshold=0.9), *a, **k),
   )
 
 
@@ -402,44 +416,44 @@ def weights_from_documents_scored_later(patch):
 
 
 SHARED = {
-  hints_only_where_they_are_right: HINTS,
-  wrong_hints_withheld_by_a_hash_of_the_target: HINTS,
-  a_gate_opened_by_the_target: HINTS,
-  a_wrong_hint_replaced_by_the_target: HINTS,
-  a_document_counted_before_its_hints: HINTS,
-  counts_of_the_whole_stream_before_the_first_hint: HINTS,
-  counts_of_a_batch_before_its_hints: HINTS,
-  a_lower_threshold_than_configured: HINTS,
-  a_lower_order_than_configured: HINTS,
-  documents_counted_that_the_trace_does_not_name: HINTS,
-  reference_order_called_strict: HINTS,
-  scores_a_thousandth_lower: HINTS,
-  model_and_score_a_thousandth_lower: HINTS,
-  rare_scores_lower: HINTS,
-  everything_halved_where_the_model_is_bad: FULL,
-  tilts_that_do_not_divide: HINTS,
-  wrong_hints_that_cost_nothing: HINTS,
-  hints_said_to_be_improbable_where_they_are_wrong: FULL,
-  a_better_model_said_and_tilted_consistently: FULL,
-  negative_scores: ONCE,
-  scores_that_are_no_number: ONCE,
-  hard_targets_left_out: ONCE,
-  the_better_of_two_passes: LATER,
-  a_chunk_scored_twice: ONCE,
-  a_document_left_out: ONCE,
-  documents_left_out_of_stream_and_trace: ONCE,
-  A_learnt_from_its_own_batch: LATER,
-  A_learnt_from_the_batch_after: LATER,
-  phases_over_the_whole_stream: LATER,
-  phases_over_the_batch_that_comes_next: LATER,
-  a_phase_before_the_first_score: LATER,
-  weights_that_know_how_often_each_token_comes: LATER,
-  hard_tokens_replaced_by_easy_ones: HINTS,
-  seeds_chosen_by_the_text: LATER,
-  scores_looked_up_for_the_known_stream_alone: LATER,
-  an_order_that_does_not_hold: LATER,
-  a_document_named_twice: ONCE,
-  weights_from_documents_scored_later: ORDER,
+  hints_only_where_they_are_right: (HINTS,),
+  wrong_hints_withheld_by_a_hash_of_the_target: (HINTS,),
+  a_gate_opened_by_the_target: (HINTS,),
+  a_wrong_hint_replaced_by_the_target: (HINTS,),
+  a_document_counted_before_its_hints: (HINTS,),
+  counts_of_the_whole_stream_before_the_first_hint: (HINTS,),
+  counts_of_a_batch_before_its_hints: (HINTS,),
+  a_higher_threshold_than_configured: (HINTS,),
+  a_lower_order_than_configured: (HINTS,),
+  documents_counted_that_the_trace_does_not_name: (HINTS,),
+  reference_order_called_strict: (HINTS,),
+  scores_a_thousandth_lower: (HINTS,),
+  model_and_score_a_thousandth_lower: (HINTS,),
+  rare_scores_lower: (HINTS,),
+  everything_halved_where_the_model_is_bad: (FULL, LATER),
+  tilts_that_do_not_divide: (HINTS,),
+  wrong_hints_that_cost_nothing: (HINTS,),
+  hints_said_to_be_improbable_where_they_are_wrong: (FULL,),
+  a_better_model_said_and_tilted_consistently: (FULL,),
+  negative_scores: (ONCE,),
+  scores_that_are_no_number: (ONCE,),
+  hard_targets_left_out: (ONCE,),
+  the_better_of_two_passes: (LATER,),
+  a_chunk_scored_twice: (ONCE,),
+  a_document_left_out: (ONCE,),
+  documents_left_out_of_stream_and_trace: (ONCE,),
+  A_learnt_from_its_own_batch: (LATER,),
+  A_learnt_from_the_batch_after: (LATER,),
+  phases_over_the_whole_stream: (LATER,),
+  phases_over_the_batch_that_comes_next: (LATER,),
+  a_phase_before_the_first_score: (LATER,),
+  weights_that_know_how_often_each_token_comes: (LATER,),
+  hard_tokens_replaced_by_easy_ones: (HINTS,),
+  seeds_chosen_by_the_text: (LATER,),
+  scores_looked_up_for_the_known_stream_alone: (LATER,),
+  an_order_that_does_not_hold: (HINTS, LATER),
+  a_document_named_twice: (ONCE,),
+  weights_from_documents_scored_later: (ORDER,),
 }
 
 
@@ -448,4 +462,4 @@ def test_a_cheat_is_caught(shared, cheat, monkeypatch, tmp_path):
   cheat(monkeypatch)
   reported = shared.score(tmp_path)
   broken = first_broken(shared.checks(tmp_path, reported))
-  assert broken is not None and broken.name == SHARED[cheat], broken
+  assert broken is not None and broken.name in SHARED[cheat], broken

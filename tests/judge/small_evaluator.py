@@ -47,6 +47,7 @@ for index, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=
 total, size = float(nll.sum(dtype=np.float64)), sum(line["bytes"] for line in lines)
 bpb = total / math.log(2) / size
 figures = {"loss": total / len(nll), "bpb": bpb, "bpb_without_hints": bpb, "targets": len(nll), "bytes": size}
+figures |= {"gated": 0, "order": "strict", "method": "exact"}
 # D: before the results
 times = np.ones(len(nll), np.uint8)
 for name, array in (("nll", nll), ("model_nll", nll), ("hint_nll", np.zeros_like(nll)), ("times", times)):
