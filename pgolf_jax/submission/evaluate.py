@@ -11,6 +11,7 @@ from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import load
 from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.runtime.jax_setup import set_xla_options
 from pgolf_jax.scoring import plain
 
 
@@ -56,6 +57,7 @@ def main(folder: Path, args: list[str]) -> int:
   parser.add_argument("--sample", type=Path, help=".npy of targets whose whole distributions go to that folder")
   options = parser.parse_args(args)
   sample = None if options.sample is None else np.load(options.sample)
+  set_xla_options()  # those of the run, so that the bits are those of the run
   try:
     print(
       json.dumps(score(folder / "artifact.pgolf", options.data, ttt=options.ttt, scores=options.scores, sample=sample))
