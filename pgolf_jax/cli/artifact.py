@@ -98,26 +98,34 @@ def package(
 
 def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
   from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.runtime.files import file_hash
   from pgolf_jax.submission import package as packaging
 
   if not folder.artifact.is_file():
     raise UserError(f"{folder.path} has no artifact; `pgolf quantize {folder.path}` makes one.")
+  results, sha256 = folder.results(), file_hash(folder.artifact)
+  made, scored = results.get("artifact", {}), results.get("ttt", {})
+  if made.get("made", {}).get(folder.artifact.name) != sha256:
+    raise UserError(
+      f"{folder.artifact} is of no finished stage; `pgolf quantize {folder.path}` makes it anew."
+    )
+  if scored.get("made_from", {}).get(folder.artifact.name) != sha256:
+    scored = {}  # of another artifact
   data = data or locate_prepared(folder.settings)
   tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
   logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
-  results = folder.results()
   contents = packaging.Contents(
     name=folder.path.resolve().name,
     tokenizer=tokenizer if tokenizer.is_file() else None,
     logs=logs,
-    score=results.get("ttt") or results.get("artifact"),
+    score=scored or made,
   )
 
   def verify(built: Path) -> None:
-    rescored = packaging.verify(built, data, expected_bpb=results.get("artifact", {}).get("bpb"))
+    rescored = packaging.verify(built, data, expected_bpb=made.get("bpb"))
     print(f"plain score from the folder alone: {rescored['bpb']:.5f} bits per byte")
     if ttt:
-      rescored = packaging.verify(built, data, expected_bpb=results.get("ttt", {}).get("bpb"), ttt=True)
+      rescored = packaging.verify(built, data, expected_bpb=scored.get("bpb"), ttt=True)
       print(f"with test-time training: {rescored['bpb']:.5f} bits per byte")
 
   print(packaging.table(packaging.build(out, folder.artifact.read_bytes(), contents, verify=verify)))

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from tiny_model import SETTINGS, random_params, with_quantize, write_data
 
+from pgolf_jax import cli
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.quantize.artifact import load, read, writer
 from pgolf_jax.quantize.make import make, scaled
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle, package
 from pgolf_jax.submission.evaluate import main, score
@@ -191,3 +194,11 @@ def test_help_has_an_example(verb):
   )
   assert done.returncode == 0
   assert f"Example: pgolf {verb}" in " ".join(done.stdout.split())
+
+
+def test_an_artifact_that_no_finished_stage_reports_is_not_packaged(tmp_path, capsys):
+  """As a kill between writing the artifact and reporting it leaves it; a submission of it would have no score."""
+  run = RunFolder(tmp_path / "run", Settings())
+  run.artifact.write_bytes(b"made, and not yet scored")
+  assert cli.main(["package", str(run.path)]) == 1
+  assert "is of no finished stage" in capsys.readouterr().err
