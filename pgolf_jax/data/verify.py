@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -101,16 +101,18 @@ class _NotApplicableError(Exception):
   pass
 
 
-def verify(folder: Path, tokenizer: Path | None = None) -> Iterator[Check]:
+def verify(folder: Path, tokenizer: Path | None = None, *, names: Sequence[str] = ()) -> Iterator[Check]:
   """Yields the result of each check of a data folder; one that fails does not stop the others.
 
   Args:
     folder: shards, and perhaps sidecar, tokenizer and manifest.
     tokenizer: a .model file, if not the folder's own.
+    names: checks to make; all if none is named.
   """
   data = _Folder(Path(folder), tokenizer)
-  with progress("verifying", total=len(_CHECKS), unit="checks") as bar:
-    for name, check in _CHECKS.items():
+  checks = {name: _CHECKS[name] for name in names} or _CHECKS
+  with progress("verifying", total=len(checks), unit="checks") as bar:
+    for name, check in checks.items():
       bar.note(name)
       bar.advance(0)
       try:

@@ -131,10 +131,9 @@ def judge(submission: Path, data_folder: Path, terms: Terms | None = None) -> Ju
 
 
 def _data_checks(folder: Path) -> Iterator[Check]:
-  has_training = any(folder.glob("fineweb_train_*.bin"))
-  for check in verify(folder):
-    if check.name in ("sidecar", "text") or (check.name == "overlap" and has_training):
-      yield dataclasses.replace(check, name=f"data: {check.name}")
+  names = ["sidecar", "text", *(["overlap"] if any(folder.glob("fineweb_train_*.bin")) else [])]
+  for check in verify(folder, names=names):
+    yield dataclasses.replace(check, name=f"data: {check.name}")
 
 
 def _checks(judgement: Judgement, data: ValidationData, terms: Terms, work: Path) -> Iterator[Check]:
