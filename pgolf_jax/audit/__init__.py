@@ -61,7 +61,7 @@ def replays(subject: Subject, evaluator: Evaluator, *, cuts: int = CUTS, fast: b
   drawn = draw_cuts(subject, cuts, fast=fast)
   samples = evaluator.sample(sample_targets(subject, drawn), max(cut.batches for cut in drawn))
   drawn = put_likely_tokens(subject, drawn, samples)
-  moved, outcomes = replay(subject, evaluator.evaluate, drawn)
+  moved, outcomes, subject = replay(subject, evaluator.evaluate, drawn)
   yield moved
   yield full(subject, samples)
   yield fixed_before(subject, samples, outcomes)

@@ -138,11 +138,14 @@ class Outcome(NamedTuple):
   scores: Scores
 
 
-def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[Check, list[Outcome]]:
+def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[Check, list[Outcome], Subject]:
   """Scores the stream once for each cut; everything before a cut has to be as in the run, to the bit.
 
   If it is not, the stream itself is scored again: on another machine than the run's the same code gives other bits, and
   then cuts are held against that second run, and this one against the first within the tolerance of the type.
+
+  Returns:
+    The check, what came of each cut, and the subject with scores that this machine repeats to the bit.
   """
   name, began = "later tokens change no score", time.monotonic()
   outcomes = [Outcome(cut, evaluate(cut.data, cut.batches)) for cut in cuts]
@@ -154,8 +157,10 @@ def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[C
     worst, limit = int(apart_N.argmax()), _OTHER_MACHINE[subject.settings.train.compute_dtype]
     if not apart_N[worst] <= limit:
       text = f"the run's code scores target {worst} {again.nll_N[worst]:.5f}, the run {base.nll_N[worst]:.5f}"
-      return Check(name, False, f"{text}; it did not make these scores, or it does not repeat them"), outcomes
+      text += "; it did not make these scores, or it does not repeat them"
+      return Check(name, False, text), outcomes, subject
     base, where = again, f"to the bit on this machine, which is within {apart_N[worst]:.0e} nats of the run's"
+  here = subject if base is subject.scores else dataclasses.replace(subject, scores=base)
   for cut, scores in outcomes:
     moved = np.flatnonzero(_moved(subject, base, Outcome(cut, scores)))
     if len(moved):
@@ -164,14 +169,16 @@ def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[C
       is_model = scores.model_nll_N[t] != base.model_nll_N[t]
       was, became = (x.model_nll_N[t] if is_model else x.nll_N[t] for x in (base, scores))
       values = f"target {t}: {was:.6f} became {became:.6f} {'before' if is_model else 'after'} the tilt"
-      return Check(name, False, f"{text}, {values}"), outcomes
-    tilted = tilts(subject, scores, cut.earlier_N, cut.data.tokens)
+      return Check(name, False, f"{text}, {values}"), outcomes, here
+    is_fixed_N = cut.earlier_N.copy()
+    is_fixed_N[cut.targets] = True  # their hints come from earlier tokens, too
+    tilted = tilts(subject, scores, is_fixed_N, cut.data.tokens)
     if not tilted.passed:
-      return Check(name, False, f"after a cut in batch {cut.batches}: {tilted.finding}"), outcomes
+      return Check(name, False, f"after a cut in batch {cut.batches}: {tilted.finding}"), outcomes, here
   compared = sum(int(cut.earlier_N.sum()) for cut in cuts)
   seconds = time.monotonic() - began
   text = f"{len(cuts)} cuts, {compared:,} earlier scores equal {where}; {seconds:.1f} s"
-  return Check(name, True, text), outcomes
+  return Check(name, True, text), outcomes, here
 
 
 def _moved(subject: Subject, base: Scores, outcome: Outcome) -> np.ndarray:
