@@ -151,9 +151,12 @@ def first_step(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
 def later_steps(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
   """The loss logged after each checkpoint that lies in the folder is that of its weights on the next tokens."""
   name, settings = "a step after each checkpoint", run.settings
+  unmade = Check(name, None, "not checked: no checkpoint before the last step; train.checkpoint_every_steps makes one")
   lines = {line.get("step"): line for line in read_metrics(run.metrics)}
   compared = []
-  with contextlib.closing(Checkpoints(run.checkpoints, TrainStep(settings, mesh))) as checkpoints:
+  if not run.checkpoints.is_dir():
+    return unmade
+  with contextlib.closing(Checkpoints(run.checkpoints, TrainStep(settings, mesh), writes=False)) as checkpoints:
     for step in checkpoints.steps():
       try:
         state, progress = checkpoints.restore(step)
@@ -174,9 +177,7 @@ def later_steps(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
       if not abs(line["loss"] - expected) <= _LOSS_AGREEMENT[settings.train.compute_dtype]:
         return Check(name, False, text)
       compared.append(text)
-  if not compared:
-    return Check(name, None, "not checked: no checkpoint before the last step; train.checkpoint_every_steps makes one")
-  return Check(name, True, "; ".join(compared))
+  return Check(name, True, "; ".join(compared)) if compared else unmade
 
 
 def _loader(run: RunFolder, data_folder: Path, mesh: Mesh) -> Loader:

@@ -35,15 +35,17 @@ class Checkpoints:
     folder: where they lie.
     step: declares the state.
     newest: number of the newest checkpoints that stay on disk.
+    writes: whether more are to come; otherwise the folder stays as it is.
   """
 
-  def __init__(self, folder: Path, step: TrainStep, *, newest: int = 2):
+  def __init__(self, folder: Path, step: TrainStep, *, newest: int = 2, writes: bool = True):
     # A checkpoint appears under its name by one rename; what a kill left half-written is removed on opening.
-    options = ocp.CheckpointManagerOptions(max_to_keep=newest, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=newest, cleanup_tmp_directories=writes, read_only=not writes)
     self._folder = Path(folder).absolute()
-    with distributed.leader_first("checkpoints"):
-      if distributed.is_leader():
-        self._set_strangers_aside()
+    if writes:
+      with distributed.leader_first("checkpoints"):
+        if distributed.is_leader():
+          self._set_strangers_aside()
     self._manager = ocp.CheckpointManager(self._folder, options=options)
     self._step = step
     shapes, devices = parameters.shapes(step.settings.model), step.mesh.size
