@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a compile cache that lasts, and the folders of golden cases and text."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def _compile_fast(request):
   jax.config.update("jax_disable_most_optimizations", not as_users_do)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _restore_the_log():
+  """A run turns the program's log to its own file and to the terminal of that moment."""
+  log = logging.getLogger("pgolf")
+  handlers, propagate, level = list(log.handlers), log.propagate, log.level
+  yield
+  log.handlers, log.propagate = handlers, propagate
+  log.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="module")
