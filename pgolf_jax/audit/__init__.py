@@ -19,7 +19,7 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.quantize import artifact
 from pgolf_jax.run_folder import RunFolder
 
-CUTS = 3
+CUTS = 2
 
 
 def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fast: bool = False) -> Iterator[Check]:

@@ -81,7 +81,7 @@ def evaluate(
 def audit(
   runs: Annotated[list[Path], tyro.conf.Positional],
   data: Path | None = None,
-  cuts: int = 3,
+  cuts: int = 2,
   fast: bool = False,
 ) -> int:
   """Check every rule of scoring on one run, or on all seeds of a set, and print the evidence and a verdict.

@@ -40,7 +40,7 @@ class Checkpoints:
 
   def __init__(self, folder: Path, step: TrainStep, *, newest: int = 2, writes: bool = True):
     # A checkpoint appears under its name by one rename; what a kill left half-written is removed on opening.
-    options = ocp.CheckpointManagerOptions(max_to_keep=newest, cleanup_tmp_directories=writes, read_only=not writes)
+    options = ocp.CheckpointManagerOptions(max_to_keep=newest, cleanup_tmp_directories=writes, create=writes)
     self._folder = Path(folder).absolute()
     if writes:
       with distributed.leader_first("checkpoints"):
