@@ -50,9 +50,9 @@ def same_files(run: RunFolder, data_folder: Path) -> Check:
   return Check(name, True, f"{compared} hashes of three stages")
 
 
-def data_checks(folder: Path) -> Iterator[Check]:
+def data_checks(folder: Path, names: Sequence[str] = ("sidecar", "text", "overlap")) -> Iterator[Check]:
   """The byte sidecar, its agreement with the text, and the split hold, as `pgolf data verify` checks them."""
-  for check in verify(folder, names=("sidecar", "text", "overlap")):
+  for check in verify(folder, names=names):
     yield dataclasses.replace(check, name=f"data: {check.name}")
 
 
@@ -143,7 +143,7 @@ def first_step(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
   if lines[0].get("step") != 1:
     return Check(name, False, f"metrics.jsonl begins with step {lines[0].get('step')}")
   params = jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed))
-  logged, expected = lines[0]["loss"], _loss(settings, params, _loader(run, data_folder, mesh), lines[0], mesh)
+  logged, expected = lines[0]["loss"], _loss(settings, params, _loader(run, data_folder, mesh), lines[0])
   text = f"logged {logged:.4f}, the first step's tokens under the seed's weights give {expected:.4f}"
   return Check(name, abs(logged - expected) <= _LOSS_AGREEMENT[settings.train.compute_dtype], text)
 
@@ -172,7 +172,7 @@ def later_steps(run: RunFolder, data_folder: Path, mesh: Mesh) -> Check:
       loader.restore(progress["loader"])
       if settings.data.discard_prefetched and line["seq_len"] != lines[step]["seq_len"]:
         loader.skip(2)
-      expected = _loss(settings, state.params, loader, line, mesh)
+      expected = _loss(settings, state.params, loader, line)
       text = f"logged {line['loss']:.4f} at step {step + 1}, the checkpoint before gives {expected:.4f}"
       if not abs(line["loss"] - expected) <= _LOSS_AGREEMENT[settings.train.compute_dtype]:
         return Check(name, False, text)
@@ -187,7 +187,7 @@ def _loader(run: RunFolder, data_folder: Path, mesh: Mesh) -> Loader:
   return Loader(data_folder, world_size=world, row_tokens=row_tokens, bos_id=run.settings.model.bos_id)
 
 
-def _loss(settings: Settings, params: Params, loader: Loader, line: dict, mesh: Mesh) -> float:
+def _loss(settings: Settings, params: Params, loader: Loader, line: dict) -> float:
   """Mean loss of the loader's next step under the sequence length and looping of a line of the metrics."""
   t = settings.train
   rows = loader.step(t.micro_batches // loader.world_size).astype(np.int32)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pgolf_jax.audit import replays
+from pgolf_jax.audit import CUTS, replays
+from pgolf_jax.audit.evidence import data_checks
 from pgolf_jax.audit.recheck import Subject, recheck
 from pgolf_jax.audit.verdict import rules
 from pgolf_jax.data.shards import ValidationData, load_validation
-from pgolf_jax.data.verify import verify
 from pgolf_jax.errors import Check, UserError, checks_table
 from pgolf_jax.judge.child import COUNTED, Children, Packages, Ran, network_isolation
 from pgolf_jax.quantize.artifact import load
@@ -69,7 +69,7 @@ class Terms:
   submission_bytes: int = rules().submission_bytes
   evaluation_seconds: float = rules().evaluation_seconds
   patience_seconds: float = 6 * rules().evaluation_seconds
-  cuts: int = 2
+  cuts: int = CUTS
   cache: Path | None = None
 
 
@@ -124,16 +124,11 @@ def judge(submission: Path, data_folder: Path, terms: Terms | None = None) -> Ju
   terms, data = terms or Terms(), load_validation(data_folder)
   judgement = Judgement(submission, _machine())
   with tempfile.TemporaryDirectory(prefix="pgolf-") as work:
-    judgement.checks += _data_checks(data_folder)
+    has_training = any(data_folder.glob("fineweb_train_*.bin"))
+    judgement.checks += data_checks(data_folder, ("sidecar", "text", *(["overlap"] if has_training else [])))
     for check in _checks(judgement, data, terms, Path(work)):
       judgement.checks.append(check)
   return judgement
-
-
-def _data_checks(folder: Path) -> Iterator[Check]:
-  names = ["sidecar", "text", *(["overlap"] if any(folder.glob("fineweb_train_*.bin")) else [])]
-  for check in verify(folder, names=names):
-    yield dataclasses.replace(check, name=f"data: {check.name}")
 
 
 def _checks(judgement: Judgement, data: ValidationData, terms: Terms, work: Path) -> Iterator[Check]:
