@@ -2,7 +2,7 @@
 
 import functools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import NamedTuple
 
@@ -47,11 +47,16 @@ class Verdict(NamedTuple):
     return "\n".join(lines)
 
 
-def verdict(checks: Sequence[Check]) -> Verdict:
-  """Returns the verdict of all checks of a run; a check may occur several times, once for each run of a set."""
+def verdict(checks: Sequence[Check], required: Iterable[str] | None = None) -> Verdict:
+  """Returns the verdict of all checks of a run; a check may occur several times, once for each run of a set.
+
+  Args:
+    checks: as far as they were made.
+    required: names of checks that have to hold; those of the rules if not given.
+  """
   broken = list(dict.fromkeys(check.name for check in checks if check.passed is False))
   unproved = {}
-  for name in rules().required:
+  for name in rules().required if required is None else required:
     made = [check for check in checks if check.name == name]
     missing = [check.finding for check in made if check.passed is None]
     if missing or not made:

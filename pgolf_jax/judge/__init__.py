@@ -19,7 +19,7 @@ import numpy as np
 from pgolf_jax.audit import CUTS, replays
 from pgolf_jax.audit.evidence import data_checks
 from pgolf_jax.audit.recheck import Subject, recheck
-from pgolf_jax.audit.verdict import rules
+from pgolf_jax.audit.verdict import rules, verdict
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.errors import Check, UserError, checks_table
 from pgolf_jax.judge.child import COUNTED, Children, Packages, Ran, network_isolation
@@ -96,16 +96,14 @@ class Judgement:
   packages: list[str] = dataclasses.field(default_factory=list)
 
   @property
-  def broken(self) -> list[Check]:
+  def broken(self) -> list[str]:
     """Checks that failed."""
-    return [check for check in self.checks if check.passed is False]
+    return verdict(self.checks, REQUIRED).broken
 
   @property
   def unproved(self) -> dict[str, str]:
     """Required check that was not made → why."""
-    made = {check.name: check for check in self.checks}
-    missing = {name: "it was not made, because another failed" for name in REQUIRED if name not in made}
-    return missing | {name: made[name].finding for name in REQUIRED if name in made and made[name].passed is None}
+    return verdict(self.checks, REQUIRED).unproved
 
   @property
   def is_proved(self) -> bool:
@@ -283,7 +281,7 @@ def headline(judgement: Judgement) -> str:
   if judgement.is_proved:
     return f"PROVED: {judgement.bpb:.5f} bits per byte; every rule about the score holds."
   if judgement.broken:
-    return f"BROKEN: {', '.join(dict.fromkeys(check.name for check in judgement.broken))}."
+    return f"BROKEN: {', '.join(judgement.broken)}."
   return f"NOT PROVED: {', '.join(judgement.unproved)}."
 
 

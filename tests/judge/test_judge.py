@@ -69,7 +69,7 @@ def cheating(honest, tmp_path):
 
 
 def outcomes(judgement) -> dict[str, str]:
-  return {check.name: check.finding for check in judgement.broken}
+  return {check.name: check.finding for check in judgement.checks if check.passed is False}
 
 
 def test_an_honest_submission_is_proved_on_one_page(honest, data):
