@@ -36,7 +36,8 @@ _MODULES = {
   "run": ("run", "train", "plan"),
   "data": ("data",),
   "artifact": ("quantize", "package", "generate"),
-  "proof": ("eval", "audit", "judge", "parity"),
+  "proof": ("eval", "audit", "judge"),
+  "parity": ("parity",),
   "bench": ("bench",),
 }
 
