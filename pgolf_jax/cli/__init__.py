@@ -12,11 +12,10 @@ import os
 import sys
 from collections.abc import Callable
 
-import tyro
-
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.runtime import signals
-from pgolf_jax.settings.arguments import Defaults, schedules
+from pgolf_jax.settings import reference
+from pgolf_jax.settings.arguments import Defaults, Unusable, call
 
 VERBS = {
   "run": "train, score, quantise, score with test-time training, audit: every stage, in one run folder",
@@ -60,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
     print("\nExample: pgolf run configs/demo.toml")
     return 0 if args else 2
+  if args[0] == "help":
+    if args[1:2] == ["settings"]:
+      print(reference.page() if "--markdown" in args else reference.table(), end="")
+      return 0
+    args = [*args[1:], "--help"] if args[1:] else ["--help"]
+    return main(args)
   verb, *rest = args
   if verb not in VERBS:
     return _fail(_unknown("verb", verb, VERBS), 2)
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as e:
     if debug:
       raise
-    return _fail(str(e), 1)
+    return _fail(str(e), 2 if isinstance(e, Unusable) else 1)
   except Stopped as e:
     return _fail(str(e), e.status)
   except KeyboardInterrupt as e:
@@ -93,9 +98,7 @@ def _call(verb: str, choices: dict, args: list[str]) -> int:
     name, *args = args
     if name not in choices:
       return _fail(_unknown(f"pgolf {verb}", name, choices), 2)
-  command, program = choices[name], f"pgolf {verb} {name}".strip()
-  function = command.bound(program, args) if isinstance(command, Defaults) else command
-  return tyro.cli(function, args=args, prog=program, registry=schedules) or 0
+  return call(f"pgolf {verb} {name}".strip(), choices[name], args) or 0
 
 
 def disk_full(error: BaseException | None) -> str | None:

@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def run(
-  case: tyro.conf.Positional[Path],
+  case: Positional[Path],
   out: Path,
   dtype: Literal["float32", "bfloat16"] | None = None,
   tokenizer: Path | None = None,
@@ -34,7 +34,7 @@ def run(
 
 
 def check(
-  case: tyro.conf.Positional[Path | None] = None,
+  case: Positional[Path | None] = None,
   all: bool = False,
   ours: Path | None = None,
   dtype: Literal["float32", "bfloat16"] | None = None,

@@ -172,9 +172,9 @@ def test_a_gradient_that_is_zero_by_mathematics_may_be_noise(case):
   ("kind", "settings", "message"),
   [
     ("ttt", {"TTT_EVAL_SEQ_LEN": "32"}, "ttt.seq_len=32 must hold a chunk of 64"),
-    ("ngram", {"TOKEN_ORDER": "33"}, "hints.order=33 must lie in 1 … 32"),
-    ("ngram", {"TOKEN_ORDER": "0"}, "hints.order=0 must lie in 1 … 32"),
-    ("quantize", {"MATRIX_BITS": "1"}, "matrix_bits=1 must lie in 2 … 8"),
+    ("ngram", {"TOKEN_ORDER": "33"}, "TOKEN_ORDER=33 must be from 1 to 32"),
+    ("ngram", {"TOKEN_ORDER": "0"}, "TOKEN_ORDER=0 must be from 1 to 32"),
+    ("quantize", {"MATRIX_BITS": "1"}, "MATRIX_BITS=1 must be from 2 to 8"),
     ("forward", {"PARALLEL_START_LAYER": "4"}, "inside the loop"),
   ],
 )
