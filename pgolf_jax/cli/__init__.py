@@ -31,6 +31,7 @@ VERBS = {
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
+  "doctor": "what is here, what is missing, and the command that mends it",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -39,6 +40,7 @@ _MODULES = {
   "proof": ("eval", "audit", "judge"),
   "parity": ("parity",),
   "bench": ("bench",),
+  "doctor": ("doctor",),
 }
 
 

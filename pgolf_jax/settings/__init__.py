@@ -300,6 +300,8 @@ class QuantizeConfig:
   attn_clip_sigmas: float = _env(13.0, "ATTN_CLIP_SIGMAS")  # the same of attention
   mlp_clip_sigmas: float = _env(11.5, "MLP_CLIP_SIGMAS")  # the same of the MLP
   embed_clip_sigmas: float = _env(14.0, "EMBED_CLIP_SIGMAS")  # the same of the embedding
+  # Elements of the largest matrix that stays fp16; the embedding and the matrices of layers above it go through GPTQ.
+  fp16_up_to: int = 65_536
   gate_int8: bool = _env(True, "GATED_ATTN_QUANT_GATE")  # store attention gates in 8 bits
   calibration_batches: int = _env(16, "GPTQ_CALIBRATION_BATCHES")  # batches that the Hessians are taken from
   # A batch has train.batch_tokens divided by this: the reference's ranks times its accumulation, which is always 8.

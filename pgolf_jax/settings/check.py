@@ -66,7 +66,7 @@ _RANGES: dict[str, tuple[float, float]] = {
   **{f"quantize.{name}_clip_sigmas": _POSITIVE for name in ("matrix", "attn", "mlp", "embed")},
   **{f"quantize.{name}": _COUNT for name in ("calibration_batches", "calibration_micro_batches")},
   **{f"quantize.{name}": _COUNT for name in ("block_size", "awq_group_size", "lqer_asym_group")},
-  **{f"quantize.{name}": _INDEX for name in ("awq_group_top_k", "lqer_top_k", "budget_bytes")},
+  **{f"quantize.{name}": _INDEX for name in ("awq_group_top_k", "lqer_top_k", "budget_bytes", "fp16_up_to")},
   "quantize.lqer_rank": (1, 64),
   "quantize.reserve_seconds": _NOT_NEGATIVE,
   "quantize.damping": _NOT_NEGATIVE,
