@@ -30,6 +30,7 @@ VERBS = {
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
+  "doctor": "what is here, what is missing, and the command that mends it",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -38,6 +39,7 @@ _MODULES = {
   "proof": ("eval", "audit", "judge"),
   "parity": ("parity",),
   "bench": ("bench",),
+  "doctor": ("doctor",),
 }
 
 
