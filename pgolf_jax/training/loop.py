@@ -39,6 +39,9 @@ Programs = dict[tuple[int, bool], jax.stages.Compiled]
 """(sequence length, looping) → the compiled step."""
 
 
+_draw = jax.jit(parameters.init, static_argnums=0)
+
+
 class StepDone(NamedTuple):
   """A step that was given to the devices, which may still be at work on it."""
 
@@ -79,7 +82,7 @@ class Trainer:
     self.clock = Clock()
     self._shards = {k: v for k, v in made_from(run, "train", data_folder).items() if k.startswith("fineweb_train")}
     if initial is None:
-      initial = jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed))
+      initial = _draw(settings.model, jax.random.key(settings.seed))
     self._initial = initial
 
   def train(self) -> tuple[TrainState, dict]:
@@ -136,7 +139,7 @@ class Trainer:
     shapes = self.schedule.shapes()
     programs = {}
     with progress("compiling", total=len(shapes), unit="programs") as bar, ThreadPoolExecutor() as pool:
-      for shape, program in zip(shapes, pool.map(lambda shape: self.step.lower(*shape).compile(), shapes), strict=True):
+      for shape, program in zip(shapes, pool.map(lambda shape: self.step.compiled(*shape), shapes), strict=True):
         programs[shape] = program
         bar.advance()
     return programs
