@@ -1,8 +1,6 @@
 """Plain BPB: the validation stream in order, every target once, no adaptation. Recipe section 5."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +15,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import AXIS, place, replicated, world_size
 from pgolf_jax.runtime.log import progress
-from pgolf_jax.settings import ModelConfig, Settings
+from pgolf_jax.settings import Settings
 
 
 class Score(NamedTuple):
@@ -68,7 +66,17 @@ def score(
   span = settings.eval.batch_tokens // settings.eval.micro_batches // seq_len * seq_len
   to_score = spans(targets, ranks=world_size(settings, mesh), length=span)
   longest = max(end - begin for begin, end in to_score)
-  nll = _nll(settings.model, jnp.dtype(settings.train.compute_dtype), seq_len, mesh)
+  dtype = jnp.dtype(settings.train.compute_dtype)
+
+  def device_nll(params, tokens_RxT1):
+    model = bind(settings.model, params)
+    row_nll = lambda row: packed_nll(  # noqa: E731
+      model, row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
+    )[0]
+    return jax.lax.map(row_nll, tokens_RxT1)
+
+  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+  nll = jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
   params = jax.device_put(params, replicated(mesh))
   nats = 0.0
   with progress(description, total=targets, unit="targets") as bar:
@@ -82,18 +90,3 @@ def score(
         nats += float(np.sum(row[: end - begin], dtype=np.float64))
       bar.advance(sum(end - begin for begin, end in group))
   return Score(nats, targets, int(np.sum(data.token_bytes[1:], dtype=np.int64)))
-
-
-@functools.lru_cache(maxsize=4)
-def _nll(config: ModelConfig, dtype: jnp.dtype, seq_len: int, mesh: Mesh) -> Callable[[Params, jax.Array], jax.Array]:
-  """Returns (parameters, tokens [rows, T + 1]) → nats [rows, T], the rows shared out over the mesh."""
-
-  def device_nll(params, tokens_RxT1):
-    model = bind(config, params)
-    row_nll = lambda row: packed_nll(  # noqa: E731
-      model, row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
-    )[0]
-    return jax.lax.map(row_nll, tokens_RxT1)
-
-  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
-  return jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
