@@ -8,6 +8,14 @@ A case is a folder:
     data/                 shards, for the kinds that read text
 
 The kind `caseops` has `docs.jsonl` and `expected.jsonl` instead.
+
+A `forward` case may hold activations, of any of the forward passes and as many as its maker had hooks for: under
+`loop0/activations/` and `loop1/activations/`, each [T, …], named as `model.Context.tap` names them. They are compared
+in forward order, so that a mistake shows where it was made.
+
+`floor` in case.json, tensor → number, is the reference's own perturbation floor: how far each of its outputs moved, in
+the measure of the tensor's tolerance (check.py), when it ran again with every input of `perturbed(inputs)`. A case may
+leave it out; then ours is measured.
 """
 
 import dataclasses
