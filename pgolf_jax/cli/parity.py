@@ -86,4 +86,79 @@ def check(
   return int(bool(failed))
 
 
-COMMANDS = {"parity": {"run": run, "check": check}}
+def dump(
+  script: tyro.conf.Positional[Path],
+  kind: Literal["forward", "optimizer", "train", "quantize", "ngram", "ttt"],
+  out: Path,
+  checkpoint: Path | None = None,
+  base: Literal["tiny", "record", "script"] | None = None,
+  set: tuple[str, ...] = (),
+  tokens: int = 512,
+  documents: int = 8,
+  max_doc_len: int | None = None,
+  steps: int | None = None,
+  seed: int = 0,
+  data: Path | None = None,
+  noise: float | None = None,
+  device: Literal["cpu", "cuda"] = "cpu",
+) -> None:
+  """Make a golden case from your own PyTorch training script, for `pgolf parity check`.
+
+  The script is a module with `GPT` and `Hyperparameters` that takes its settings from the environment, as the recipe's
+  does. It is imported, its functions are called in float32, its main() never is. Triton, FlashAttention and a GPU are
+  not needed: plain PyTorch of the same meaning stands in, and case.json says where.
+
+  Example: pgolf parity dump train_gpt.py --kind forward --out cases/forward
+
+  Args:
+    script: the PyTorch script.
+    kind: what to dump: forward (loss, gradients, logits), optimizer (its steps), train (the loop), quantize (GPTQ with
+      its corrections), ngram (hints), ttt (evaluation with test-time training).
+    out: folder to make.
+    checkpoint: weights to start from: a state dict in a .pt file, which is read without executing anything, or
+      .safetensors; else the script's initial weights.
+    base: settings that the environment leaves open: a tiny model's, the record's, or the script's own defaults; with
+      a checkpoint the script's, else tiny ones.
+    set: settings by environment name, as in --set MODEL_DIM=64 NUM_LAYERS=3.
+    tokens: tokens of the packed row, or of the stream (train: of the validation stream).
+    documents: documents of mixed length in it.
+    max_doc_len: longest segment that attention sees of a document, in a packed row; by default the mean length.
+    steps: optimizer steps; 4, or 12 of train.
+    seed: of initial weights, noise and random text.
+    data: folder of shards to take the text from, instead of random documents.
+    noise: noise on the weights that the case starts from, relative to a typical weight; 0.3, but none on a checkpoint
+      and in train.
+    device: where PyTorch computes.
+  """
+  from importlib.util import find_spec
+
+  from pgolf_jax.errors import UserError
+
+  if find_spec("torch") is None:
+    raise UserError("PyTorch is not installed; pip install 'pgolf_jax[torch]' installs it.")
+  from pgolf_jax.parity.dump import NOISE, Request
+  from pgolf_jax.parity.dump import dump as make
+
+  for item in set:
+    if "=" not in item:
+      raise UserError(f"--set {item} must read NAME=VALUE, as in --set MODEL_DIM=64.")
+  changes = dict(item.split("=", 1) for item in set)
+  steps = (12 if kind == "train" else 4) if steps is None else steps
+  noise = (0.0 if checkpoint or kind == "train" else NOISE) if noise is None else noise
+  base = ("script" if checkpoint else "tiny") if base is None else base
+  case = make(
+    Request(
+      script, kind, out, checkpoint, base, changes, tokens, documents, max_doc_len, steps, seed, data, device, noise
+    )
+  )
+  about = case.about["made_from"]
+  size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+  print(f"{out}: {kind}, {size / 1e6:.2f} MB, from {script} on {about['device']}")
+  for name, place in about["stand_ins"].items():
+    print(f"  stand-in for {name}: {place}")
+  if about["settings_assumed"]:
+    print(f"  the script says nothing of {', '.join(about['settings_assumed'])}; assumed as in our defaults")
+  print(f"Next: pgolf parity check {out}")
+
+
+COMMANDS = {"parity": {"run": run, "check": check, "dump": dump}}
