@@ -74,8 +74,8 @@ def convert(source: Path, target: Path, choices: Choices = Choices()) -> list[st
   source_form = form_of(source)
   if form == "run" and source_form in ("artifact", "run"):
     raise UserError(
-      f"{source} is {_article(NAMES[source_form])}, which becomes a file (.pt, .safetensors) or a bare Orbax checkpoint "
-      "(.orbax), not another run folder."
+      f"{source} is {_article(NAMES[source_form])}, which becomes a file (.pt, .safetensors) or a bare Orbax "
+      "checkpoint (.orbax), not another run folder."
     )
   read = _read(source, source_form, choices)
   tensors = _banked(read.tensors, str(source))
@@ -91,9 +91,13 @@ def convert(source: Path, target: Path, choices: Choices = Choices()) -> list[st
       )
     said.append(f"sizes, from the tensors: {_sizes(model)}")
   else:
-    tensors, added = _with_softcaps(tensors, settings.model)
-    said += [f"{name}: added, neutral at {settings.model.logit_softcap:g}" for name in added]
-    parameters.check(model := settings.model, tensors, str(source))
+    model = settings.model
+    if form == "run" or choices.settings is not None:
+      tensors, added = _with_softcaps(tensors, model)
+      said += [f"{name}: added, neutral at {model.logit_softcap:g}" for name in added]
+    elif not any(name in tensors for name in SOFTCAPS):  # an older state dict; it comes out as it went in
+      model = dataclasses.replace(model, asym_logit_rescale=False)
+    parameters.check(model, tensors, str(source))
   tensors = {name: tensors[name] for name in parameters.shapes(model)}
   if form == "run":
     said += _write_run(target, settings, tensors, _origin(source, source_form, read, added))
@@ -119,7 +123,7 @@ def form_of(path: Path) -> Form:
     UserError: there is nothing, or nothing that holds weights.
   """
   if path.is_dir():
-    if (path / "config.toml").is_file() or _run_of_step(path):
+    if (path / "config.toml").is_file() or _run_of_step(path) is not None:
       return "run"
     if weights.is_orbax(path):
       return "orbax"
@@ -145,7 +149,7 @@ def form_of(path: Path) -> Form:
 def infer(tensors: Tensors, where: str) -> ModelConfig:
   """Returns a config whose model has tensors of these shapes.
 
-  Shapes do not tell everything: which layers are looped, where lanes begin, what rotates and slopes are not the model's.
+  Shapes do not tell which layers are looped, where lanes begin, what rotates, nor slopes: these are not the model's.
 
   Raises:
     UserError: they are not the tensors of any model of the recipe; the message names one that does not fit.

@@ -6,6 +6,7 @@ memory is taken for it. Writing keeps every bit.
 """
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,21 +108,27 @@ def _load(path: Path) -> object:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
       with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-          raise UserError(f"{path} is a compressed archive; torch.save does not write such files.")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        _check_archive(path, archive)
+    with warnings.catch_warnings(action="ignore"):
+      return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
   except UserError:
     raise
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror or error}).") from None
   except Exception as error:  # a hostile file makes PyTorch raise any of a dozen types
-    if refused := re.search(r"GLOBAL (\S+)|[Uu]nsupported (?:class|global):? *(\S+)", str(error)):
-      name = _short(refused[1] or refused[2])
+    if refused := re.search(r"GLOBAL (\S+)", str(error)):
       raise UserError(
-        f"{path} holds more than tensors (it names {name}), and is not read, since reading could execute it; "
-        "save the state dict alone: torch.save(model.state_dict(), …)."
+        f"{path} holds more than tensors (it names {_short(refused[1])}), and is not read, since that could execute "
+        "it; save the state dict alone: torch.save(model.state_dict(), …)."
       ) from None
-    raise UserError(f"{path} is not a PyTorch state dict ({_first_line(error)}).") from None
+    reason = re.search(r"Unpickler error:\s*(.+)", str(error))
+    why = _short(reason[1]) if reason else _first_line(error)
+    raise UserError(f"{path} is not a whole PyTorch state dict ({why}).") from None
+
+
+def _check_archive(path: Path, archive: zipfile.ZipFile) -> None:
+  if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+    raise UserError(f"{path} is a TorchScript program, not a PyTorch state dict; save model.state_dict().")
+  if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+    raise UserError(f"{path} is a compressed archive; torch.save does not write such files.")
 
 
 def _state_dict(path: Path, loaded: object, key: str | None) -> tuple[dict[str, object], str]:
