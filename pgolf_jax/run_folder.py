@@ -10,6 +10,7 @@ results.json         what each finished stage reported
 artifact.pgolf       the quantised model
 scores/              per-document scores
 damaged/             checkpoints that were not as they were written; nothing reads them
+converted.json       in place of training: where the weights came from that `pgolf convert` put here
 """
 
 import functools
@@ -181,6 +182,8 @@ class RunFolder:
 SCORES = ("identity.json", "nll.npy", "model_nll.npy", "hint_nll.npy", "times.npy", "trace.jsonl", "documents.jsonl")
 """Files of a finished evaluation."""
 
+CONVERTED = "converted.json"
+
 STAGES = ("train", "plain", "artifact", "ttt", "audit")
 """In the order in which a run does them."""
 
@@ -205,6 +208,8 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
   Raises:
     UserError: the data folder does not exist, or lacks the shards that the stage reads.
   """
+  if stage == "train" and (run.path / CONVERTED).is_file():
+    return _hashes(run.path, [run.path / CONVERTED])
   data_folder = Path(data_folder)
   tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
   shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
