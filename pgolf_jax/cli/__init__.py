@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import tyro
 
+from pgolf_jax import __version__
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.runtime import signals
 from pgolf_jax.settings.arguments import Defaults, schedules
@@ -31,6 +32,7 @@ VERBS = {
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
+  "configs": "the configs that come with the program, with hardware, time and score",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -39,6 +41,7 @@ _MODULES = {
   "proof": ("eval", "audit", "judge"),
   "parity": ("parity",),
   "bench": ("bench",),
+  "configs": ("configs",),
 }
 
 
@@ -58,8 +61,11 @@ def main(argv: list[str] | None = None) -> int:
   args = [a for a in args if a != "--debug"]
   if not args or args[0] in ("-h", "--help"):
     print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
-    print("\nExample: pgolf run configs/demo.toml")
+    print("\nExample: pgolf run demo")
     return 0 if args else 2
+  if args[0] == "--version":
+    print(f"pgolf_jax {__version__}")
+    return 0
   verb, *rest = args
   if verb not in VERBS:
     return _fail(_unknown("verb", verb, VERBS), 2)

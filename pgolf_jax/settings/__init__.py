@@ -5,6 +5,9 @@ combinations that cannot work.
 """
 
 import dataclasses
+import importlib
+import sys
+import types
 from typing import Literal, NamedTuple
 
 
@@ -338,3 +341,13 @@ class Settings:
   hints: HintConfig = HintConfig()
   quantize: QuantizeConfig = QuantizeConfig()
   seed: int = _env(1337, "SEED")  # of initial weights, adapters, calibration and samples
+
+
+class _Callable(types.ModuleType):
+  """This module as the function `pgolf_jax.settings(config, **overrides)`, which the package offers under its name."""
+
+  def __call__(self, *config, **overrides) -> Settings:
+    return importlib.import_module("pgolf_jax.api").settings(*config, **overrides)
+
+
+sys.modules[__name__].__class__ = _Callable

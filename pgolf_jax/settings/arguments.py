@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings import Settings, builtin
 from pgolf_jax.settings.load import STAGE_KINDS, env_names, from_env, load, parse_stages, stages_as_text
 
 Overrides = Annotated[Settings, tyro.conf.arg(name="")]
@@ -82,7 +82,7 @@ def settings_of(path: Path | None) -> Settings:
     UserError: there is no such file, or the environment has a name that looks like a misspelt setting.
   """
   _check_environment(os.environ)
-  return from_env(os.environ) if path is None else load(path)
+  return from_env(os.environ) if path is None else load(builtin.find(path))
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:

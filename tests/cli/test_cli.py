@@ -7,6 +7,7 @@ import pytest
 from pgolf_jax import stages
 from pgolf_jax.cli import VERBS, commands, main
 from pgolf_jax.errors import Stopped
+from pgolf_jax.settings import builtin
 
 
 def test_every_verb_explains_itself_with_an_example(capsys):
@@ -102,3 +103,26 @@ def test_every_setting_has_a_sentence_of_its_own(capsys):
   assert len(sentences) > 150 and "" not in sentences
   common = {sentence for sentence in sentences if sentences.count(sentence) > 2}
   assert common <= {"learning rate", "weight decay", "largest norm of a gradient; 0: no limit", "its weight decay"}
+
+
+def test_a_config_that_comes_with_the_program_is_found_by_name_from_anywhere(tmp_path, monkeypatch, capsys):
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
+  monkeypatch.chdir(tmp_path)
+  assert main(["run", "demo", "--seed", "5"]) == 0
+  [(settings, folder, _)] = started
+  assert settings.seed == 5 and settings.model.vocab_size == 1024 and str(folder) == "runs/demo"
+  assert main(["run", "record_8xh10"]) == 1
+  assert "did you mean record_8xh100?" in capsys.readouterr().err
+  (tmp_path / "demo").write_text("seed = 9\n")  # a path works as before, and a file that is there comes first
+  assert main(["run", "demo"]) == 0
+  assert started[-1][0].seed == 9
+
+
+def test_the_configs_are_listed_and_shown(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  assert main(["configs"]) == 0
+  said = capsys.readouterr().out
+  assert "record_8xh100: " in said and "8 × H100" in said and max(map(len, said.splitlines())) <= 80
+  assert main(["configs", "--name", "demo"]) == 0
+  assert capsys.readouterr().out == builtin.find("demo").read_text()
