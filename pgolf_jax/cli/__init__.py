@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from pgolf_jax import __version__
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.runtime import signals
 from pgolf_jax.settings import reference
@@ -32,6 +33,7 @@ VERBS = {
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
   "doctor": "what is here, what is missing, and the command that mends it",
+  "configs": "the configs that come with the program, with hardware, time and score",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -42,6 +44,7 @@ _MODULES = {
   "convert": ("convert",),
   "bench": ("bench",),
   "doctor": ("doctor",),
+  "configs": ("configs",),
 }
 
 
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
   args = [a for a in args if a != "--debug"]
   if not args or args[0] in ("-h", "--help"):
     print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
-    print("\nExample: pgolf run configs/demo.toml")
+    print("\nExample: pgolf run demo")
     return 0 if args else 2
   if args[0] == "help":
     if args[1:2] == ["settings"]:
@@ -69,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
       return 0
     args = [*args[1:], "--help"] if args[1:] else ["--help"]
     return main(args)
+  if args[0] == "--version":
+    print(f"pgolf_jax {__version__}")
+    return 0
   verb, *rest = args
   if verb not in VERBS:
     return _fail(_unknown("verb", verb, VERBS), 2)

@@ -1,14 +1,12 @@
 """`pgolf convert`: weights between PyTorch, safetensors, Orbax and run folders."""
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 
 def convert(
-  source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FROM")],
-  target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TO")],
+  source: Positional[Path],
+  target: Positional[Path],
   config: Path | None = None,
   weights: Literal["averaged", "raw"] = "averaged",
   key: str | None = None,
