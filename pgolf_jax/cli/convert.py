@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from pgolf_jax.settings.arguments import Positional
+
 
 def convert(
   source: Positional[Path],
