@@ -28,9 +28,11 @@ VERBS = {
   "package": "build and check a submission folder",
   "judge": "score a submission folder as an organiser would, and say what is proved",
   "parity": "run and check golden cases of the PyTorch reference",
+  "convert": "weights from and to PyTorch, safetensors and Orbax",
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
+  "doctor": "what is here, what is missing, and the command that mends it",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -38,7 +40,9 @@ _MODULES = {
   "artifact": ("quantize", "package", "generate"),
   "proof": ("eval", "audit", "judge"),
   "parity": ("parity",),
+  "convert": ("convert",),
   "bench": ("bench",),
+  "doctor": ("doctor",),
 }
 
 

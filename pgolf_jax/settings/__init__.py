@@ -254,6 +254,9 @@ class QuantizeConfig:
   attn_clip_sigmas: float = setting(13.0, "ATTN_CLIP_SIGMAS", POSITIVE, "largest value kept of attention's matrices")
   mlp_clip_sigmas: float = setting(11.5, "MLP_CLIP_SIGMAS", POSITIVE, "largest value kept of the MLP's matrices")
   embed_clip_sigmas: float = setting(14.0, "EMBED_CLIP_SIGMAS", POSITIVE, "largest value kept of the embedding")
+  fp16_up_to: int = setting(
+    65_536, None, INDEX, "elements of the largest matrix that stays fp16; larger ones go through GPTQ"
+  )
   gate_int8: bool = setting(True, "GATED_ATTN_QUANT_GATE", None, "whether attention gates are stored in 8 bits")
   calibration_batches: int = setting(16, "GPTQ_CALIBRATION_BATCHES", COUNT, "batches that the Hessians are taken from")
   calibration_micro_batches: int = setting(
