@@ -6,6 +6,8 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 
+from pgolf_jax.tables import Table
+
 
 class UserError(Exception):
   """Something the user can put right. The message is one sentence: what was wrong, and what to do."""
@@ -82,11 +84,10 @@ class Check:
   finding: str  # the evidence, or why nothing is proved and what would prove it
 
 
-def checks_table(checks: Sequence[Check]) -> str:
-  """Returns one line per check: whether it holds, and the evidence."""
+def checks_table(checks: Sequence[Check]) -> Table:
+  """Returns one row per check: whether it holds, and the evidence."""
   words = {True: "holds", False: "BROKEN", None: "unproved"}
-  width = max(len(check.name) for check in checks)
-  return "\n".join(f"{words[check.passed]:<8} {check.name:<{width}}  {check.finding}" for check in checks)
+  return Table(("", "", ""), ((words[check.passed], check.name, check.finding) for check in checks))
 
 
 def checks_summary(checks: Sequence[Check]) -> str:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from pgolf_jax.errors import Stopped, UserError, of_the_system, shown
 from pgolf_jax.runtime import log, signals, streams
-from pgolf_jax.runtime.tables import Table
 from pgolf_jax.settings import reference
 from pgolf_jax.settings.arguments import Defaults, Unusable, call
+from pgolf_jax.tables import Table
 
 VERBS = {
   "run": "train, score, quantise, score with test-time training, audit: every stage, in one run folder",

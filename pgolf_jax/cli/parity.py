@@ -87,7 +87,7 @@ def check(
 
 
 def dump(
-  script: tyro.conf.Positional[Path],
+  script: Positional[Path],
   kind: Literal["forward", "optimizer", "train", "quantize", "ngram", "ttt"],
   out: Path,
   checkpoint: Path | None = None,

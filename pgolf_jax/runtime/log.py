@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pgolf_jax.runtime import tables
+from pgolf_jax import tables
 
 log = logging.getLogger("pgolf")
 _silent = False  # shows nothing on the terminal

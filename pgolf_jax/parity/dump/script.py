@@ -21,7 +21,8 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.parity.dump.stand_ins import Places
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import FIXED, env_names, flattened, from_env, stages_as_text
+from pgolf_jax.settings.load import FIXED, env_names, flattened, from_env
+from pgolf_jax.settings.schedules import as_text
 
 FORCED = {
   "CASEOPS_ENABLED": "1",
@@ -54,7 +55,7 @@ def as_environment(settings: Settings) -> dict[str, str]:
 def _text(value: object) -> str:
   if isinstance(value, bool):
     return str(int(value))
-  return stages_as_text(value) if isinstance(value, tuple) else str(value)
+  return as_text(value) if isinstance(value, tuple) else str(value)
 
 
 @contextlib.contextmanager
