@@ -8,7 +8,9 @@ run.log              what was printed, with times
 checkpoints/         Orbax: parameters, average, optimizer state, progress
 results.json         what each finished stage reported
 artifact.pgolf       the quantised model
+artifact_nll.npy     nats of every validation target under it, without test-time training
 scores/              per-document scores
+report/              a page with figures, where the extra `report` is installed
 damaged/             checkpoints that were not as they were written; nothing reads them
 converted.json       in place of training: where the weights came from that `pgolf convert` put here
 """
@@ -101,6 +103,10 @@ class RunFolder:
   @property
   def artifact(self) -> Path:
     return self.path / "artifact.pgolf"
+
+  @property
+  def artifact_nll(self) -> Path:
+    return self.path / "artifact_nll.npy"
 
   @property
   def log(self) -> Path:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from pgolf_jax import __version__
 from pgolf_jax.errors import Stopped, UserError, of_the_system, shown
 from pgolf_jax.runtime import log, signals, streams
 from pgolf_jax.settings import reference
@@ -33,6 +34,7 @@ VERBS = {
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
   "doctor": "what is here, what is missing, and the command that mends it",
+  "configs": "the configs that come with the program, with hardware, time and score",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -43,6 +45,7 @@ _MODULES = {
   "convert": ("convert",),
   "bench": ("bench",),
   "doctor": ("doctor",),
+  "configs": ("configs",),
 }
 
 
@@ -98,8 +101,11 @@ _AFTER_A_STOP = {
 def _run(args: list[str]) -> int:
   if not args or args[0] in ("-h", "--help"):
     print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
-    print("\nExample: pgolf run configs/demo.toml")
+    print("\nExample: pgolf run demo")
     return 0 if args else 2
+  if args[0] == "--version":
+    print(f"pgolf_jax {__version__}")
+    return 0
   if args[:2] == ["help", "settings"]:
     print(reference.page() if "--markdown" in args else reference.table(), end="")
     return 0

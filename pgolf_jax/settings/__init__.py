@@ -5,6 +5,9 @@ combinations that cannot work, `arguments.py` reads them from a command line, `r
 """
 
 import dataclasses
+import importlib
+import sys
+import types
 from typing import Literal
 
 from pgolf_jax.settings.fields import (
@@ -312,3 +315,13 @@ class Settings:
   seed: int = setting(
     1337, "SEED", Range(0, 2**63 - 1), "seed of the initial weights, adapters, calibration and samples"
   )
+
+
+class _Callable(types.ModuleType):
+  """This module as the function `pgolf_jax.settings(config, **overrides)`, which the package offers under its name."""
+
+  def __call__(self, *config, **overrides) -> Settings:
+    return importlib.import_module("pgolf_jax.api").settings(*config, **overrides)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings, load
+from pgolf_jax.settings import Settings, builtin, load
 from pgolf_jax.settings.options import HELP, HELP_ALL, SETTING, Options, Parameter, Positional, Unusable, parameters_of
 
 __all__ = ["Defaults", "Overrides", "Positional", "Unusable", "call", "check_environment", "settings_of", "with_config"]
@@ -51,7 +51,7 @@ def settings_of(path: Path | None) -> Settings:
     UserError: there is no such file, or the environment has a name that looks like a misspelt setting.
   """
   check_environment(os.environ)
-  return load.from_env(os.environ) if path is None else load.load(path)
+  return load.from_env(os.environ) if path is None else load.load(builtin.find(path))
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

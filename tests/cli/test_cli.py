@@ -7,7 +7,7 @@ import pytest
 from pgolf_jax import stages
 from pgolf_jax.cli import VERBS, commands, main
 from pgolf_jax.errors import Stopped
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings import Settings, builtin
 from pgolf_jax.settings.fields import every_setting
 from pgolf_jax.settings.reference import option
 
@@ -153,3 +153,26 @@ def test_no_help_has_words_of_python(capsys):
       assert main([verb, name, "--help"] if name else [verb, "--help"]) == 0
       text = capsys.readouterr().out
       assert not re.search(r"None|True|False|PosixPath|<class|NoneType|[\[(]'", text), text
+
+
+def test_a_config_that_comes_with_the_program_is_found_by_name_from_anywhere(tmp_path, monkeypatch, capsys):
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
+  monkeypatch.chdir(tmp_path)
+  assert main(["run", "demo", "--seed", "5"]) == 0
+  [(settings, folder, _)] = started
+  assert settings.seed == 5 and settings.model.vocab_size == 1024 and str(folder) == "runs/demo"
+  assert main(["run", "record_8xh10"]) == 1
+  assert "did you mean record_8xh100?" in capsys.readouterr().err
+  (tmp_path / "demo").write_text("seed = 9\n")  # a path works as before, and a file that is there comes first
+  assert main(["run", "demo"]) == 0
+  assert started[-1][0].seed == 9
+
+
+def test_the_configs_are_listed_and_shown(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  assert main(["configs"]) == 0
+  said = capsys.readouterr().out
+  assert "record_8xh100: " in said and "8 × H100" in said and max(map(len, said.splitlines())) <= 80
+  assert main(["configs", "--name", "demo"]) == 0
+  assert capsys.readouterr().out == builtin.find("demo").read_text()
