@@ -27,6 +27,7 @@ VERBS = {
   "audit": "prove or refute the rules on a run",
   "package": "build and check a submission folder",
   "judge": "score a submission folder as an organiser would, and say what is proved",
+  "runs": "a table of runs",
   "parity": "run and check golden cases of the PyTorch reference",
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
@@ -37,6 +38,7 @@ _MODULES = {
   "data": ("data",),
   "artifact": ("quantize", "package", "generate"),
   "proof": ("eval", "audit", "judge"),
+  "runs": ("runs",),
   "parity": ("parity",),
   "bench": ("bench",),
 }
