@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pgolf_jax.settings.arguments import Positional
+from pgolf_jax.settings.arguments import Positional, Repeated
 
 
 def run(
@@ -92,7 +92,7 @@ def dump(
   out: Path,
   checkpoint: Path | None = None,
   base: Literal["tiny", "record", "script"] | None = None,
-  set: tuple[str, ...] = (),
+  set: Repeated[str] = (),
   tokens: int = 512,
   documents: int = 8,
   max_doc_len: int | None = None,
