@@ -25,6 +25,7 @@ VERBS = {
   "quantize": "quantise the averaged weights of a run into an artifact",
   "eval": "score a run or a bare artifact, with or without test-time training",
   "audit": "prove or refute the rules on a run",
+  "report": "a page with figures of one run, or of several side by side",
   "package": "build and check a submission folder",
   "judge": "score a submission folder as an organiser would, and say what is proved",
   "parity": "run and check golden cases of the PyTorch reference",
@@ -38,6 +39,7 @@ _MODULES = {
   "artifact": ("quantize", "package", "generate"),
   "proof": ("eval", "audit", "judge"),
   "parity": ("parity",),
+  "report": ("report",),
   "bench": ("bench",),
 }
 
