@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax import report
 from pgolf_jax.audit import audit
 from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
@@ -240,6 +241,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
+  if distributed.is_leader() and names == list(STAGES):
+    report.after_run(run)
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
 
