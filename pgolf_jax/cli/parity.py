@@ -1,14 +1,13 @@
 """`pgolf parity`: golden cases of the PyTorch reference."""
 
-import time
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def run(
-  case: tyro.conf.Positional[Path],
+  case: Positional[Path],
   out: Path,
   dtype: Literal["float32", "bfloat16"] | None = None,
   tokenizer: Path | None = None,
@@ -34,18 +33,20 @@ def run(
 
 
 def check(
-  case: tyro.conf.Positional[Path | None] = None,
+  case: Positional[Path | None] = None,
   all: bool = False,
   ours: Path | None = None,
-  dtype: Literal["float32", "bfloat16"] | None = None,
+  dtype: Literal["float32", "bfloat16", "float64"] | None = None,
   tensors: bool = False,
+  json: Path | None = None,
   tokenizer: Path | None = None,
 ) -> int:
   """Compare a golden case, or all of a folder, with what this installation computes on this device.
 
-  Prints the errors beside their tolerances; exit status 1 if one is too large. On an accelerator, and in another type
-  than the reference's, tolerances are derived from the perturbation floor: how far our outputs move when every weight
-  moves by one part in ten million.
+  Prints the errors beside their limits and the perturbation floor, in the reference's type, in bfloat16 and in float64
+  side by side; exit status 1 if an error is too large. The floor is how far an output moves when every weight moves by
+  one part in ten million. On an accelerator, and in another type than the reference's, limits are derived from it.
+  docs/parity.md says how to read the table.
 
   Example: pgolf parity check --all
 
@@ -53,15 +54,16 @@ def check(
     case: folder of the case; with --all a folder of cases, or nothing for the small cases that come with the package.
     all: check all cases of the folder.
     ours: file that `pgolf parity run` wrote; the case is run now if not given.
-    dtype: type to compute in, in place of the one that the reference computed in.
-    tensors: print one line per tensor instead of one per quantity.
+    dtype: the only type to compute in; float64 for forward and optimizer cases, where the device has it.
+    tensors: print one row per tensor instead of one per quantity.
+    json: file to write everything to that was found, tensor by tensor.
     tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
   """
   from pgolf_jax.errors import UserError
-  from pgolf_jax.parity import Case, find_cases, shipped_cases
+  from pgolf_jax.parity import Case, find_cases, shipped_cases, table
   from pgolf_jax.parity import check as parity_check
-  from pgolf_jax.parity.run import run as run_case
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.files import write_json
 
   if not all and case is None:
     raise UserError("Name the folder of a golden case, or ask for all that come with the package with --all.")
@@ -69,23 +71,23 @@ def check(
     raise UserError("--ours holds the outputs of one case; name that case in place of --all.")
   distributed.start()
   folders = find_cases(case or shipped_cases()) if all else [case]
-  failed = []
+  found = table.environment()
+  print(table.environment_text(found) + "\n", flush=True)
+  reports = []
   for folder in folders:
-    began = time.monotonic()
-    this = Case.load(folder, dtype=dtype, tokenizer=tokenizer)
-    outputs = this.read_outputs(ours) if ours else run_case(this)
-    floors = parity_check.measure_floors(this) if parity_check.needs_floors(this) else None
-    rows = parity_check.check(this, outputs, floors)
-    print(f"{folder.name}: {this.kind}, {parity_check.arithmetic(this)}, {time.monotonic() - began:.1f} s")
-    print(parity_check.table(rows, everything=tensors) + "\n")
-    if not parity_check.agrees(rows):
-      failed.append(folder.name)
-  print(f"{len(folders) - len(failed)} of {len(folders)} cases agree.")
+    this = Case.load(folder, tokenizer=tokenizer)
+    report = parity_check.examine(this, dtype, this.read_outputs(ours) if ours else None)
+    print(table.text(report, tensors=tensors) + "\n", flush=True)
+    reports.append(report)
+  if json is not None:
+    write_json(json, table.as_json(reports, found))
+  failed = [report.case.folder.name for report in reports if not report.ok]
+  print(f"{len(reports) - len(failed)} of {len(reports)} cases agree{': not ' + ', '.join(failed) if failed else ''}.")
   return int(bool(failed))
 
 
 def dump(
-  script: tyro.conf.Positional[Path],
+  script: Positional[Path],
   kind: Literal["forward", "optimizer", "train", "quantize", "ngram", "ttt"],
   out: Path,
   checkpoint: Path | None = None,
