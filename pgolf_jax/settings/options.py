@@ -279,6 +279,7 @@ class Options:
         type=p.read,
         metavar=(_word(p), "…") if p.is_many else _word(p),
         nargs="+" if p.is_many else None,
+        action="extend" if p.is_many else "store",
         help=meaning,
       )
 

@@ -138,7 +138,7 @@ class Loaded:
 @pytest.mark.parametrize(
   ("kind", "options", "message"),
   [
-    ("ttt", [], "has no eval_val_ttt_phased, which a case of the kind ttt comes from; kinds that it offers: forward, opt"),
+    ("ttt", [], "has no eval_val_ttt_phased, which a case of the kind ttt comes from; kinds that it offers: forward"),
     ("train", [], "has no train_model"),
     ("quantize", [], "has no collect_hessians"),
     ("ngram", [], "has no build_hints_for_targets"),
