@@ -1,14 +1,14 @@
 """`pgolf convert`: weights between PyTorch, safetensors, Orbax and run folders."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def convert(
-  source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FROM")],
-  target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TO")],
+  source: Positional[Path],
+  target: Positional[Path],
   config: Path | None = None,
   weights: Literal["averaged", "raw"] = "averaged",
   key: str | None = None,
