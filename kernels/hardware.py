@@ -56,7 +56,7 @@ class Peaks(NamedTuple):
     return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
 
 
-# NVIDIA: the data sheets of T4, L4, A100, H100, H200 and HGX B200; of A10G that of Amazon's G5 instances; of the GeForce
+# NVIDIA: the data sheets of T4, L4, A100, H100, H200 and HGX B200; of A10G that of Amazon G5; of the GeForce
 # cards the white papers of GA102, AD102 and Blackwell (tensor rates with sums in float32, which are half of those in
 # float16 there). TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e.
 _BY_KIND = {

