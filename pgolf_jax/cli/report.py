@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def report(
-  runs: tyro.conf.Positional[list[Path]],
+  runs: Positional[list[Path]],
   out: Path | None = None,
   format: Literal["html", "png", "all"] = "all",
 ) -> None:
