@@ -17,12 +17,12 @@ log = logging.getLogger("pgolf")
 
 def log_to(path: Path) -> None:
   """Sends log lines to the terminal and, with times in UTC, to the file `path`; only the leader's lines are kept."""
-  log.propagate = False
+  log.propagate = _silent
   log.setLevel(logging.INFO)
   if jax.process_index() != 0:
     log.handlers = [logging.NullHandler()]
     return
-  to_terminal = logging.StreamHandler(sys.stdout)
+  to_terminal = logging.NullHandler() if _silent else logging.StreamHandler(sys.stdout)
   to_terminal.setFormatter(logging.Formatter("%(message)s"))
   log.handlers = [to_terminal]
   try:
@@ -60,6 +60,21 @@ def silence() -> None:
   """Shows no more progress in this process: of several processes on one run, one speaks."""
   global _silent
   _silent = True
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+  """Prints neither progress nor log lines in the block, as a library should; a run's file still gets the lines."""
+  global _silent
+  before = _silent, list(log.handlers), log.propagate, log.level
+  _silent = True
+  try:
+    yield
+  finally:
+    for handler in set(log.handlers).difference(before[1]):
+      handler.close()
+    _silent, log.handlers, log.propagate = before[:3]
+    log.setLevel(before[3])
 
 
 class Progress:
