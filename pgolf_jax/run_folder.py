@@ -2,18 +2,22 @@
 
 config.toml          the resolved settings
 metrics.jsonl        one line a step
-tensorboard/         the same as events
+tensorboard/         the same as events, and the score of each stage
+wandb/               what Weights & Biases keeps, with --wandb
 run.log              what was printed, with times
 checkpoints/         Orbax: parameters, average, optimizer state, progress
 results.json         what each finished stage reported
 artifact.pgolf       the quantised model
+artifact_nll.npy     nats of every validation target under it, without test-time training
 scores/              per-document scores
+report/              a page with figures, where the extra `report` is installed
 damaged/             checkpoints that were not as they were written; nothing reads them
+converted.json       in place of training: where the weights came from that `pgolf convert` put here
 """
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +26,7 @@ import tomli_w
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, sha256_of
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.events import Events
+from pgolf_jax.runtime.events import Events, Sink
 from pgolf_jax.runtime.files import (
   is_sealed,
   json_hash,
@@ -48,12 +52,16 @@ class RunFolder:
     path: the folder.
     settings: of the run; None opens a folder that exists with the settings it was made with.
 
+  Attributes:
+    sinks: what takes the run's figures beside metrics.jsonl and TensorBoard; who opened one closes it.
+
   Raises:
     UserError: the folder was made with other settings, or does not exist and no settings are given.
   """
 
   def __init__(self, path: str | Path, settings: Settings | None = None):
     self.path = Path(path)
+    self.sinks: list[Sink] = []
     self._warned: set[str] = set()
     if settings is not None:
       self._make_way()
@@ -97,12 +105,27 @@ class RunFolder:
     return self.path / "artifact.pgolf"
 
   @property
+  def artifact_nll(self) -> Path:
+    return self.path / "artifact_nll.npy"
+
+  @property
   def log(self) -> Path:
     return self.path / "run.log"
 
   @property
+  def tensorboard(self) -> Path:
+    return self.path / "tensorboard"
+
+  @property
   def scores(self) -> Path:
     return self.path / "scores"
+
+  def show(self, step: int, figures: Mapping[str, float]) -> None:
+    """Writes figures of the run after `step` steps for TensorBoard and the sinks."""
+    events = Events(self.tensorboard, step)
+    for sink in (events, *self.sinks):
+      sink.write(step, figures)
+    events.close()
 
   def results(self) -> dict[str, dict]:
     """Returns stage → what it reported, for the stages that are complete.
@@ -165,6 +188,8 @@ class RunFolder:
 SCORES = ("identity.json", "nll.npy", "model_nll.npy", "hint_nll.npy", "times.npy", "trace.jsonl", "documents.jsonl")
 """Files of a finished evaluation."""
 
+CONVERTED = "converted.json"
+
 STAGES = ("train", "plain", "artifact", "ttt", "audit")
 """In the order in which a run does them."""
 
@@ -189,6 +214,8 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
   Raises:
     UserError: the data folder does not exist, or lacks the shards that the stage reads.
   """
+  if stage == "train" and (run.path / CONVERTED).is_file():
+    return _hashes(run.path, [run.path / CONVERTED])
   data_folder = Path(data_folder)
   tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
   shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
@@ -258,23 +285,23 @@ class MetricsWriter:
   """Appends one line a step; a continued run begins with the lines of its checkpoint, whatever the file holds.
 
   Args:
-    jsonl: path of metrics.jsonl.
-    tensorboard: folder of the event files.
-    lines: of the steps done so far.
-    first_step: steps done so far; later events are dropped.
+    run: whose metrics.jsonl and sinks take the lines.
+    lines: of the steps done so far; TensorBoard drops later ones that it had.
+    curves: line → the figures that sinks take, by name.
     writes: whether this is the process that writes; the others drop what they are given.
 
   Attributes:
     lines: written so far.
   """
 
-  def __init__(self, jsonl: Path, tensorboard: Path, lines: list[dict], *, first_step: int, writes: bool):
-    self._writes, self.lines = writes, list(lines)
+  def __init__(self, run: RunFolder, lines: list[dict], curves: Callable[[dict], Mapping[str, float]], *, writes: bool):
+    self._writes, self._curves, self.lines = writes, curves, list(lines)
     if not writes:
       return
-    write_json_lines(jsonl, lines)
-    self._file = jsonl.open("a", encoding="utf-8")
-    self._events = Events(tensorboard, first_step)
+    write_json_lines(run.metrics, lines)
+    self._file = run.metrics.open("a", encoding="utf-8")
+    self._events = Events(run.tensorboard, lines[-1]["step"] if lines else 0)
+    self._sinks: Sequence[Sink] = (self._events, *run.sinks)
 
   def write(self, line: dict) -> None:
     """Writes the metrics of one step; `line["step"]` counts from 1."""
@@ -283,10 +310,11 @@ class MetricsWriter:
     self.lines.append(line)
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
-    self._events.write(line)
+    for sink in self._sinks:
+      sink.write(line["step"], self._curves(line))
 
   def close(self) -> None:
-    """Closes both files."""
+    """Closes both files; the run's sinks stay open."""
     if self._writes:
       self._events.close()
       self._file.close()

@@ -1,12 +1,14 @@
 """The stages of a run, in order. Each reads the run folder, does its work and reports figures."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import audit
@@ -18,28 +20,42 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from
-from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime import distributed, events
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
-from pgolf_jax.runtime.files import locked, remove, write_bytes
+from pgolf_jax.runtime.files import json_hash, locked, remove, replacing, write_bytes
 from pgolf_jax.runtime.log import log, log_to
+from pgolf_jax.runtime.versions import commit, versions
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.scoring.record import Record
 from pgolf_jax.scoring.store import OtherEvaluation
 from pgolf_jax.settings import Settings, check
-from pgolf_jax.settings.load import departures
+from pgolf_jax.settings.load import departures, to_dict
 from pgolf_jax.submission import bundle, package
+from pgolf_jax.tables import Table
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.loop import Trainer
 from pgolf_jax.training.step import TrainStep
 
 
 def plain_score(
-  settings: Settings, params: Params, mesh: Mesh, description: str, data: ValidationData | None = None
+  settings: Settings,
+  params: Params,
+  mesh: Mesh,
+  description: str,
+  data: ValidationData | None = None,
+  keep: Path | None = None,
 ) -> dict:
-  """Returns the plain score of parameters on `data`, or on the whole validation split, as the stages report it."""
+  """Returns the plain score of parameters on `data`, or on the whole validation split, as the stages report it.
+
+  The nats of every target are written to the file `keep`, if it is given.
+  """
   data = load_validation(locate_prepared(settings)) if data is None else data
+  nll_N = None if keep is None else np.zeros(len(data.tokens) - 1, np.float32)
   began = time.perf_counter()
-  score = plain.score(settings, params, data, mesh, description=description)
+  score = plain.score(settings, params, data, mesh, description=description, nll_N=nll_N)
+  if keep is not None and distributed.is_leader():
+    with replacing(keep) as partial, partial.open("wb") as file:
+      np.save(file, nll_N)
   return {
     "loss": score.loss,
     "bpb": score.bpb,
@@ -56,9 +72,10 @@ def _train(run: RunFolder, mesh: Mesh) -> dict:
       "training never loops (train.enable_looping_at=%g); every evaluation does", settings.train.enable_looping_at
     )
 
-  def validate(step: int, params: Params) -> None:
+  def validate(step: int, params: Params) -> dict[str, float]:
     score = plain_score(settings, params, mesh, f"scoring step {step}")
     log.info("step %d | validation loss %.4f | %.4f bits per byte", step, score["loss"], score["bpb"])
+    return {"val_loss": score["loss"], "val_bpb": score["bpb"]}
 
   return Trainer(run, mesh, locate_prepared(settings), validate=validate).train()[1]
 
@@ -88,7 +105,8 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def _score_artifact(run: RunFolder, mesh: Mesh, made: Made) -> dict:
-  score = plain_score(run.settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
+  params = artifact.load(run.artifact)[1]
+  score = plain_score(run.settings, params, mesh, "scoring the artifact", keep=run.artifact_nll)
   return score | {"artifact_bytes": len(made.data), "code_bytes": bundle.code().size, **made.seconds}
 
 
@@ -152,18 +170,48 @@ STAGES: dict[str, Callable[[RunFolder, Mesh], dict]] = {
 """Name → function of the run and the mesh that does the stage and returns what it reports."""
 
 
-def run(settings: Settings, folder: Path, names: list[str]) -> int:
-  """Runs the stages that are not yet complete, then prints the table. Returns the exit status."""
+@dataclasses.dataclass(frozen=True)
+class Tracking:
+  """Where the figures of a run go, beside its folder: a project of Weights & Biases, and a group of runs there."""
+
+  project: str
+  group: str = ""
+
+
+def run(settings: Settings, folder: Path, names: list[str], tracking: Tracking | None = None) -> int:
+  """Runs the stages that are not yet complete, then prints the table. Returns the exit status.
+
+  Raises:
+    UserError: the settings cannot work here, another process has the folder, or it was made with other settings.
+  """
   distributed.start()
   mesh = data_mesh(usable_devices(settings.train.micro_batches))
   check.check(settings, device_count=mesh.size)
+  if tracking:
+    events.require_wandb()
   if distributed.is_leader():
     folder.mkdir(parents=True, exist_ok=True)
   with locked(folder):
     with distributed.leader_first("run folder"):
       run = RunFolder(folder, settings)
     log_to(run.log)
-    return _run_stages(run, names, mesh)
+    with _tracked(run, tracking):
+      return _run_stages(run, names, mesh)
+
+
+@contextlib.contextmanager
+def _tracked(run: RunFolder, tracking: Tracking | None) -> Iterator[None]:
+  """Sends the run's figures to Weights & Biases too, if it is named."""
+  if tracking is None or not distributed.is_leader():
+    yield
+    return
+  sink = events.WandB(tracking.project, run.path, group=tracking.group, config=to_dict(run.settings))
+  run.sinks.append(sink)
+  try:
+    yield
+  finally:
+    run.sinks.remove(sink)
+    sink.close()
 
 
 def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
@@ -172,6 +220,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   share = f"as many as share train.micro_batches={settings.train.micro_batches}"
   idle = f" of {count}, {share}" if mesh.size < count else ""
   log.info("run folder %s, %d × %s%s", run.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  source = f", commit {commit()}" if commit() else ""
+  log.info("with %s%s", ", ".join(map(" ".join, versions().items())), source)
   if differing := departures(settings):
     log.info("differs from the record (its value in brackets): %s", "; ".join(differing))
   for name in filter(partial(_wanted, settings), names):
@@ -180,14 +230,40 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     if _is_complete(run, name, inputs):
       log.info("%s: already complete", name)
       continue
+    log.info("%s: begins, from %s", name, _hashes(inputs))
     began = time.perf_counter()
     result = STAGES[name](run, mesh)
+    seconds = time.perf_counter() - began
     if distributed.is_leader():
-      run.finish(name, result | {"stage_seconds": time.perf_counter() - began}, inputs)
+      run.finish(name, result | {"stage_seconds": seconds}, inputs)
+      _show(run, name)
+    log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
+
+
+def _hashes(inputs: dict[str, str]) -> str:
+  """What a stage reads, each with the beginning of its SHA-256; the shards of the data under one."""
+  shards = {name: sha256 for name, sha256 in inputs.items() if name.endswith(".bin")}
+  shown = {name: sha256 for name, sha256 in inputs.items() if name not in shards}
+  if shards:
+    shown["1 shard" if len(shards) == 1 else f"{len(shards)} shards"] = json_hash(shards)
+  return ", ".join(f"{name} {sha256[:12]}" for name, sha256 in shown.items())
+
+
+def _show(run: RunFolder, name: str) -> None:
+  """Adds what a stage reported to the curves, at the last step of training."""
+  results = run.results()
+  result, steps = results[name], results.get("train", {}).get("steps", 0)
+  tags = {
+    "plain": {"bpb/averaged": "bpb"},
+    "artifact": {"bpb/artifact": "bpb", "bytes/artifact": "artifact_bytes", "bytes/code": "code_bytes"},
+    "ttt": {"bpb/ttt": "bpb", "bpb/ttt_without_hints": "bpb_without_hints"},
+  }
+  if figures := {tag: result[key] for tag, key in tags.get(name, {}).items() if key in result}:
+    run.show(steps, figures)
 
 
 def _is_complete(run: RunFolder, name: str, inputs: dict[str, str]) -> bool:
@@ -205,7 +281,7 @@ def _wanted(settings: Settings, name: str) -> bool:
   return settings.ttt.enabled or name not in ("ttt", "audit")
 
 
-def table(run: RunFolder) -> str:
+def table(run: RunFolder) -> Table:
   """Returns the run's figures as a table, one line a stage."""
   results = run.results()
   rows = []
@@ -224,5 +300,5 @@ def table(run: RunFolder) -> str:
   if audit := results.get("audit"):
     note = checks_summary([Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
-  head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
-  return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])
+  cells = ((what, bpb, f"{seconds:.1f}", note) for what, bpb, seconds, note in rows)
+  return Table(("", ">bits per byte", ">seconds", ""), cells)

@@ -91,4 +91,7 @@ def _forget_compiled_programs():
   yield
   import jax
 
+  from pgolf_jax.training.step import forget_programs
+
+  forget_programs()
   jax.clear_caches()

@@ -101,10 +101,11 @@ def test_a_changed_figure_in_the_results_is_seen(run, caplog):
 
 @pytest.mark.parametrize("damage", ["", '{"step": 1, "lo', "[]\n7\n", None])
 def test_metrics_come_back_from_the_checkpoint(tmp_path, damage):
-  path = tmp_path / "metrics.jsonl"
+  run = RunFolder(tmp_path / "metrics", SETTINGS)
+  path = run.metrics
   if damage is not None:
     path.write_text(damage)
-  writer = MetricsWriter(path, tmp_path / "tensorboard", LINES, first_step=2, writes=True)
+  writer = MetricsWriter(run, LINES, lambda line: {"loss": line["loss"]}, writes=True)
   writer.write({"step": 3, "loss": 2.0})
   writer.close()
   assert read_metrics(path) == [*LINES, {"step": 3, "loss": 2.0}] == writer.lines

@@ -3,13 +3,11 @@
 import os
 from pathlib import Path
 
-import tyro
-
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.arguments import Overrides, with_config
+from pgolf_jax.settings.arguments import Overrides, Positional, with_config
 
 
-def run(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+def run(config: Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
   """Train, score, quantise and score again, in one run folder. Stages that are complete are skipped.
 
   Example: pgolf run demo --out runs/demo --train.iterations 500
@@ -23,7 +21,7 @@ def run(config: tyro.conf.Positional[Path], out: Path | None = None, settings: O
   return stages.run(settings, out or Path("runs") / config.stem, list(stages.STAGES))
 
 
-def train(config: tyro.conf.Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+def train(config: Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
   """Train a model in a run folder and score it, without quantising. A run that was cut off continues.
 
   Example: pgolf train demo --out runs/demo --seed 42
@@ -38,7 +36,7 @@ def train(config: tyro.conf.Positional[Path], out: Path | None = None, settings:
 
 
 def plan(
-  config: tyro.conf.Positional[Path],
+  config: Positional[Path],
   topology: str = "h100:8",
   every_shape: bool = False,
   settings: Overrides = Settings(),

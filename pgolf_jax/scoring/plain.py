@@ -48,12 +48,25 @@ def spans(targets: int, *, ranks: int, length: int) -> list[tuple[int, int]]:
 
 
 def score(
-  settings: Settings, params: Params, data: ValidationData, mesh: Mesh, *, description: str = "scoring"
+  settings: Settings,
+  params: Params,
+  data: ValidationData,
+  mesh: Mesh,
+  *,
+  description: str = "scoring",
+  nll_N: np.ndarray | None = None,
 ) -> Score:
-  """Returns the total of `losses`, whose arguments these are; nats are added in float64."""
-  nll_N = losses(settings, params, data, mesh, description=description)
-  nats = sum(float(np.sum(nll_N[begin:end], dtype=np.float64)) for begin, end in _cut(settings, len(nll_N), mesh)[0])
-  return Score(nats, len(nll_N), int(np.sum(data.token_bytes[1:], dtype=np.int64)))
+  """Returns the total of `losses`, whose arguments these are; nats are added in float64.
+
+  Args:
+    nll_N: takes the nats of every target, in the stream's order, if given.
+  """
+  scored_N = losses(settings, params, data, mesh, description=description)
+  if nll_N is not None:
+    nll_N[:] = scored_N
+  cut, _ = _cut(settings, len(scored_N), mesh)
+  nats = sum(float(np.sum(scored_N[begin:end], dtype=np.float64)) for begin, end in cut)
+  return Score(nats, len(scored_N), int(np.sum(data.token_bytes[1:], dtype=np.int64)))
 
 
 def _cut(settings: Settings, targets: int, mesh: Mesh) -> tuple[list[tuple[int, int]], int]:

@@ -48,38 +48,16 @@ class Checkpoints:
           self._set_strangers_aside()
     self._manager = ocp.CheckpointManager(self._folder, options=options)
     self._step = step
-    shapes, devices = parameters.shapes(step.settings.model), step.mesh.size
-    self._lengths = {name: shapes[name][0] for name in BANKS}
-    # Both make new arrays: what is being written must not be donated to the next step, nor what Orbax restored.
-    self._unpad = jax.jit(lambda s: self._with_stacks(s, lambda m, n: m[:n]), out_shardings=replicated(step.mesh))
-    self._pad = jax.jit(
-      lambda s: jax.tree.map(jnp.copy, self._with_stacks(s, lambda m, n: pad_stack(m, devices))),
-      out_shardings=step.shardings,
-    )
+    self._stacks = _stacks(step.shared)
     everywhere = replicated(step.mesh)
     self._abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(self._unpad, step.abstract)
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+      jax.eval_shape(self._stacks.unpad, step.abstract),
     )
-
-  def _with_stacks(self, state: TrainState, change: Callable[[jax.Array, int], jax.Array]) -> TrainState:
-    """Returns the state with `change(momentum, length of the bank)` in place of every Muon momentum."""
-
-    def apply(x):
-      if not isinstance(x, MuonState):
-        return x
-      changed = {k: change(m, self._lengths[k]) if k in self._lengths else m for k, m in x.momentum.items()}
-      return MuonState(changed)
-
-    opt_state = jax.tree.map(apply, state.opt_state, is_leaf=lambda x: isinstance(x, MuonState))
-    return state._replace(opt_state=opt_state)
-
-  @functools.cached_property
-  def _unpad_compiled(self) -> jax.stages.Compiled:
-    return self._unpad.lower(self._step.abstract).compile()
 
   def warm_up(self) -> None:
     """Compiles what `save` runs, so that it may be called while the clock runs."""
-    _ = self._unpad_compiled
+    _ = self._stacks.unpad_compiled
 
   def latest(self) -> int | None:
     """Returns the steps done at the newest whole checkpoint."""
@@ -92,7 +70,7 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, progress: dict) -> None:
     """Begins to write; returns once the state has been copied to the host."""
     # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.
-    whole = jax.tree.map(np.asarray, self._unpad_compiled(state))
+    whole = jax.tree.map(np.asarray, self._stacks.unpad_compiled(state))
     items = ocp.args.Composite(
       params=ocp.args.StandardSave(whole.params),
       average=ocp.args.StandardSave(whole.average),
@@ -154,7 +132,7 @@ class Checkpoints:
     restored = self._read(step, items)
     state = TrainState(restored.params, restored.optimizer, restored.average)
     self._verify(step, state, progress)
-    return self._pad(state), progress
+    return self._stacks.pad(state), progress
 
   def _progress(self, step: int) -> dict:
     """Returns what was saved beside the state, if it says so itself."""
@@ -201,6 +179,42 @@ class Checkpoints:
       self._manager.wait_until_finished()
     finally:
       self._manager.close()
+
+
+class _Stacks:
+  """Gives every Muon momentum the length of its bank, or the padded one; runs that share a step share the programs."""
+
+  def __init__(self, step: TrainStep):
+    shapes, devices = parameters.shapes(step.settings.model), step.mesh.size
+    self._lengths = {name: shapes[name][0] for name in BANKS}
+    self._abstract = step.abstract
+    # Both make new arrays: what is being written must not be donated to the next step, nor what Orbax restored.
+    self.unpad = jax.jit(lambda s: self._with_stacks(s, lambda m, n: m[:n]), out_shardings=replicated(step.mesh))
+    self.pad = jax.jit(
+      lambda s: jax.tree.map(jnp.copy, self._with_stacks(s, lambda m, n: pad_stack(m, devices))),
+      out_shardings=step.shardings,
+    )
+
+  @functools.cached_property
+  def unpad_compiled(self) -> jax.stages.Compiled:
+    return self.unpad.lower(self._abstract).compile()
+
+  def _with_stacks(self, state: TrainState, change: Callable[[jax.Array, int], jax.Array]) -> TrainState:
+    """Returns the state with `change(momentum, length of the bank)` in place of every Muon momentum."""
+
+    def apply(x):
+      if not isinstance(x, MuonState):
+        return x
+      changed = {k: change(m, self._lengths[k]) if k in self._lengths else m for k, m in x.momentum.items()}
+      return MuonState(changed)
+
+    opt_state = jax.tree.map(apply, state.opt_state, is_leaf=lambda x: isinstance(x, MuonState))
+    return state._replace(opt_state=opt_state)
+
+
+@functools.lru_cache(maxsize=4)
+def _stacks(step: TrainStep) -> _Stacks:
+  return _Stacks(step)
 
 
 _ARRAYS = "arrays"

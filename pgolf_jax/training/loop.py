@@ -33,10 +33,14 @@ from pgolf_jax.runtime.log import Progress, log, progress
 from pgolf_jax.settings.load import differences, from_dict, to_dict
 from pgolf_jax.training import Schedule, StepPlan
 from pgolf_jax.training.checkpoint import Checkpoints
+from pgolf_jax.training.figures import curves, learning_rates, speed
 from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep, chosen
 
 Programs = dict[tuple[int, bool], jax.stages.Compiled]
 """(sequence length, looping) → the compiled step."""
+
+
+_draw = jax.jit(parameters.init, static_argnums=0)
 
 
 class StepDone(NamedTuple):
@@ -45,6 +49,7 @@ class StepDone(NamedTuple):
   step: int  # counted from 1
   plan: StepPlan
   metrics: StepMetrics
+  score: dict[str, float]  # by name, of the parameters after the step; empty where they were not scored
 
 
 class Trainer:
@@ -55,7 +60,8 @@ class Trainer:
     mesh: has the axis `data`.
     data_folder: shards of the training stream.
     initial: parameters to start from; None draws them from the seed.
-    validate: called with the step and the raw parameters every `val_loss_every` steps, the clock stopped.
+    validate: called with the step and the raw parameters every `val_loss_every` steps, the clock stopped; what it
+      returns joins the step's line.
   """
 
   def __init__(
@@ -65,7 +71,7 @@ class Trainer:
     data_folder: str | Path,
     *,
     initial: Params | None = None,
-    validate: Callable[[int, Params], None] | None = None,
+    validate: Callable[[int, Params], dict[str, float]] | None = None,
   ):
     settings = run.settings
     t = settings.train
@@ -79,7 +85,7 @@ class Trainer:
     self.clock = Clock()
     self._shards = {k: v for k, v in made_from(run, "train", data_folder).items() if k.startswith("fineweb_train")}
     if initial is None:
-      initial = jax.jit(lambda key: parameters.init(settings.model, key))(jax.random.key(settings.seed))
+      initial = _draw(settings.model, jax.random.key(settings.seed))
     self._initial = initial
 
   def train(self) -> tuple[TrainState, dict]:
@@ -106,9 +112,7 @@ class Trainer:
     ):
       checkpoints.warm_up()
       first, state, lines = self._resume(checkpoints, state)
-      metrics = MetricsWriter(
-        self.run.metrics, self.run.path / "tensorboard", lines, first_step=first, writes=distributed.is_leader()
-      )
+      metrics = MetricsWriter(self.run, lines, curves, writes=distributed.is_leader())
       before_clock = time.perf_counter() - began
       with contextlib.closing(metrics):
         steps, state = self._loop(programs, first, state, checkpoints, metrics)
@@ -127,6 +131,7 @@ class Trainer:
       "parameters": count,
       "weights": parameters.content_hash(state.average),
       "devices": self.mesh.size,
+      "device": self.mesh.devices.flat[0].device_kind,
       "compile_and_warm_up_seconds": before_clock,
       "recompilations_in_clock": self.clock.compilations,
     }
@@ -136,7 +141,7 @@ class Trainer:
     shapes = self.schedule.shapes()
     programs = {}
     with progress("compiling", total=len(shapes), unit="programs") as bar, ThreadPoolExecutor() as pool:
-      for shape, program in zip(shapes, pool.map(lambda shape: self.step.lower(*shape).compile(), shapes), strict=True):
+      for shape, program in zip(shapes, pool.map(lambda shape: self.step.compiled(*shape), shapes), strict=True):
         programs[shape] = program
         bar.advance()
     return programs
@@ -215,8 +220,12 @@ class Trainer:
         state, metrics = programs[plan.seq_len, plan.looping](state, inputs)
         step += 1
         # The devices work on this step while the host waits for the one before.
-        before, running = running, StepDone(step, plan, metrics)
+        before, running = running, StepDone(step, plan, metrics, {})
         self._report(before, writer, bar)
+        if self._validate is not None and t.val_loss_every and step % t.val_loss_every == 0:
+          jax.block_until_ready(state)
+          with clock.stopped():
+            running = running._replace(score=self._validate(step, state.params))
         bar.advance(elapsed - shown if timed else 1)
         shown = elapsed
         is_due = elapsed - saved >= t.checkpoint_every_seconds
@@ -225,10 +234,6 @@ class Trainer:
           running = None
           checkpoints.save(step, state, self._progress(writer))
           saved = elapsed
-        if self._validate is not None and t.val_loss_every and step % t.val_loss_every == 0:
-          jax.block_until_ready(state)
-          with clock.stopped():
-            self._validate(step, state.params)
       jax.block_until_ready(state)
       clock.stop()
       self._report(running, writer, bar)
@@ -238,7 +243,7 @@ class Trainer:
     """Waits for a step and writes down what it says."""
     if done is None:
       return
-    step, plan, metrics = done
+    step, plan, metrics, score = done
     loss = float(np.asarray(metrics.loss).mean())
     grad_norm = float(np.asarray(metrics.grad_norm).max())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -247,19 +252,20 @@ class Trainer:
         f"{self.run.checkpoints}; lower the learning rates and run again."
       )
     seconds = self.clock.seconds
-    writer.write(
-      {
-        "step": step,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "lr_scale": plan.lr_scale,
-        "momentum": plan.momentum,
-        "seq_len": plan.seq_len,
-        "looping": plan.looping,
-        "progress": plan.progress,
-        "seconds": seconds,
-      }
-    )
+    before = writer.lines[-1]["seconds"] if writer.lines else 0.0
+    line = {
+      "step": step,
+      "loss": loss,
+      "grad_norm": grad_norm,
+      "lr_scale": plan.lr_scale,
+      **learning_rates(self.settings, plan.lr_scale),
+      "momentum": plan.momentum,
+      "seq_len": plan.seq_len,
+      "looping": plan.looping,
+      "progress": plan.progress,
+      "seconds": seconds,
+    }
+    writer.write(line | speed(self.settings, self.mesh, plan, seconds - before) | score)
     bar.note(f"step {step} loss {loss:.4f}")
     every = self.settings.train.log_every
     if step <= 5 or (every and step % every == 0):

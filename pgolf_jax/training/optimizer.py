@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pgolf_jax.kernels import polar_express as polar
@@ -22,6 +23,50 @@ class MuonState(NamedTuple):
   """What Muon remembers."""
 
   momentum: optax.Updates  # M by bank, [stack, m, n], in Muon's type
+
+
+Number = np.float32 | jax.Array
+
+
+class Hyper(NamedTuple):
+  """The numbers of an update that its program takes as arguments, so that one program serves all their values."""
+
+  matrix_lr: Number
+  muon_wd: Number
+  embed_lr: Number
+  embed_wd: Number
+  scalar_lr: Number
+  adam_wd: Number
+  beta1: Number
+  beta1_rest: Number  # 1 − β₁, rounded once; the difference of rounded numbers would lose three digits
+  beta2: Number
+  beta2_rest: Number  # 1 − β₂
+  adam_eps: Number
+  grad_clip_norm: Number  # infinite for no limit
+
+  @classmethod
+  def of(cls, config: OptimizerConfig) -> "Hyper":
+    """Returns the numbers of a config, in float32."""
+    values = {name: getattr(config, name) for name in cls._fields if not name.endswith("_rest")}
+    values |= {"beta1_rest": 1 - config.beta1, "beta2_rest": 1 - config.beta2}
+    values["grad_clip_norm"] = config.grad_clip_norm if config.grad_clip_norm > 0 else np.inf
+    return cls(**{name: np.float32(value) for name, value in values.items()})
+
+
+def scale_by_adam() -> optax.GradientTransformationExtraArgs:
+  """Returns `optax.scale_by_adam`, whose β₁, β₂ and ε are in the extra argument `hyper` of `update`."""
+
+  def update(grads, state, params=None, *, hyper, **extra):
+    del params, extra
+    count = optax.safe_increment(state.count)
+    mu = jax.tree.map(lambda g, m: hyper.beta1_rest * g + hyper.beta1 * m, grads, state.mu)
+    nu = jax.tree.map(lambda g, v: hyper.beta2_rest * g**2 + hyper.beta2 * v, grads, state.nu)
+    mu_hat = optax.tree.bias_correction(mu, hyper.beta1, count)
+    nu_hat = optax.tree.bias_correction(nu, hyper.beta2, count)
+    directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + hyper.adam_eps), mu_hat, nu_hat)
+    return directions, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
 
 
 def scale_by_muon(
@@ -78,7 +123,8 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the whole optimizer over flat parameters.
 
-  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate) and `momentum` (μ).
+  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate), `momentum` (μ) and
+  `hyper` (a `Hyper`; the config's where it is not given).
 
   Args:
     unused: parameters without a path to the loss, which stay as they are: not even decay moves them.
@@ -91,12 +137,17 @@ def make(
   if axis is not None:
     muon = _over_slices(muon, axis, axis_size)
   groups = {
-    "bank": _with_decay(muon, config.matrix_lr, config.muon_wd),
-    "embedding": _with_decay(_adam(config), config.embed_lr, config.embed_wd),
-    "scalar": _with_decay(_adam(config), config.scalar_lr, config.adam_wd),
+    "bank": optax.chain(muon, _decayed_step("matrix_lr", "muon_wd")),
+    "embedding": optax.chain(scale_by_adam(), _decayed_step("embed_lr", "embed_wd")),
+    "scalar": optax.chain(scale_by_adam(), _decayed_step("scalar_lr", "adam_wd")),
     "fixed": optax.set_to_zero(),
   }
-  return optax.partition(groups, lambda params: {n: "fixed" if n in unused else group(n) for n in params})
+  whole = optax.partition(groups, lambda params: {n: "fixed" if n in unused else group(n) for n in params})
+
+  def update(grads, state, params, *, hyper: Hyper | None = None, **extra):
+    return whole.update(grads, state, params, hyper=hyper or Hyper.of(config), **extra)
+
+  return optax.GradientTransformationExtraArgs(whole.init, update)
 
 
 def group(name: str) -> str:
@@ -108,22 +159,16 @@ def group(name: str) -> str:
   return "embedding" if name == "tok_emb.weight" else "scalar"
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-  return optax.scale_by_adam(config.beta1, config.beta2, config.adam_eps)
+def _decayed_step(lr: str, decay: str) -> optax.GradientTransformationExtraArgs:
+  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·direction; lr and decay are names of numbers of `hyper`."""
 
-
-def _with_decay(inner: optax.GradientTransformation, lr: float, decay: float) -> optax.GradientTransformation:
-  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·(inner's direction)."""
-  return optax.chain(inner, _decayed_step(lr, decay))
-
-
-def _decayed_step(lr: float, decay: float) -> optax.GradientTransformationExtraArgs:
-  def update(directions, state, params, *, lr_scale, **extra):
+  def update(directions, state, params, *, lr_scale, hyper, **extra):
     del extra
-    rate = lr * lr_scale
+    rate = getattr(hyper, lr) * lr_scale
+    keep = 1.0 - rate * getattr(hyper, decay)
     # The decayed W and the step are each rounded, as in PyTorch. The difference of close numbers is exact, so that
     # `optax.apply_updates` arrives at the same bits.
-    step = lambda d, w: (_rounded(w * (1.0 - rate * decay)) - _rounded(rate * d)) - w  # noqa: E731
+    step = lambda d, w: (_rounded(w * keep) - _rounded(rate * d)) - w  # noqa: E731
     return jax.tree.map(step, directions, params), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -179,12 +224,15 @@ def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_s
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def clip(grads: optax.Updates, norm: jax.Array, limit: float) -> optax.Updates:
-  """Returns the gradients times min(1, limit / (norm + 1e-6)), or as they are where limit is 0.
+def clip(grads: optax.Updates, norm: jax.Array, limit: float | jax.Array) -> optax.Updates:
+  """Returns the gradients times min(1, limit / (norm + 1e-6)), as they are where limit is infinite or 0.
 
   `optax.clip_by_global_norm` takes the norm of the arrays it is given; here it may be one over several devices.
+
+  Args:
+    limit: a 0 must be known when the function is traced.
   """
-  if limit <= 0:
+  if not isinstance(limit, jax.Array) and limit <= 0:
     return grads
   factor = jnp.minimum(1.0, limit / (norm + 1e-6))
   return jax.tree.map(lambda g: g * factor, grads)

@@ -5,6 +5,7 @@ is sharded along each bank's (padded) stack, rows of the batch over the devices.
 G ranks of a device, M micro-batches of a rank.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,9 +26,9 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.distributed import AXIS, place, replicated, shardings, world_size
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training import optimizer as optimizers
-from pgolf_jax.training.optimizer import MuonState
+from pgolf_jax.training.optimizer import Hyper, MuonState, Number
 
 
 class TrainState(NamedTuple):
@@ -42,8 +43,11 @@ class StepInputs(NamedTuple):
   """What one step is given beside the state."""
 
   tokens_BxT1: jax.Array  # integers, all rows of the step; those of a rank stand side by side
-  lr_scale: jax.Array | np.float32  # the schedule's factor on every learning rate
-  momentum: jax.Array | np.float32  # Muon's μ
+  lr_scale: Number  # the schedule's factor on every learning rate
+  momentum: Number  # Muon's μ
+  hyper: Hyper
+  ema_decay: Number  # share of the moving average that stays
+  ema_rest: Number  # 1 − ema_decay
 
 
 class StepMetrics(NamedTuple):
@@ -103,15 +107,24 @@ class TrainStep:
     by_row, everywhere = shardings(self.mesh, P(AXIS)), replicated(self.mesh)
     tokens = jax.ShapeDtypeStruct((t.micro_batches, t.batch_tokens // t.micro_batches + 1), np.uint16, sharding=by_row)
     number = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
-    return StepInputs(tokens, number, number)
+    hyper = Hyper(*[number] * len(Hyper._fields))
+    return StepInputs(tokens, number, number, hyper, number, number)
 
   def init(self, params: Params) -> TrainState:
     """Returns the state before the first step; the moving average starts at the parameters."""
-    return self._init(jax.device_put(params, replicated(self.mesh)))
+    return self.shared._init(jax.device_put(params, replicated(self.mesh)))
 
   def inputs(self, tokens_BxT1: np.ndarray, lr_scale: float, momentum: float) -> StepInputs:
     """Places a step's rows on their devices; every process holds all rows and places those of its devices."""
-    return StepInputs(place(self.mesh, tokens_BxT1, P(AXIS)), np.float32(lr_scale), np.float32(momentum))
+    rows = place(self.mesh, tokens_BxT1, P(AXIS))
+    return StepInputs(rows, np.float32(lr_scale), np.float32(momentum), *self._numbers)
+
+  @functools.cached_property
+  def _numbers(self) -> tuple[Hyper, jax.Array, jax.Array]:
+    """The arguments that are the same at every step, on the devices."""
+    decay = self.settings.train.ema_decay
+    numbers = Hyper.of(self.settings.optimizer), np.float32(decay), np.float32(1 - decay)
+    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), numbers)
 
   def trace(self, seq_len: int, looping: bool) -> jax.stages.Traced:
     """Traces step(state, inputs) → (state, metrics) from shapes alone; the state is donated."""
@@ -120,7 +133,7 @@ class TrainStep:
     sharded = jax.shard_map(
       functools.partial(self._step, mean_loss),
       mesh=self.mesh,
-      in_specs=(self.specs, StepInputs(P(AXIS), P(), P())),
+      in_specs=(self.specs, jax.tree.map(lambda x: P(AXIS) if x.ndim else P(), self.abstract_inputs)),
       out_specs=(self.specs, StepMetrics(metrics, metrics)),
       check_vma=False,
     )
@@ -133,6 +146,22 @@ class TrainStep:
   def lower(self, seq_len: int, looping: bool) -> jax.stages.Lowered:
     """Lowers what `trace` traces; `.compile()` gives the program."""
     return self.trace(seq_len, looping).lower()
+
+  def compiled(self, seq_len: int, looping: bool) -> jax.stages.Compiled:
+    """Returns the program, which is compiled once for all runs that share it."""
+    programs, shape = self.shared._programs, (seq_len, looping)
+    if shape not in programs:
+      programs[shape] = self.shared.lower(*shape).compile()
+    return programs[shape]
+
+  @property
+  def shared(self) -> "TrainStep":
+    """The step of all runs of this process whose settings have one `structure`; it keeps what is compiled."""
+    return _shared(structure(self.settings), self.mesh)
+
+  @functools.cached_property
+  def _programs(self) -> dict[tuple[int, bool], jax.stages.Compiled]:
+    return {}
 
   @property
   def _world(self) -> int:
@@ -158,7 +187,7 @@ class TrainStep:
 
   def _step(self, mean_loss: Loss, state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
     """Runs on each device with its rows."""
-    limit = self.settings.optimizer.grad_clip_norm
+    hyper, limit = inputs.hyper, inputs.hyper.grad_clip_norm
     if self._clips_by_rank:
       tokens = inputs.tokens_BxT1
       tokens_GxMxT1 = tokens.reshape(max(1, self._world // self.mesh.size), -1, tokens.shape[-1])
@@ -172,11 +201,40 @@ class TrainStep:
       norm = optimizers.scattered_norm(grads, AXIS)
       grads = optimizers.clip(grads, norm, limit)
       metrics = StepMetrics(jax.lax.pmean(loss, AXIS)[None], norm[None])
-    schedule = {"lr_scale": inputs.lr_scale, "momentum": inputs.momentum}
-    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, **schedule)
+    numbers = {"lr_scale": inputs.lr_scale, "momentum": inputs.momentum, "hyper": hyper}
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, **numbers)
     params = optax.apply_updates(state.params, updates)
-    average = optax.incremental_update(params, state.average, 1 - self.settings.train.ema_decay)
+    follow = lambda p, a: inputs.ema_rest * p + inputs.ema_decay * a  # noqa: E731
+    average = jax.tree.map(follow, params, state.average)
     return TrainState(params, opt_state, average), metrics
+
+
+def structure(settings: Settings) -> Settings:
+  """Returns the settings that a step's program is made from, all others at their defaults.
+
+  The others are numbers that the program takes as arguments, or nothing that it reads: learning rates, weight decays,
+  schedules, first values, the seed, all that comes after training.
+  """
+
+  def kept(section, names):
+    return dataclasses.replace(type(section)(), **{name: getattr(section, name) for name in names})
+
+  first_values = {"qk_gain_init", "tied_embed_init_std", "sparse_attn_gate_init_std"}
+  return Settings(
+    model=kept(settings.model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in first_values]),
+    optimizer=kept(settings.optimizer, ["muon_steps", "muon_row_normalize", "muon_dtype", "clip_scope"]),
+    train=kept(settings.train, ["batch_tokens", "micro_batches", "world_size", "compute_dtype"]),
+  )
+
+
+@functools.lru_cache(maxsize=4)
+def _shared(settings: Settings, mesh: Mesh) -> TrainStep:
+  return TrainStep(settings, mesh)
+
+
+def forget_programs() -> None:
+  """Drops what runs of this process share, after something outside the settings that compiling depends on changed."""
+  _shared.cache_clear()
 
 
 def _mean_of_rows(mean_loss: Loss, params: Params, tokens_MxT1: Integer[Array, "M T1"]) -> tuple[jax.Array, Params]:
@@ -194,7 +252,7 @@ def _mean_of_rows(mean_loss: Loss, params: Params, tokens_MxT1: Integer[Array, "
 
 
 def _mean_of_clipped_ranks(
-  mean_loss: Loss, params: Params, tokens_GxMxT1: Integer[Array, "G M T1"], limit: float
+  mean_loss: Loss, params: Params, tokens_GxMxT1: Integer[Array, "G M T1"], limit: jax.Array
 ) -> tuple[Params, StepMetrics]:
   """Returns the mean of the ranks' clipped gradients, and each rank's loss and norm."""
   ranks = tokens_GxMxT1.shape[0]

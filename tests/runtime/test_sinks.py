@@ -11,12 +11,12 @@ from pgolf_jax.runtime import events
 from pgolf_jax.runtime.events import Events
 from pgolf_jax.runtime.log import log, log_to
 
-LINE = {"step": 1, "loss": 2.5}
+FIGURES = {"loss": 2.5}
 
 
 def test_events_are_written(tmp_path):
   sink = Events(tmp_path / "tensorboard", 0)
-  sink.write(LINE)
+  sink.write(1, FIGURES)
   sink.close()
   (file,) = (tmp_path / "tensorboard").iterdir()
   assert b"loss" in file.read_bytes()
@@ -30,7 +30,7 @@ def test_a_full_disk_ends_the_events_and_not_the_run(tmp_path, monkeypatch, capl
   monkeypatch.setattr(events, "_MOST", 10)
   sink = Events(tmp_path, 0)
   for _ in range(100):
-    sink.write(LINE)
+    sink.write(1, FIGURES)
   sink.close()
   assert caplog.messages == [f"{tmp_path} cannot be written (No space left on device); the run goes on without "
                              "TensorBoard events."]  # fmt: skip
@@ -40,11 +40,11 @@ def test_a_disk_that_hangs_holds_nothing_up(tmp_path, monkeypatch):
   free = threading.Event()
   monkeypatch.setattr(RecordWriter, "write", lambda self, data: free.wait())
   monkeypatch.setattr(events, "_MOST", 10)
-  monkeypatch.setattr(events, "_PATIENCE", 0.1)
+  monkeypatch.setattr(Events, "patience", 0.1)
   began = time.monotonic()
   sink = Events(tmp_path, 0)
   for _ in range(1000):
-    sink.write(LINE)
+    sink.write(1, FIGURES)
   sink.close()
   assert time.monotonic() - began < 5
   free.set()
