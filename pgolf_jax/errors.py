@@ -2,7 +2,7 @@
 
 import dataclasses
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class UserError(Exception):
@@ -52,3 +52,21 @@ def checks_summary(checks: Sequence[Check]) -> str:
   if unproved:
     parts.append(f"{unproved} not proved")
   return "; ".join(parts)
+
+
+def shown(value: object) -> str:
+  """Returns what a value looks like in a message: its beginning, on one line, without Python's quotes."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  if value is None:
+    return "nothing"
+  if isinstance(value, Mapping | list | tuple | set):
+    return "a table" if isinstance(value, Mapping) else "a list"
+  try:
+    text = str(value)
+  except ValueError:  # a whole number of thousands of digits
+    return "a number too long to show"
+  text = "".join(c if c.isprintable() else " " for c in text[:101])
+  if isinstance(value, str) and (not text.strip() or " " in text):
+    return f'"{text[:100]}…"' if len(text) > 100 else f'"{text}"'
+  return text if len(text) <= 100 else f"{text[:100]}…"

@@ -8,8 +8,11 @@ run.log              what was printed, with times
 checkpoints/         Orbax: parameters, average, optimizer state, progress
 results.json         what each finished stage reported
 artifact.pgolf       the quantised model
+artifact_nll.npy     nats of every validation target under it, without test-time training
 scores/              per-document scores
+report/              a page with figures, where the extra `report` is installed
 damaged/             checkpoints that were not as they were written; nothing reads them
+converted.json       in place of training: where the weights came from that `pgolf convert` put here
 """
 
 import functools
@@ -102,6 +105,10 @@ class RunFolder:
     return self.path / "artifact.pgolf"
 
   @property
+  def artifact_nll(self) -> Path:
+    return self.path / "artifact_nll.npy"
+
+  @property
   def log(self) -> Path:
     return self.path / "run.log"
 
@@ -181,6 +188,8 @@ class RunFolder:
 SCORES = ("identity.json", "nll.npy", "model_nll.npy", "hint_nll.npy", "times.npy", "trace.jsonl", "documents.jsonl")
 """Files of a finished evaluation."""
 
+CONVERTED = "converted.json"
+
 STAGES = ("train", "plain", "artifact", "ttt", "audit")
 """In the order in which a run does them."""
 
@@ -205,6 +214,8 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
   Raises:
     UserError: the data folder does not exist, or lacks the shards that the stage reads.
   """
+  if stage == "train" and (run.path / CONVERTED).is_file():
+    return _hashes(run.path, [run.path / CONVERTED])
   data_folder = Path(data_folder)
   tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
   shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]

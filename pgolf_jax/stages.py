@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import audit
@@ -21,7 +22,7 @@ from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import distributed, events
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
-from pgolf_jax.runtime.files import json_hash, locked, remove, write_bytes
+from pgolf_jax.runtime.files import json_hash, locked, remove, replacing, write_bytes
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.versions import commit, versions
 from pgolf_jax.scoring import plain, ttt
@@ -36,12 +37,24 @@ from pgolf_jax.training.step import TrainStep
 
 
 def plain_score(
-  settings: Settings, params: Params, mesh: Mesh, description: str, data: ValidationData | None = None
+  settings: Settings,
+  params: Params,
+  mesh: Mesh,
+  description: str,
+  data: ValidationData | None = None,
+  keep: Path | None = None,
 ) -> dict:
-  """Returns the plain score of parameters on `data`, or on the whole validation split, as the stages report it."""
+  """Returns the plain score of parameters on `data`, or on the whole validation split, as the stages report it.
+
+  The nats of every target are written to the file `keep`, if it is given.
+  """
   data = load_validation(locate_prepared(settings)) if data is None else data
+  nll_N = None if keep is None else np.zeros(len(data.tokens) - 1, np.float32)
   began = time.perf_counter()
-  score = plain.score(settings, params, data, mesh, description=description)
+  score = plain.score(settings, params, data, mesh, description=description, nll_N=nll_N)
+  if keep is not None and distributed.is_leader():
+    with replacing(keep) as partial, partial.open("wb") as file:
+      np.save(file, nll_N)
   return {
     "loss": score.loss,
     "bpb": score.bpb,
@@ -91,7 +104,8 @@ def _quantize(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def _score_artifact(run: RunFolder, mesh: Mesh, made: Made) -> dict:
-  score = plain_score(run.settings, artifact.load(run.artifact)[1], mesh, "scoring the artifact")
+  params = artifact.load(run.artifact)[1]
+  score = plain_score(run.settings, params, mesh, "scoring the artifact", keep=run.artifact_nll)
   return score | {"artifact_bytes": len(made.data), "code_bytes": bundle.code().size, **made.seconds}
 
 
@@ -222,7 +236,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     if distributed.is_leader():
       run.finish(name, result | {"stage_seconds": seconds}, inputs)
       _show(run, name)
-    log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
+    score = f", {result['bpb']:.5f} bits per byte" if "bpb" in result else ""
+    log.info("%s: complete after %.1f s%s", name, seconds, score)
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
   broken = run.results().get("audit", {}).get("broken", [])

@@ -13,7 +13,7 @@ from pgolf_jax.kernels import segment_attention as attention
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.parity import Case
-from pgolf_jax.parity.check import TOLERANCES, tolerance_for
+from pgolf_jax.parity.tolerances import TOLERANCES, tolerance_for
 from pgolf_jax.quantize.artifact import load, writer
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.make import quantize

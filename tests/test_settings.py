@@ -1,10 +1,17 @@
 import dataclasses
+import functools
 import math
+import typing
+from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from pgolf_jax.errors import UserError
-from pgolf_jax.settings import LengthStage, Settings, check
+from pgolf_jax.errors import UserError, shown
+from pgolf_jax.settings import LengthStage, Settings, check, reference
+from pgolf_jax.settings.arguments import Overrides, Positional, call, with_config
+from pgolf_jax.settings.fields import every_setting
 from pgolf_jax.settings.load import (
   changed,
   check_env_names,
@@ -16,15 +23,17 @@ from pgolf_jax.settings.load import (
   from_toml,
   to_dict,
 )
+from pgolf_jax.settings.reference import option
 
 
 def test_every_setting_survives_its_environment_name():
   texts = flat(to_dict(Settings()))
   for name, dotted in env_names().items():
     default = flattened(Settings())[dotted]
-    text = {True: "1", False: "0"}.get(default, str(texts.get(dotted, "1")))
+    unset = "0.5" if name == "TTT_SHORT_BETA2" else "1"
+    text = {True: "1", False: "0"}.get(default, str(texts.get(dotted, unset)))
     value = flattened(from_env({name: text}))[dotted]
-    assert value == (True if default is None else default), name
+    assert value == (float(unset) if default is None else default), name
 
 
 def flat(table: dict, before: str = "") -> dict:
@@ -47,7 +56,7 @@ def test_files_may_name_settings_of_nested_sections_as_they_were_named_before():
 
 def test_schedules_are_tuples_in_memory_and_text_in_files():
   settings = from_env(
-    {"TRAIN_SEQ_SCHEDULE": "64@1,32@0.25", "TTT_EVAL_BATCHES": "5, 1", "MIDRUN_CAP_SCHEDULE": "0.5@0.9"}
+    {"TRAIN_SEQ_SCHEDULE": "32@0.25,64@1", "TTT_EVAL_BATCHES": "5, 1", "MIDRUN_CAP_SCHEDULE": "0.5@0.9"}
   )
   assert settings.train.seq_schedule == (LengthStage(32, 0.25), LengthStage(64, 1.0))
   assert settings.ttt.eval_batches == (1, 5)
@@ -113,7 +122,7 @@ def test_off_values_of_what_is_not_built_are_accepted():
     ({"model": {"num_layer": 3}}, "did you mean num_layers"),
     ({"model": {"num_layers": "3"}}, "whole number"),
     ({"model": {"num_layers": True}}, "whole number"),
-    ({"optimizer": {"clip_scope": "ranks"}}, "did you mean 'rank'"),
+    ({"optimizer": {"clip_scope": "ranks"}}, "clip_scope=ranks must be one of rank, global; did you mean rank"),
     ({"train": 3}, "is a section"),
   ],
 )
@@ -133,19 +142,19 @@ def test_misspelt_environment_names():
   [
     ({"train.seq_schedule": "1000@1.0"}, "must divide the micro-batch of 98304"),
     ({"train.batch_tokens": 786433}, "multiple of train.micro_batches"),
-    ({"train.seq_schedule": "1024"}, "value@progress"),
+    ({"train.seq_schedule": "1024"}, "LENGTH@PROGRESS"),
     ({"ttt.short.score_first_steps": "256"}, "256:16"),
     ({"ttt.eval_batches": "1,x"}, "whole number"),
     ({"model.num_heads": 7}, "must divide model.model_dim=512; 8 does"),
     ({"model.num_kv_heads": 3}, "must divide model.num_heads"),
     ({"model.loop_end": 11}, "layers from 0 to 10"),
     ({"model.rope_dims": 66}, "head width 64"),
-    ({"model.leaky_relu_sq_slope": 0.0}, r"\(0, 1\]"),
+    ({"model.leaky_relu_sq_slope": 0.0}, "above 0 and at most 1"),
     ({"eval.batch_tokens": 8192}, "fewer than eval.seq_len"),
-    ({"eval.micro_batches": 0}, "must lie in 1 …"),
+    ({"eval.micro_batches": 0}, "must be from 1 to"),
     ({"hints.order": 0}, "hints.order"),
     ({"hints.order": 33}, "hints.order"),
-    ({"ttt.lora.grad_steps": -1}, "must lie in 0 …"),
+    ({"ttt.lora.grad_steps": -1}, "must be from 0 to 1,000"),
     ({"ttt.short.score_first_steps": "", "ttt.short.chunk_size": 4096}, "hold a chunk of 4096"),
   ],
 )
@@ -165,19 +174,19 @@ def test_devices_must_fit_the_ranks():
 @pytest.mark.parametrize(
   "changes, part",
   [
-    *(({f"quantize.{name}": bits}, r"must lie in 2 … 8") for name in ("matrix_bits", "embed_bits") for bits in (1, 9)),
-    ({"quantize.awq_bits": 16}, r"must lie in 2 … 8"),
-    ({"quantize.lqer_factor_bits": 0}, r"must lie in 2 … 8"),
-    ({"quantize.block_size": 0}, "block_size=0 must lie in 1 …"),
-    ({"quantize.awq_group_size": 0}, "awq_group_size=0 must lie in 1 …"),
-    ({"quantize.lqer_asym_group": 0}, "lqer_asym_group=0 must lie in 1 …"),
-    ({"ttt.chunk_size": 0}, "chunk_size=0 must lie in 1 …"),
-    ({"eval.seq_len": 0}, "eval.seq_len=0 must lie in 1 …"),
-    ({"train.batch_tokens": 1 << 40}, "batch_tokens=1099511627776 must lie in"),
-    ({"model.num_layers": 10**9}, "num_layers=1000000000 must lie in 1 … 1000"),
+    *(({f"quantize.{name}": bits}, "must be from 2 to 8") for name in ("matrix_bits", "embed_bits") for bits in (1, 9)),
+    ({"quantize.awq_bits": 16}, "must be from 2 to 8"),
+    ({"quantize.lqer_factor_bits": 0}, "must be from 2 to 8"),
+    ({"quantize.block_size": 0}, "block_size=0 must be from 1 to"),
+    ({"quantize.awq_group_size": 0}, "awq_group_size=0 must be from 1 to"),
+    ({"quantize.lqer_asym_group": 0}, "lqer_asym_group=0 must be from 1 to"),
+    ({"ttt.chunk_size": 0}, "chunk_size=0 must be 1 or more"),
+    ({"eval.seq_len": 0}, "eval.seq_len=0 must be 1 or more"),
+    ({"train.batch_tokens": 1 << 40}, "batch_tokens=1099511627776 must be "),
+    ({"model.num_layers": 10**9}, "num_layers=1000000000 must be from 1 to 1,000"),
     ({"model.model_dim": 2**16, "model.vocab_size": 2**16}, "at most 268435456 parameters"),
-    ({"model.num_loops": 10**9}, "num_loops=1000000000 must lie in"),
-    ({"seed": -1}, "seed=-1 must lie in"),
+    ({"model.num_loops": 10**9}, "num_loops=1000000000 must be "),
+    ({"seed": -1}, "seed=-1 must be "),
     ({"model.parallel_start_layer": 4}, r"inside the loop.*at least model.loop_end \+ 1 = 6"),
     ({"ttt.seq_len": 32}, "ttt.seq_len=32 must hold a chunk of 64"),
   ],
@@ -212,10 +221,10 @@ def test_no_setting_is_infinite_or_no_number(number, tmp_path):
     ("seed = 1\n\nx = " + "{a=" * 50_000, "line 3: arrays or tables nested too deeply"),
     ("seed =\n", "line 1"),
     ("# text\nseed = " + "9" * 5000, "line 2: a number of hundreds of digits"),
-    ("seed = " + "9" * 400, "seed=9+… must lie in"),
-    ("[model]\nrope_base = " + "9" * 400, "rope_base must be a number, not 9+…"),
+    ("seed = " + "9" * 400, "seed=9+… must be "),
+    ("[model]\nrope_base = " + "9" * 400, "rope_base=9+… must be a number"),
     ("a" * 100_000 + " = 1", "unknown section or setting"),
-    ("seed = [1]", "seed must be a whole number"),
+    ("seed = [1]", "seed=a list must be a whole number"),
     ('[model]\nparallel_final_lane = ["mean"]', "must be one of"),
   ],
 )
@@ -224,3 +233,105 @@ def test_extreme_toml_is_one_sentence_with_file_and_line(tmp_path, text, message
   path.write_text(text)
   with pytest.raises(UserError, match=message):
     check.check(from_toml(path))
+
+
+ENTRIES = list(every_setting(Settings))
+
+
+def numbers(entry):
+  """The ranges of a setting's numbers, and what types these have."""
+  kind = next((k for k in (typing.get_args(entry.kind) or [entry.kind]) if k is not type(None)), None)
+  if typing.get_origin(entry.kind) is tuple:
+    kinds = typing.get_type_hints(kind).values() if hasattr(kind, "_fields") else [kind]
+    return list(zip(entry.within, kinds, strict=True))
+  return [(entry.within, kind)] if kind in (int, float) else []
+
+
+def test_every_number_has_a_range_that_holds_its_default():
+  for entry in ENTRIES:
+    assert entry.meaning and entry.meaning[-1] != ".", entry.name
+    ranges = numbers(entry)
+    assert (entry.within is not None) == bool(ranges), entry.name
+    stages = entry.default if isinstance(entry.default, tuple) else [entry.default]
+    for stage in [] if entry.default is None else stages:
+      for (within, _), number in zip(ranges, stage if isinstance(stage, tuple) else [stage], strict=bool(ranges)):
+        assert within.holds(number), entry.name
+  assert len({entry.meaning for entry in ENTRIES}) == len(ENTRIES)
+
+
+NUMBERS = [entry for entry in ENTRIES if numbers(entry) and typing.get_origin(entry.kind) is not tuple]
+
+
+@given(st.sampled_from(NUMBERS), st.integers(0, 10**12), st.booleans(), st.floats(0, 1e12))
+def test_what_lies_outside_of_a_range_is_refused_everywhere_with_setting_value_and_range(entry, away, is_below, more):
+  [(within, kind)] = numbers(entry)
+  edge = within.low if is_below else within.high
+  beyond = (away + 1 if kind is int else max(more, 1e-6) * max(1.0, abs(edge))) * (-1 if is_below else 1)
+  value = kind(edge + beyond)
+  assume(not within.holds(value) and math.isfinite(value))
+  found = f"={shown(value)} must be {within}."
+  with pytest.raises(UserError) as refused:
+    changed(Settings(), {entry.name: value})
+  assert str(refused.value) == entry.name + found
+  *above, last = entry.path
+  with pytest.raises(UserError) as refused:
+    from_dict(functools.reduce(lambda table, name: {name: table}, reversed(above), {last: value}), where="some.toml")
+  assert str(refused.value) == f"some.toml: {entry.name}{found}"
+  if entry.env:
+    with pytest.raises(UserError) as refused:
+      from_env({entry.env: repr(value)})
+    assert str(refused.value) == entry.env + found
+  with pytest.raises(UserError) as refused:
+    call("pgolf x", with_config(takes_settings, optional=True), [option(entry), repr(value)])
+  assert str(refused.value) == option(entry) + found
+  with pytest.raises(UserError) as refused:
+    check.check(replaced(Settings(), entry.path, value))
+  assert str(refused.value) == entry.name + found
+
+
+def takes_settings(config: Positional[Path | None] = None, settings: Overrides = Settings()):
+  return settings
+
+
+def replaced(section, path, value):
+  """Settings made in Python, which nothing has checked."""
+  if len(path) > 1:
+    value = replaced(getattr(section, path[0]), path[1:], value)
+  return dataclasses.replace(section, **{path[0]: value})
+
+
+@pytest.mark.parametrize(
+  "name, text, part",
+  [
+    ("TRAIN_SEQ_SCHEDULE", "3072@1,1024@0.1", "goes backwards; in order it is 1024@0.1,3072@1"),
+    ("MIDRUN_CAP_SCHEDULE", "0.5@0.9,1@0.1", "goes backwards; in order it is 1@0.1,0.5@0.9"),
+    ("TTT_SHORT_SCORE_FIRST_STEPS", "2000:32,256:16", "goes backwards; in order it is 256:16,2000:32"),
+    ("TRAIN_SEQ_SCHEDULE", "1024@0.5,2048@0.5", "two stages at the same place"),
+    ("TRAIN_SEQ_SCHEDULE", "1024@1.5", "1.5 must be above 0 and at most 1"),
+    ("TRAIN_SEQ_SCHEDULE", "0@1", "0 must be 1 or more"),
+    ("MIDRUN_CAP_SCHEDULE", "-1@0.5", "-1.0 must be from 0 to 1,000"),
+  ],
+)
+def test_schedules_that_mean_nothing_are_refused(name, text, part):
+  with pytest.raises(UserError, match=part):
+    from_env({name: text})
+  dotted = env_names()[name]
+  with pytest.raises(UserError, match=part):
+    changed(Settings(), {dotted: text})
+
+
+def test_a_schedule_made_in_python_is_checked_too():
+  train = dataclasses.replace(Settings().train, seq_schedule=(LengthStage(64, 1.0), LengthStage(32, 0.5)))
+  with pytest.raises(UserError, match="goes backwards"):
+    check.check(dataclasses.replace(Settings(), train=train))
+
+
+def test_the_page_of_settings_is_the_one_in_docs():
+  page = Path(__file__).parents[1] / "docs/settings.md"
+  assert page.read_text(encoding="utf-8") == reference.page(), "pgolf help settings --markdown > docs/settings.md"
+
+
+def test_messages_show_values_without_pythons_quotes():
+  assert [shown(value) for value in ("a", "", "a b", True, None, [1], {}, 1.5, "x" * 200)] == [
+    "a", '""', '"a b"', "true", "nothing", "a list", "a table", "1.5", "x" * 100 + "…",
+  ]  # fmt: skip

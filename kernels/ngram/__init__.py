@@ -3,7 +3,8 @@
   state = NgramState(order=16, threshold=0.8)
   hint, gate = state.update(tokens)  # from left to right; each hint from what came before its token
 
-`reference.py` is the same computation in a page of plain Python, for comparison.
+`reference.py` is the same computation in a page of plain Python, for comparison. `in_numpy.py` takes the place of the C
+where this package was installed without a C compiler.
 
 How the C works. The stream itself is stored, 4 bytes a token. Two open-addressing tables with entries of 8 bytes, one
 of contexts and one of pairs (a context and its next token), hold 32 bits of hash and a position in the stream. Only
@@ -18,15 +19,24 @@ stream and the threads, `_ngram.c` the Python type (stable ABI of 3.11). `saniti
 AddressSanitizer, LeakSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 """
 
+import functools
+import logging
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Integer
 
-from pgolf_jax.kernels.ngram import _ngram
+from pgolf_jax.kernels.ngram import in_numpy
 
-__all__ = ["MAX_ORDER", "Mode", "NgramState"]
+try:
+  from pgolf_jax.kernels.ngram import _ngram
+except ImportError:
+  _ngram = None
 
+__all__ = ["IS_COMPILED", "MAX_ORDER", "Mode", "NgramState"]
+
+IS_COMPILED = _ngram is not None
+"""Whether the counts are those in C; NumPy's give the same results."""
 
 MAX_ORDER = 32
 
@@ -72,7 +82,10 @@ class NgramState:
       raise ValueError(f"order must be in 1 … {MAX_ORDER}, not {order}")
     if mode not in ("exact", "reference"):
       raise ValueError(f"mode must be 'exact' or 'reference', not {mode!r}")
-    self._state = _ngram.State(order - 1, mode == "exact", threshold, vocab_size, expected, threads)
+    if not IS_COMPILED:
+      _say_that_it_is_slow()
+    make = _ngram.State if IS_COMPILED else in_numpy.State
+    self._state = make(order - 1, mode == "exact", threshold, vocab_size, expected, threads)
 
   def seed(self, tokens: Integer[np.ndarray, "S"]) -> None:
     """Appends tokens that are part of later contexts but are not counted."""
@@ -116,3 +129,11 @@ class NgramState:
   def nbytes(self) -> int:
     """Bytes of memory that the history, tables and records hold."""
     return self._state.nbytes
+
+
+@functools.cache
+def _say_that_it_is_slow() -> None:
+  logging.getLogger("pgolf").warning(
+    "the n-gram counts in C were not built here, so NumPy counts: the same hints, about ten times slower; "
+    "for the fast ones install a C compiler and this package once more"
+  )

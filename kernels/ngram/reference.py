@@ -2,13 +2,7 @@
 
 import numpy as np
 
-# Multipliers of the published context key, oldest token first. The token after a context has the next one in the list.
-COEFFICIENTS = (
-  *(36313, 27191, 51647, 81929, 131071, 196613, 262147, 393241, 524309, 655373, 786433, 917521, 1048583, 1179653),
-  *(1310729, 1441801, 1572869, 1703941, 1835017, 1966087, 2097169, 2228243, 2359319, 2490389, 2621471, 2752549),
-  *(2883617, 3014687, 3145757, 3276833, 3407903, 3538973),
-)
-PAIR = 1000003
+from pgolf_jax.kernels.ngram.in_numpy import COEFFICIENTS, PAIR
 
 
 class NgramModel:

@@ -12,12 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 
 from pgolf_jax import kernels
@@ -34,7 +33,7 @@ from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices
 from pgolf_jax.settings import Settings, check
-from pgolf_jax.settings.arguments import Defaults, settings_of
+from pgolf_jax.settings.arguments import Overrides, Positional, with_config
 from pgolf_jax.settings.load import load
 from pgolf_jax.training import Schedule
 from pgolf_jax.training.loop import Trainer
@@ -45,26 +44,27 @@ Pass = Literal["forward", "gradient", "step"]
 
 @dataclasses.dataclass(frozen=True)
 class StepArgs:
-  """Arguments of `pgolf bench step`."""
+  """What `pgolf bench step` times; its options say what each of these is."""
 
-  config: tyro.conf.Positional[Path | None] = None
-  """TOML file of settings; the record's settings if not given."""
   passes: tuple[Pass, ...] = ("step",)
-  """The whole step, or loss alone and loss with gradient of one micro-batch on one device."""
   looping: Literal["off", "on", "both"] = "both"
-  """Which of the model's two forms to time."""
   repeats: int = 10
-  """Timed turns, after two that are not counted; the median is printed."""
   torch: Literal["eager", "compiled", "none"] = "eager"
-  """How PyTorch runs: operation by operation, through torch.compile, or not at all."""
   profile: Path | None = None
-  """Folder for an xprof trace of three steps of the last shape."""
   noise: bool = False
-  """Time the first way twice, to show which differences mean nothing."""
-  settings: Annotated[Settings, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Settings)
+  settings: Settings = dataclasses.field(default_factory=Settings)
 
 
-def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) -> None:
+def step(
+  config: Positional[Path | None] = None,
+  passes: tuple[Pass, ...] = ("step",),
+  looping: Literal["off", "on", "both"] = "both",
+  repeats: int = 10,
+  torch: Literal["eager", "compiled", "none"] = "eager",
+  profile: Path | None = None,
+  noise: bool = False,
+  settings: Overrides = Settings(),
+) -> None:
   """Time the training step of a config, for each sequence length of its schedule, looping off and on.
 
   What a run would take is compared with plain XLA, where a run takes kernels, and with PyTorch, where it is installed
@@ -75,7 +75,17 @@ def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) ->
 
   On a CPU: pgolf bench step --train.compute-dtype float32 --train.batch-tokens 4096 --train.micro-batches 1
             --train.seq-schedule 1024@1.0 --looping on --passes forward gradient step --repeats 5
+
+  Args:
+    config: TOML file of settings; the record's settings if not given.
+    passes: the whole step, or loss alone and loss with gradient of one micro-batch on one device.
+    looping: which of the model's two forms to time.
+    repeats: timed turns, after two that are not counted; the median is printed.
+    torch: how PyTorch runs: operation by operation, through torch.compile, or not at all.
+    profile: folder for an xprof trace of three steps of the last shape.
+    noise: time the first way twice, to show which differences mean nothing.
   """
+  del config  # it has given the settings
   # PyTorch has a memory pool of its own beside JAX's, which would else take three quarters of a GPU at once.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   distributed.start()
@@ -87,7 +97,7 @@ def step(arguments: Annotated[StepArgs, tyro.conf.arg(name="")] = StepArgs()) ->
     **harness.PEAK,
     **harness.COMPARISON,
   }
-  measurements, notes = measure(arguments)
+  measurements, notes = measure(StepArgs(passes, looping, repeats, torch, profile, noise, settings))
   harness.show("training step", measurements, columns, notes)
 
 
@@ -251,14 +261,10 @@ class Case:
     return f"{folder}: a trace of three steps at {self.seq_len} (xprof --logdir {folder})"
 
 
-def _read_config(path: Path | None) -> dict[str, StepArgs]:
-  return {"arguments": StepArgs(config=path, settings=settings_of(path))}
+COMMAND = with_config(step, optional=True)
 
 
-COMMAND = Defaults(step, _read_config, example="configs/demo.toml", optional=True)
-
-
-def start(config: tyro.conf.Positional[Path], repeats: int = 5) -> None:
+def start(config: Positional[Path], repeats: int = 5) -> None:
   """Time a process as far as its first training step, with an empty compile cache and with a full one.
 
   Example: pgolf bench start configs/demo.toml

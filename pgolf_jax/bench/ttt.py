@@ -2,11 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work, figure, percentage
@@ -21,6 +20,7 @@ from pgolf_jax.scoring.documents import batches, find_documents
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings import Settings
+from pgolf_jax.settings.arguments import Positional
 from pgolf_jax.settings.load import changed, load
 
 
@@ -36,7 +36,7 @@ class Facts(NamedTuple):
 
 
 def ttt(
-  config: Annotated[Path, tyro.conf.Positional],
+  config: Positional[Path],
   data: Path | None = None,
   documents: int = 48,
   methods: tuple[Literal["exact", "cached"], ...] = ("exact", "cached"),

@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Callable
 
-import tyro
-
+from pgolf_jax import __version__
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.runtime import signals
-from pgolf_jax.settings.arguments import Defaults, schedules
+from pgolf_jax.settings import reference
+from pgolf_jax.settings.arguments import Defaults, Unusable, call
 
 VERBS = {
   "run": "train, score, quantise, score with test-time training, audit: every stage, in one run folder",
@@ -29,9 +29,12 @@ VERBS = {
   "judge": "score a submission folder as an organiser would, and say what is proved",
   "runs": "a table of runs",
   "parity": "run and check golden cases of the PyTorch reference",
+  "convert": "weights from and to PyTorch, safetensors and Orbax",
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
+  "doctor": "what is here, what is missing, and the command that mends it",
+  "configs": "the configs that come with the program, with hardware, time and score",
 }
 _MODULES = {
   "run": ("run", "train", "plan"),
@@ -40,7 +43,10 @@ _MODULES = {
   "proof": ("eval", "audit", "judge"),
   "runs": ("runs",),
   "parity": ("parity",),
+  "convert": ("convert",),
   "bench": ("bench",),
+  "doctor": ("doctor",),
+  "configs": ("configs",),
 }
 
 
@@ -60,8 +66,17 @@ def main(argv: list[str] | None = None) -> int:
   args = [a for a in args if a != "--debug"]
   if not args or args[0] in ("-h", "--help"):
     print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
-    print("\nExample: pgolf run configs/demo.toml")
+    print("\nExample: pgolf run demo")
     return 0 if args else 2
+  if args[0] == "help":
+    if args[1:2] == ["settings"]:
+      print(reference.page() if "--markdown" in args else reference.table(), end="")
+      return 0
+    args = [*args[1:], "--help"] if args[1:] else ["--help"]
+    return main(args)
+  if args[0] == "--version":
+    print(f"pgolf_jax {__version__}")
+    return 0
   verb, *rest = args
   if verb not in VERBS:
     return _fail(_unknown("verb", verb, VERBS), 2)
@@ -71,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
   except UserError as e:
     if debug:
       raise
-    return _fail(str(e), 1)
+    return _fail(str(e), 2 if isinstance(e, Unusable) else 1)
   except Stopped as e:
     return _fail(str(e), e.status)
   except KeyboardInterrupt as e:
@@ -95,9 +110,7 @@ def _call(verb: str, choices: dict, args: list[str]) -> int:
     name, *args = args
     if name not in choices:
       return _fail(_unknown(f"pgolf {verb}", name, choices), 2)
-  command, program = choices[name], f"pgolf {verb} {name}".strip()
-  function = command.bound(program, args) if isinstance(command, Defaults) else command
-  return tyro.cli(function, args=args, prog=program, registry=schedules) or 0
+  return call(f"pgolf {verb} {name}".strip(), choices[name], args) or 0
 
 
 def disk_full(error: BaseException | None) -> str | None:

@@ -3,15 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-import tyro
-
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import QuantizeConfig
-from pgolf_jax.settings.arguments import Defaults
+from pgolf_jax.settings.arguments import Defaults, Positional
 
 
 def quantize(
-  run: tyro.conf.Positional[Path],
+  run: Positional[Path],
   out: Path | None = None,
   fit: bool = False,
   quantize: QuantizeConfig = QuantizeConfig(),
@@ -73,9 +71,7 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   print(f"{out}: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in made.seconds.items()))
 
 
-def package(
-  run: tyro.conf.Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False
-) -> None:
+def package(run: Positional[Path], out: Path | None = None, data: Path | None = None, ttt: bool = False) -> None:
   """Build a submission folder from a run, count its bytes, and score it from itself alone in a fresh process.
 
   Example: pgolf package runs/demo --out submissions/demo
@@ -131,7 +127,7 @@ def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
 
 
 def generate(
-  artifact: tyro.conf.Positional[Path],
+  artifact: Positional[Path],
   prompt: str = "",
   tokens: int = 200,
   temperature: float = 0.8,

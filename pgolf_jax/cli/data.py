@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def prepare(
@@ -62,7 +62,7 @@ def prepare(
   inspect(out)
 
 
-def inspect(folder: tyro.conf.Positional[Path]) -> None:
+def inspect(folder: Positional[Path]) -> None:
   """Show what is in a data folder.
 
   Example: pgolf data inspect data/web
@@ -116,7 +116,7 @@ def _facts(contents):
     yield "begins", repr(contents.opening)
 
 
-def verify(folder: tyro.conf.Positional[Path], tokenizer: Path | None = None) -> int:
+def verify(folder: Positional[Path], tokenizer: Path | None = None) -> int:
   """Check a data folder: headers, token range, documents, sidecar, text, overlap, manifest. Exits 1 if a check fails.
 
   Example: pgolf data verify data/web
@@ -141,7 +141,7 @@ def verify(folder: tyro.conf.Positional[Path], tokenizer: Path | None = None) ->
   return int(any(check.passed is False for check in checks))
 
 
-def download(name: tyro.conf.Positional[str], out: Path, train_shards: int = 80) -> None:
+def download(name: Positional[str], out: Path, train_shards: int = 80) -> None:
   """Fetch published data from the Hugging Face hub; run again, it continues with what is missing.
 
   Example: pgolf data download caseops --train-shards 10 --out data/caseops

@@ -1,14 +1,13 @@
 """`pgolf parity`: golden cases of the PyTorch reference."""
 
-import time
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def run(
-  case: tyro.conf.Positional[Path],
+  case: Positional[Path],
   out: Path,
   dtype: Literal["float32", "bfloat16"] | None = None,
   tokenizer: Path | None = None,
@@ -34,18 +33,20 @@ def run(
 
 
 def check(
-  case: tyro.conf.Positional[Path | None] = None,
+  case: Positional[Path | None] = None,
   all: bool = False,
   ours: Path | None = None,
-  dtype: Literal["float32", "bfloat16"] | None = None,
+  dtype: Literal["float32", "bfloat16", "float64"] | None = None,
   tensors: bool = False,
+  json: Path | None = None,
   tokenizer: Path | None = None,
 ) -> int:
   """Compare a golden case, or all of a folder, with what this installation computes on this device.
 
-  Prints the errors beside their tolerances; exit status 1 if one is too large. On an accelerator, and in another type
-  than the reference's, tolerances are derived from the perturbation floor: how far our outputs move when every weight
-  moves by one part in ten million.
+  Prints the errors beside their limits and the perturbation floor, in the reference's type, in bfloat16 and in float64
+  side by side; exit status 1 if an error is too large. The floor is how far an output moves when every weight moves by
+  one part in ten million. On an accelerator, and in another type than the reference's, limits are derived from it.
+  docs/parity.md says how to read the table.
 
   Example: pgolf parity check --all
 
@@ -53,15 +54,16 @@ def check(
     case: folder of the case; with --all a folder of cases, or nothing for the small cases that come with the package.
     all: check all cases of the folder.
     ours: file that `pgolf parity run` wrote; the case is run now if not given.
-    dtype: type to compute in, in place of the one that the reference computed in.
-    tensors: print one line per tensor instead of one per quantity.
+    dtype: the only type to compute in; float64 for forward and optimizer cases, where the device has it.
+    tensors: print one row per tensor instead of one per quantity.
+    json: file to write everything to that was found, tensor by tensor.
     tokenizer: SentencePiece model of a `caseops` case, if it is not beside the case.
   """
   from pgolf_jax.errors import UserError
-  from pgolf_jax.parity import Case, find_cases, shipped_cases
+  from pgolf_jax.parity import Case, find_cases, shipped_cases, table
   from pgolf_jax.parity import check as parity_check
-  from pgolf_jax.parity.run import run as run_case
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.files import write_json
 
   if not all and case is None:
     raise UserError("Name the folder of a golden case, or ask for all that come with the package with --all.")
@@ -69,19 +71,94 @@ def check(
     raise UserError("--ours holds the outputs of one case; name that case in place of --all.")
   distributed.start()
   folders = find_cases(case or shipped_cases()) if all else [case]
-  failed = []
+  found = table.environment()
+  print(table.environment_text(found) + "\n", flush=True)
+  reports = []
   for folder in folders:
-    began = time.monotonic()
-    this = Case.load(folder, dtype=dtype, tokenizer=tokenizer)
-    outputs = this.read_outputs(ours) if ours else run_case(this)
-    floors = parity_check.measure_floors(this) if parity_check.needs_floors(this) else None
-    rows = parity_check.check(this, outputs, floors)
-    print(f"{folder.name}: {this.kind}, {parity_check.arithmetic(this)}, {time.monotonic() - began:.1f} s")
-    print(parity_check.table(rows, everything=tensors) + "\n")
-    if not parity_check.agrees(rows):
-      failed.append(folder.name)
-  print(f"{len(folders) - len(failed)} of {len(folders)} cases agree.")
+    this = Case.load(folder, tokenizer=tokenizer)
+    report = parity_check.examine(this, dtype, this.read_outputs(ours) if ours else None)
+    print(table.text(report, tensors=tensors) + "\n", flush=True)
+    reports.append(report)
+  if json is not None:
+    write_json(json, table.as_json(reports, found))
+  failed = [report.case.folder.name for report in reports if not report.ok]
+  print(f"{len(reports) - len(failed)} of {len(reports)} cases agree{': not ' + ', '.join(failed) if failed else ''}.")
   return int(bool(failed))
 
 
-COMMANDS = {"parity": {"run": run, "check": check}}
+def dump(
+  script: Positional[Path],
+  kind: Literal["forward", "optimizer", "train", "quantize", "ngram", "ttt"],
+  out: Path,
+  checkpoint: Path | None = None,
+  base: Literal["tiny", "record", "script"] | None = None,
+  set: tuple[str, ...] = (),
+  tokens: int = 512,
+  documents: int = 8,
+  max_doc_len: int | None = None,
+  steps: int | None = None,
+  seed: int = 0,
+  data: Path | None = None,
+  noise: float | None = None,
+  device: Literal["cpu", "cuda"] = "cpu",
+) -> None:
+  """Make a golden case from your own PyTorch training script, for `pgolf parity check`.
+
+  The script is a module with `GPT` and `Hyperparameters` that takes its settings from the environment, as the recipe's
+  does. It is imported, its functions are called in float32, its main() never is. Triton, FlashAttention and a GPU are
+  not needed: plain PyTorch of the same meaning stands in, and case.json says where.
+
+  Example: pgolf parity dump train_gpt.py --kind forward --out cases/forward
+
+  Args:
+    script: the PyTorch script.
+    kind: what to dump: forward (loss, gradients, logits), optimizer (its steps), train (the loop), quantize (GPTQ with
+      its corrections), ngram (hints), ttt (evaluation with test-time training).
+    out: folder to make.
+    checkpoint: weights to start from: a state dict in a .pt file, which is read without executing anything, or
+      .safetensors; else the script's initial weights.
+    base: settings that the environment leaves open: a tiny model's, the record's, or the script's own defaults; with
+      a checkpoint the script's, else tiny ones.
+    set: settings by environment name, as in --set MODEL_DIM=64 NUM_LAYERS=3.
+    tokens: tokens of the packed row, or of the stream (train: of the validation stream).
+    documents: documents of mixed length in it.
+    max_doc_len: longest segment that attention sees of a document, in a packed row; by default the mean length.
+    steps: optimizer steps; 4, or 12 of train.
+    seed: of initial weights, noise and random text.
+    data: folder of shards to take the text from, instead of random documents.
+    noise: noise on the weights that the case starts from, relative to a typical weight; 0.3, but none on a checkpoint
+      and in train.
+    device: where PyTorch computes.
+  """
+  from importlib.util import find_spec
+
+  from pgolf_jax.errors import UserError
+
+  if find_spec("torch") is None:
+    raise UserError("PyTorch is not installed; pip install 'pgolf_jax[torch]' installs it.")
+  from pgolf_jax.parity.dump import NOISE, Request
+  from pgolf_jax.parity.dump import dump as make
+
+  for item in set:
+    if "=" not in item:
+      raise UserError(f"--set {item} must read NAME=VALUE, as in --set MODEL_DIM=64.")
+  changes = dict(item.split("=", 1) for item in set)
+  steps = (12 if kind == "train" else 4) if steps is None else steps
+  noise = (0.0 if checkpoint or kind == "train" else NOISE) if noise is None else noise
+  base = ("script" if checkpoint else "tiny") if base is None else base
+  case = make(
+    Request(
+      script, kind, out, checkpoint, base, changes, tokens, documents, max_doc_len, steps, seed, data, device, noise
+    )
+  )
+  about = case.about["made_from"]
+  size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+  print(f"{out}: {kind}, {size / 1e6:.2f} MB, from {script} on {about['device']}")
+  for name, place in about["stand_ins"].items():
+    print(f"  stand-in for {name}: {place}")
+  if about["settings_assumed"]:
+    print(f"  the script says nothing of {', '.join(about['settings_assumed'])}; assumed as in our defaults")
+  print(f"Next: pgolf parity check {out}")
+
+
+COMMANDS = {"parity": {"run": run, "check": check, "dump": dump}}

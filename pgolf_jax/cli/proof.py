@@ -1,13 +1,13 @@
 """The verbs that score and prove: `pgolf eval`, `pgolf audit` and `pgolf judge`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def evaluate(
-  target: Annotated[Path, tyro.conf.Positional],
+  target: Positional[Path],
   ttt: bool = True,
   weights: Literal["artifact", "averaged"] = "artifact",
   data: Path | None = None,
@@ -78,7 +78,7 @@ def evaluate(
 
 
 def audit(
-  runs: Annotated[list[Path], tyro.conf.Positional],
+  runs: Positional[list[Path]],
   data: Path | None = None,
   cuts: int = 2,
   fast: bool = False,
@@ -125,7 +125,7 @@ def audit(
   return int(not reached.is_legal)
 
 
-def judge(submission: tyro.conf.Positional[Path], data: Path, out: Path | None = None, cuts: int = 2) -> int:
+def judge(submission: Positional[Path], data: Path, out: Path | None = None, cuts: int = 2) -> int:
   """Judge a submission folder as an organiser would: score it again and believe nothing that it says.
 
   Its evaluator runs in processes of its own, without a network, with its counted files and declared packages alone,

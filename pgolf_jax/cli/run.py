@@ -3,22 +3,17 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
-
-import tyro
+from typing import NamedTuple
 
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.arguments import Overrides, with_config
-
-Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-"""Type of an option that may be given several times."""
+from pgolf_jax.settings.arguments import Overrides, Positional, Repeated, with_config
 
 
 def run(
-  config: tyro.conf.Positional[Path],
+  config: Positional[Path],
   out: Path | None = None,
   seeds: str = "",
-  set: Repeated = (),
+  set: Repeated[str] = (),
   wandb: str = "",
   settings: Overrides = Settings(),
 ) -> int:
@@ -27,12 +22,12 @@ def run(
   With --seeds or --set it makes a set: a run for each seed and combination of values, each in a folder of its own, in
   one process that compiles once for all that differ in numbers alone. A run that fails does not hold up the others.
 
-  Example: pgolf run configs/demo.toml --out runs/demo --train.iterations 500
+  Example: pgolf run demo --out runs/demo --train.iterations 500
 
-  Example: pgolf run configs/demo.toml --seeds 42,0,314 --set matrix_lr=0.02,0.03
+  Example: pgolf run demo --seeds 42,0,314 --set matrix_lr=0.02,0.03
 
   Args:
-    config: TOML file of settings.
+    config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     out: run folder, or folder of the set; runs/NAME-OF-CONFIG, or runs/NAME-OF-CONFIG-set, if not given.
     seeds: seeds of a set, as in 42,0,314.
     set: a setting and its values, as in matrix_lr=0.02,0.03; given several times, a grid. Schedules are separated by ;.
@@ -44,10 +39,10 @@ def run(
 
 
 def train(
-  config: tyro.conf.Positional[Path],
+  config: Positional[Path],
   out: Path | None = None,
   seeds: str = "",
-  set: Repeated = (),
+  set: Repeated[str] = (),
   wandb: str = "",
   settings: Overrides = Settings(),
 ) -> int:
@@ -55,10 +50,10 @@ def train(
 
   With --seeds or --set it makes a set, as `pgolf run` does.
 
-  Example: pgolf train configs/demo.toml --out runs/demo --seed 42
+  Example: pgolf train demo --out runs/demo --seed 42
 
   Args:
-    config: TOML file of settings.
+    config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     out: run folder, or folder of the set; runs/NAME-OF-CONFIG, or runs/NAME-OF-CONFIG-set, if not given.
     seeds: seeds of a set, as in 42,0,314.
     set: a setting and its values, as in matrix_lr=0.02,0.03; given several times, a grid. Schedules are separated by ;.
@@ -89,7 +84,7 @@ def _run(config: Path, out: Path | None, names: list[str], sweep: Sweep, setting
 
 
 def plan(
-  config: tyro.conf.Positional[Path],
+  config: Positional[Path],
   topology: str = "h100:8",
   every_shape: bool = False,
   settings: Overrides = Settings(),
@@ -102,10 +97,10 @@ def plan(
   and no driver. Without the plugin, programs for H100s are lowered but not compiled: memory and machine code stay
   unknown.
 
-  Example: pgolf plan configs/v5e_8.toml --topology v5e:2x4
+  Example: pgolf plan v5e_8 --topology v5e:2x4
 
   Args:
-    config: TOML file of settings.
+    config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     topology: h100:1, h100:8, or a TPU topology such as v5e:2x4, v6e:2x4, v5p:2x2x1.
     every_shape: compile the train step of every sequence length and looping mode, not only of the last.
   """

@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from pgolf_jax.settings.arguments import Positional
 
 
 def runs(
-  folder: Annotated[Path, tyro.conf.Positional] = Path("runs"),
+  folder: Positional[Path] = Path("runs"),
   sort: Literal[
     "name", "config", "steps", "averaged", "artifact", "ttt", "bytes", "seconds", "verdict", "when"
   ] = "when",

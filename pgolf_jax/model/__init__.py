@@ -29,6 +29,10 @@ class Context(NamedTuple):
     dtype: of the computation; parameters are cast where they are used.
     first_position: rotary position of each row's first token.
     before_B: the token before each row, which the smear gate reads; None where rows begin a text.
+    tap: called with the name and the value of every activation, in forward order, while the pass is traced:
+      `embedding`; for position p of the layer list, which runs layer i, `p.blocks.i.q`, `.k`, `.v` (as attention reads
+      them), `.attend` (what it returns), `.attn` and `.mlp` (after the output matrices), and what the layer makes of
+      the residual lane, `.x`, or of the two, `.lane0` and `.lane1`; last `hidden`. p has two digits.
   """
 
   attend: Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -36,6 +40,7 @@ class Context(NamedTuple):
   dtype: Any
   first_position: Int[Array, ""] | int = 0
   before_B: Int[Array, "B"] | None = None
+  tap: Callable[[str, jax.Array], None] | None = None
 
 
 def segments(start_BxT: Int[Array, "B T"], *, max_segment: int, looping: bool, dtype) -> Context:

@@ -76,6 +76,7 @@ class LayerUse(NamedTuple):
     attend: (q, k, v) → y over the keys that each query may see.
     x0: [B, T, D], the normed embedding.
     observe: called with the name and the input of every matrix; None where nobody asks.
+    tap: called with the name and the value of an activation of this use.
   """
 
   weights: Weights
@@ -85,6 +86,7 @@ class LayerUse(NamedTuple):
   angles: Angles
   x0: jax.Array
   observe: Callable[[str, jax.Array], None] | None
+  tap: Callable[[str, jax.Array], None]
 
   def adapted(self, kind: str, y: jax.Array, x: jax.Array) -> jax.Array:
     """Returns y plus what the adapter of this kind, if there is one, makes of x."""
@@ -115,6 +117,8 @@ class Attention(nnx.Module):
     v = project("v", w.v, m.num_kv_heads)
     q = scaled(q, self.q_gain[...][:, None])
     y = use.attend(q, k, v)
+    for name, value in (("q", q), ("k", k), ("v", v), ("attend", y)):
+      use.tap(name, value)
     if self.layer >= m.num_layers - m.xsa_last_n:
       y = without_own_value(y, v)
     if m.sparse_attn_gate:
@@ -153,7 +157,9 @@ class Block(nnx.Module):
     """Runs one lane: attention, then the MLP on its result."""
     x = self._mix(x, use)
     x = x + self._attend(x, use)
-    return x + self._mlp(x, use)
+    x = x + self._mlp(x, use)
+    use.tap("x", x)
+    return x
 
   def parallel(
     self, lanes: tuple[jax.Array, jax.Array], use: LayerUse, resid: jax.Array, post: jax.Array
@@ -167,13 +173,16 @@ class Block(nnx.Module):
     lane0, lane1 = lanes
     a = self._attend(self._mix(lane0, use), use)
     m = self._mlp(lane1, use)
-    return (
-      scaled(lane0, resid[0]) + scaled(a, post[0, 0]) + scaled(m, post[1, 0]),
-      scaled(lane1, resid[1]) + scaled(a, post[0, 1]) + scaled(m, post[1, 1]),
-    )
+    after0 = scaled(lane0, resid[0]) + scaled(a, post[0, 0]) + scaled(m, post[1, 0])
+    after1 = scaled(lane1, resid[1]) + scaled(a, post[0, 1]) + scaled(m, post[1, 1])
+    use.tap("lane0", after0)
+    use.tap("lane1", after1)
+    return after0, after1
 
   def _attend(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    return scaled(self.attn(rms_norm(x) * self.norm_scale, use), self.attn_scale[...])
+    out = self.attn(rms_norm(x) * self.norm_scale, use)
+    use.tap("attn", out)
+    return scaled(out, self.attn_scale[...])
 
   def _mlp(self, x: jax.Array, use: LayerUse) -> jax.Array:
     n = rms_norm(x) * self.norm_scale
@@ -185,7 +194,9 @@ class Block(nnx.Module):
     B, T, D = n.shape
     up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
     out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
-    return scaled(use.adapted("mlp", out, n), self.mlp_scale[...])
+    out = use.adapted("mlp", out, n)
+    use.tap("mlp", out)
+    return scaled(out, self.mlp_scale[...])
 
   def _mix(self, x: jax.Array, use: LayerUse) -> jax.Array:
     mix = self.resid_mix[...]

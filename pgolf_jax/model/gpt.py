@@ -87,6 +87,8 @@ class GPT(nnx.Module):
       context.first_position + jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base
     )
     x0 = x
+    tap = context.tap or (lambda name, value: None)
+    tap("embedding", x)
     collected: dict[str, Any] = {}
     cache: list[Any] = []
 
@@ -102,9 +104,11 @@ class GPT(nnx.Module):
         cache.append(seen)
         return y
 
-      return LayerUse(
-        self._weights(layer), _at(adapters, position), scale, attend, angles, x0, observe if collect else None
-      )
+      def tap_here(name: str, value: jax.Array) -> None:
+        tap(f"{position:02d}.blocks.{layer}.{name}", value)
+
+      asked = observe if collect else None
+      return LayerUse(self._weights(layer), _at(adapters, position), scale, attend, angles, x0, asked, tap_here)
 
     encoder, decoder = layer_order(m, context.looping)
     skips: list[jax.Array] = []
@@ -130,6 +134,7 @@ class GPT(nnx.Module):
     if lanes is not None:
       x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
     hidden = rms_norm(x)
+    tap("hidden", hidden)
     if collect:
       observe("tok_emb.weight", hidden)
     return Output(hidden, collected, tuple(cache))

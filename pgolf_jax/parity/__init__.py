@@ -8,6 +8,14 @@ A case is a folder:
     data/                 shards, for the kinds that read text
 
 The kind `caseops` has `docs.jsonl` and `expected.jsonl` instead.
+
+A `forward` case may hold activations, of any of the forward passes and as many as its maker had hooks for: under
+`loop0/activations/` and `loop1/activations/`, each [T, …], named as `model.Context.tap` names them. They are compared
+in forward order, so that a mistake shows where it was made.
+
+`floor` in case.json, tensor → number, is the reference's own perturbation floor: how far each of its outputs moved, in
+the measure of the tensor's tolerance (check.py), when it ran again with every input of `perturbed(inputs)`. A case may
+leave it out; then ours is measured.
 """
 
 import dataclasses
@@ -87,7 +95,8 @@ class Case:
 
   @cached_property
   def settings(self) -> Settings:
-    """Settings for the case's number of ranks, computing in its types."""
+    """Settings for the case's number of ranks, computing in its types; programs for float64 are traced in float32."""
+    compute, muon = (name.replace("float64", "float32") for name in self.types)
     environ = self.about.get("settings", {})
     check_env_names(environ)
     settings = from_env(environ)
@@ -95,17 +104,20 @@ class Case:
     micro_batches = world * self.about.get("grad_accum_steps", settings.train.micro_batches // world)
     return dataclasses.replace(
       settings,
-      train=dataclasses.replace(
-        settings.train, compute_dtype=self.types.compute, world_size=world, micro_batches=micro_batches
-      ),
+      train=dataclasses.replace(settings.train, compute_dtype=compute, world_size=world, micro_batches=micro_batches),
       eval=dataclasses.replace(settings.eval, micro_batches=micro_batches),
       quantize=dataclasses.replace(settings.quantize, calibration_micro_batches=micro_batches),
-      optimizer=dataclasses.replace(settings.optimizer, muon_dtype=self.types.muon),
+      optimizer=dataclasses.replace(settings.optimizer, muon_dtype=muon),
     )
 
   @cached_property
   def inputs(self) -> Arrays:
     return self._perturb(_read_arrays(self.folder / "inputs.safetensors"))
+
+  @property
+  def floor(self) -> dict[str, float]:
+    """The reference's own perturbation floor by tensor; empty where the case does not hold it."""
+    return self.about.get("floor", {})
 
   @cached_property
   def expected(self) -> Outputs:
@@ -134,13 +146,25 @@ class Case:
   def _perturb(self, arrays: Arrays) -> Arrays:
     if not self.perturbation:
       return arrays
-    rng = np.random.default_rng(0)
-    return {
-      name: (value * (1 + self.perturbation * rng.choice([-1.0, 1.0], value.shape))).astype(value.dtype)
-      if np.issubdtype(value.dtype, np.floating) and not (self.kind == "optimizer" and name.startswith("params/"))
-      else value
-      for name, value in arrays.items()
-    }
+    fixed = ("params/",) if self.kind == "optimizer" else ()
+    return perturbed(arrays, self.perturbation, fixed=fixed)
+
+
+def perturbed(arrays: Arrays, amount: float, *, fixed: tuple[str, ...] = ()) -> Arrays:
+  """Returns floating-point arrays times 1 ± amount, with random signs that are the same every time.
+
+  Args:
+    arrays: in the order of a file.
+    fixed: beginnings of the names of arrays that stay as they are.
+  """
+  rng = np.random.default_rng(0)
+
+  def moved(name: str, value: np.ndarray) -> np.ndarray:
+    if not np.issubdtype(value.dtype, np.floating) or name.startswith(fixed):
+      return value
+    return (value * (1 + amount * rng.choice([-1.0, 1.0], value.shape))).astype(value.dtype)
+
+  return {name: moved(name, value) for name, value in arrays.items()}
 
 
 def find_cases(folder: Path) -> list[Path]:

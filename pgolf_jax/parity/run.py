@@ -1,6 +1,7 @@
 """Golden cases run by the code that trains, quantises and scores; outputs have the names of the expected file."""
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.parity import Arrays, Case, Outputs
+from pgolf_jax.parity.double import in_double
 from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.make import make, quantize
@@ -29,8 +31,9 @@ from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.runtime.files import read_json_lines
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.scoring.adapter_sets import Draw
+from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.hints import build_hints
-from pgolf_jax.settings import Settings, check
+from pgolf_jax.settings import ModelConfig, OptimizerConfig, Settings, check
 from pgolf_jax.settings.load import from_env
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.loop import Trainer
@@ -139,7 +142,7 @@ def run_case(settings: Settings, inputs: Arrays, mesh: Mesh, *, dtype: str = "fl
   params = {k.removeprefix("params/"): v for k, v in inputs.items() if k.startswith("params/")}
   data = ValidationData(inputs["tokens"].astype(np.int32), inputs["token_bytes"].astype(np.int32))
   draw = draw_from(inputs) if any(name.startswith("adapter_init/") for name in inputs) else None
-  evaluation = ttt.evaluate(settings, params, data, mesh, ttt.Options(draw=draw))
+  evaluation = ttt.evaluate(settings, params, data, mesh, ttt.Options(draw=draw), _ttt_programs(settings, mesh))
   return {
     "nll": evaluation.nll_N.astype(np.float64),
     "val_loss": np.array([evaluation.score.loss]),
@@ -148,6 +151,10 @@ def run_case(settings: Settings, inputs: Arrays, mesh: Mesh, *, dtype: str = "fl
     "gate_mask": evaluation.gate_N.astype(np.uint8),
     **{f"params_after/{k}": np.asarray(v) for k, v in evaluation.params.items()},
   }
+
+
+_ttt_programs = functools.lru_cache(maxsize=2)(Programs)
+"""Settings and mesh → programs, which evaluations of the same settings share."""
 
 
 def run(case: Case, mesh: Mesh | None = None) -> Outputs:
@@ -164,7 +171,7 @@ def run(case: Case, mesh: Mesh | None = None) -> Outputs:
   if case.kind != "caseops":
     check.check(case.settings)
   mesh = data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
-  with jax.default_matmul_precision("highest" if case.types.compute == "float32" else "default"):
+  with jax.default_matmul_precision("default" if case.types.compute == "bfloat16" else "highest"):
     outputs = KINDS[case.kind](case, mesh)
   if isinstance(outputs, list):
     return outputs
@@ -172,30 +179,48 @@ def run(case: Case, mesh: Mesh | None = None) -> Outputs:
 
 
 def _forward(case: Case, mesh: Mesh) -> Arrays:
-  config = case.settings.model
-  params = _params(case)
+  config, params = case.settings.model, _params(case)
   tokens_BxT1 = jnp.asarray(case.inputs["tokens"], jnp.int32)[None]
-  segment = {"seq_len": case.about["max_doc_len"], "dtype": jnp.dtype(case.types.compute)}
+  segment = {"seq_len": case.about["max_doc_len"], "dtype": case.settings.train.compute_dtype}
   outputs: Arrays = {}
   for looping in (False, True):
-
-    def loss(params, looping=looping):
-      return packed_nll(bind(config, params), tokens_BxT1, looping=looping, **segment).mean()
-
-    # One program for all, so that the forward pass that they share is compiled once.
-    @jax.jit
-    def loss_grads_logits(params, loss=loss, looping=looping):
-      model = bind(config, params)
-      context = packed(tokens_BxT1[:, :-1], bos_id=config.bos_id, looping=looping, **segment)
-      logits_BxTxV = model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)
-      return *jax.value_and_grad(loss)(params), logits_BxTxV[0]
-
-    value, grads, logits_TxV = loss_grads_logits(params)
     prefix = f"loop{int(looping)}/"
-    outputs[f"{prefix}loss"] = np.asarray(value)[None]
+    program = _forward_program(config, looping=looping, **segment)
+    value, grads, logits_TxV, activations = _call(case, program, params, tokens_BxT1)
+    outputs |= {f"{prefix}activations/{name}": x for name, x in activations.items()}
+    outputs |= {f"{prefix}logits": logits_TxV, f"{prefix}loss": np.asarray(value)[None]}
     outputs |= {f"{prefix}grads/{k}": g for k, g in grads.items() if k not in parameters.SOFTCAPS}
-    outputs[f"{prefix}logits"] = logits_TxV
   return outputs
+
+
+@functools.lru_cache(maxsize=4)
+def _forward_program(config: ModelConfig, *, looping: bool, seq_len: int, dtype: str):
+  """Returns (parameters, tokens [1, T + 1]) → (loss, its gradient, logits [T, V], activations by name, each [T, …]).
+
+  One program for all, so that the forward pass that they share is compiled once; the cases of one model share it too.
+  """
+  segment = {"seq_len": seq_len, "looping": looping, "dtype": jnp.dtype(dtype)}
+
+  def loss(params, tokens_BxT1):
+    return packed_nll(bind(config, params), tokens_BxT1, **segment).mean()
+
+  @jax.jit
+  def program(params, tokens_BxT1):
+    model, activations = bind(config, params), {}
+
+    def keep(name: str, x_Bx: jax.Array) -> None:
+      activations[name] = x_Bx[0]
+
+    context = packed(tokens_BxT1[:, :-1], bos_id=config.bos_id, **segment)._replace(tap=keep)
+    logits_BxTxV = model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)
+    return *jax.value_and_grad(loss)(params, tokens_BxT1), logits_BxTxV[0], activations
+
+  return program
+
+
+def _call(case: Case, program, *arguments):
+  """Runs a program in the type of the case."""
+  return in_double(program, *arguments) if case.types.compute == "float64" else program(*arguments)
 
 
 def _optimizer(case: Case, mesh: Mesh) -> Arrays:
@@ -205,6 +230,23 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
   steps = range(len(case.about["steps"]))
   unused = {name for name in start if not any(f"grads/{k}/{name}" in case.inputs for k in steps)}
   optimizer = optimizers.make(config, unused=unused)
+  step = _optimizer_program(config, frozenset(unused))
+  params = {name: jnp.asarray(value) for name, value in start.items()}
+  state = optimizer.init(params)
+  outputs: Arrays = {}
+  for k, plan in enumerate(case.about["steps"]):
+    given = {name: case.inputs.get(f"grads/{k}/{name}") for name in params}
+    grads = {name: jnp.zeros_like(params[name]) if g is None else jnp.asarray(g) for name, g in given.items()}
+    schedule = jnp.float32(plan["lr_scale"]), jnp.float32(plan["muon_momentum"])
+    params, state, norm = _call(case, step, params, state, grads, *schedule)
+    outputs[f"grad_norm/{k}"] = np.asarray(norm)[None]
+    outputs |= {f"params/{k}/{name}": value for name, value in params.items()}
+  return outputs
+
+
+@functools.lru_cache(maxsize=4)
+def _optimizer_program(config: OptimizerConfig, unused: frozenset[str]):
+  optimizer = optimizers.make(config, unused=unused)
 
   @jax.jit
   def step(params, state, grads, lr_scale, momentum):
@@ -213,16 +255,7 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
     updates, state = optimizer.update(grads, state, params, lr_scale=lr_scale, momentum=momentum)
     return optax.apply_updates(params, updates), state, norm
 
-  params = {name: jnp.asarray(value) for name, value in start.items()}
-  state = optimizer.init(params)
-  outputs: Arrays = {}
-  for k, plan in enumerate(case.about["steps"]):
-    given = {name: case.inputs.get(f"grads/{k}/{name}") for name in params}
-    grads = {name: jnp.zeros_like(params[name]) if g is None else jnp.asarray(g) for name, g in given.items()}
-    params, state, norm = step(params, state, grads, plan["lr_scale"], plan["muon_momentum"])
-    outputs[f"grad_norm/{k}"] = np.asarray(norm)[None]
-    outputs |= {f"params/{k}/{name}": value for name, value in params.items()}
-  return outputs
+  return step
 
 
 def _train(case: Case, mesh: Mesh) -> Arrays:

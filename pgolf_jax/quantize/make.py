@@ -17,7 +17,7 @@ import numpy as np
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize.artifact import writer
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows, unbank
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows, multiplies, unbank
 from pgolf_jax.quantize.calibrate import Calibration, calibrate
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
 from pgolf_jax.quantize.gptq import Grids, gptq, row_step
@@ -25,7 +25,6 @@ from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import QuantizeConfig, Settings
 from pgolf_jax.settings.load import to_dict
 
-_LARGEST_HALF = 65_536  # elements; up to here a parameter stays fp16
 _GATE_SIZES = range(32, 8193)  # elements of an attention gate that is stored as integers
 
 
@@ -46,7 +45,7 @@ def quantize(
   for name, value in matrices.items():
     if not np.isfinite(value).all():
       raise UserError(f"{name} holds values that are not finite, so it cannot be quantised; take an earlier state.")
-  large = {name: value for name, value in matrices.items() if value.size > _LARGEST_HALF}
+  large = {name: value for name, value in matrices.items() if multiplies(name) and value.size > config.fp16_up_to}
   if missing := [name for name in large if name not in calibration.hessian or name not in calibration.act_rms]:
     raise UserError(f"There is no calibration for {', '.join(missing)}; calibrate with this model's settings.")
 

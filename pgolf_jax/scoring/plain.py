@@ -46,7 +46,13 @@ def spans(targets: int, *, ranks: int, length: int) -> list[tuple[int, int]]:
 
 
 def score(
-  settings: Settings, params: Params, data: ValidationData, mesh: Mesh, *, description: str = "scoring"
+  settings: Settings,
+  params: Params,
+  data: ValidationData,
+  mesh: Mesh,
+  *,
+  description: str = "scoring",
+  nll_N: np.ndarray | None = None,
 ) -> Score:
   """Scores every target of the stream once, with looping on.
 
@@ -58,6 +64,7 @@ def score(
     params: float32, under the recipe's names.
     mesh: has the axis `data`; spans are shared out over it.
     description: shown beside the progress.
+    nll_N: takes the nats of every target, in the stream's order, if given.
 
   Returns:
     The total; nats are added in float64.
@@ -87,6 +94,8 @@ def score(
         row[: end - begin + 1] = data.tokens[begin : end + 1]
       losses = np.asarray(nll(params, place(mesh, tokens, P(AXIS))))
       for row, (begin, end) in zip(losses, group, strict=False):
+        if nll_N is not None:
+          nll_N[begin:end] = row[: end - begin]
         nats += float(np.sum(row[: end - begin], dtype=np.float64))
       bar.advance(sum(end - begin for begin, end in group))
   return Score(nats, targets, int(np.sum(data.token_bytes[1:], dtype=np.int64)))

@@ -3,76 +3,11 @@
 import math
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import flattened, shown
+from pgolf_jax.settings import Settings, schedules
+from pgolf_jax.settings.fields import every_setting
+from pgolf_jax.settings.load import flattened
 
 MAX_PARAMETERS = 2**28  # 1 GiB of fp32 weights
-
-_COUNT, _LENGTH, _INDEX = (1, 2**20), (1, 2**31 - 1), (0, 2**31 - 1)
-_POSITIVE, _NOT_NEGATIVE, _SHARE, _BELOW_ONE = (1e-30, 1e30), (0.0, 1e30), (0.0, 1.0), (0.0, 1 - 2**-53)
-_BITS = (2, 8)
-_RANGES: dict[str, tuple[float, float]] = {
-  "model.vocab_size": (1, 2**16),  # a shard's tokens have 16 bits
-  "model.num_layers": (1, 1000),
-  "model.model_dim": (1, 2**16),
-  "model.num_heads": (1, 2**16),
-  "model.num_kv_heads": (1, 2**16),
-  "model.mlp_mult": (1e-3, 1e3),
-  "model.num_loops": (0, 100),
-  "model.gate_window": (1, 2**16),
-  "model.rope_base": _POSITIVE,
-  "model.sparse_attn_gate_init_std": _NOT_NEGATIVE,
-  "model.logit_softcap": _POSITIVE,
-  "model.tied_embed_init_std": _NOT_NEGATIVE,
-  **{f"model.{name}": _INDEX for name in ("parallel_start_layer", "xsa_last_n", "rope_dims", "bos_id")},
-  **{f"optimizer.{name}": _NOT_NEGATIVE for name in ("matrix_lr", "muon_wd", "embed_lr", "embed_wd", "scalar_lr")},
-  **{f"optimizer.{name}": _NOT_NEGATIVE for name in ("adam_wd", "adam_eps", "grad_clip_norm")},
-  **{f"optimizer.{name}": _SHARE for name in ("muon_momentum", "muon_momentum_warmup_start")},
-  **{f"optimizer.{name}": _BELOW_ONE for name in ("beta1", "beta2")},
-  **{f"optimizer.{name}": _INDEX for name in ("muon_momentum_warmup_steps", "muon_steps")},
-  **{f"train.{name}": _INDEX for name in ("iterations", "seq_change_warmup_steps", "warmdown_iters", "warmup_steps")},
-  **{f"train.{name}": _INDEX for name in ("log_every", "val_loss_every", "stop_step", "checkpoint_every_steps")},
-  **{f"train.{name}": _NOT_NEGATIVE for name in ("max_wallclock_seconds", "min_lr", "checkpoint_every_seconds")},
-  "train.batch_tokens": _LENGTH,
-  "train.micro_batches": _COUNT,
-  "train.world_size": (0, 2**20),
-  "train.seq_len": _LENGTH,
-  "train.enable_looping_at": _NOT_NEGATIVE,
-  "train.warmdown_frac": _SHARE,
-  "train.ema_decay": _BELOW_ONE,
-  "eval.batch_tokens": _LENGTH,
-  "eval.micro_batches": _COUNT,
-  "eval.seq_len": _LENGTH,
-  "ttt.batch_size": _COUNT,
-  "ttt.seq_len": _LENGTH,
-  "ttt.chunk_size": _LENGTH,
-  "ttt.lora.rank": (1, 2**16),
-  "ttt.short.rank": (1, 2**16),
-  "ttt.lora.grad_steps": (0, 1000),
-  **{f"ttt.lora.{name}": _NOT_NEGATIVE for name in ("alpha", "lr", "lr_mult", "weight_decay")},
-  **{f"ttt.lora.{name}": _BELOW_ONE for name in ("beta1", "beta2", "warm_start_mean_momentum")},
-  **{f"ttt.lora.{name}": _INDEX for name in ("warm_start_mean_doc_len", "train_min_doc_len", "train_max_doc_len")},
-  **{f"ttt.short.{name}": _NOT_NEGATIVE for name in ("lr", "weight_decay")},
-  "ttt.short.beta2": _BELOW_ONE,
-  "ttt.short.doc_len": _INDEX,
-  "ttt.short.chunk_size": _LENGTH,
-  **{f"ttt.phase.{name}": _INDEX for name in ("prefix_docs", "epochs", "chunk_tokens", "batch_seqs", "warmup_chunks")},
-  **{f"ttt.phase.{name}": _NOT_NEGATIVE for name in ("lr", "grad_clip", "warmup_start_lr")},
-  "ttt.phase.count": _COUNT,
-  "ttt.phase.momentum": _BELOW_ONE,
-  "hints.order": (1, 32),  # the published list of coefficients ends with the one for pairs of order 32
-  "hints.boost": (-50.0, 50.0),
-  **{f"quantize.{name}": _BITS for name in ("matrix_bits", "embed_bits", "awq_bits", "lqer_factor_bits")},
-  **{f"quantize.{name}_clip_sigmas": _POSITIVE for name in ("matrix", "attn", "mlp", "embed")},
-  **{f"quantize.{name}": _COUNT for name in ("calibration_batches", "calibration_micro_batches")},
-  **{f"quantize.{name}": _COUNT for name in ("block_size", "awq_group_size", "lqer_asym_group")},
-  **{f"quantize.{name}": _INDEX for name in ("awq_group_top_k", "lqer_top_k", "budget_bytes")},
-  "quantize.lqer_rank": (1, 64),
-  "quantize.reserve_seconds": _NOT_NEGATIVE,
-  "quantize.damping": _NOT_NEGATIVE,
-  "seed": (0, 2**63 - 1),
-}
-"""Setting → the least and the largest value that it can have."""
 
 
 def check(settings: Settings, *, device_count: int | None = None) -> None:
@@ -96,18 +31,14 @@ def _divisor_near(n: int, want: int) -> int:
 
 
 def _check_ranges(settings: Settings) -> None:
-  for name, value in flattened(settings).items():
-    numbers = [n for item in (value if isinstance(value, tuple) else [value]) for n in _numbers(item)]
-    _require(
-      not any(n != n or n in (math.inf, -math.inf) for n in numbers), f"{name} must be finite, not {shown(value)}."
-    )
-    low, high = _RANGES.get(name, (-math.inf, math.inf))
-    _require(all(low <= n <= high for n in numbers), f"{name}={shown(value)} must lie in {low} … {high}.")
-
-
-def _numbers(value: object) -> list[float]:
-  """The numbers in a setting, or in an item of a schedule."""
-  return [n for n in (value if isinstance(value, tuple) else [value]) if isinstance(n, int | float)]
+  """Checks every number again, for settings that were made in Python rather than read."""
+  values = flattened(settings)
+  for entry in every_setting(Settings):
+    value = values[entry.name]
+    if isinstance(value, tuple):
+      schedules.check(entry.name, value, entry.within)
+    elif entry.within and value is not None:
+      schedules.check(entry.name, (value,), (entry.within,))
 
 
 def _check_model(settings: Settings) -> None:
@@ -137,10 +68,6 @@ def _check_model(settings: Settings) -> None:
   _require(
     m.gate_window <= m.model_dim,
     f"model.gate_window={m.gate_window} must be at most model.model_dim={m.model_dim}.",
-  )
-  _require(
-    0 < m.leaky_relu_sq_slope <= 1,
-    f"model.leaky_relu_sq_slope={m.leaky_relu_sq_slope} must lie in (0, 1]; 0.3 is usual.",
   )
   if m.num_loops > 0:
     _require(
@@ -208,7 +135,6 @@ def _check_eval(settings: Settings) -> None:
     f"eval.batch_tokens={e.batch_tokens} cut into eval.micro_batches={e.micro_batches} spans leaves {span} tokens to "
     f"each, fewer than eval.seq_len={e.seq_len}; set eval.batch_tokens to at least {e.seq_len * e.micro_batches}.",
   )
-  _require(0 < e.doc_fraction <= 1, f"eval.doc_fraction={e.doc_fraction} must lie in (0, 1].")
 
 
 def _check_ttt(settings: Settings) -> None:

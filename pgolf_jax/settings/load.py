@@ -1,23 +1,24 @@
 """Reading settings: from a TOML file, then from environment variables, each over the one before; and writing them.
 
-In files and environments the schedules are text: `1024@0.1,3072@1` (length@progress), `0.5@0.9` (factor@progress),
-`256:16,2000:32` (document length:chunk size), `1,5,20` (numbers). Loading makes tuples of them.
+In files and environments schedules are text, of which loading makes tuples; `schedules.py` says how they are written.
 """
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pgolf_jax.errors import UserError
-from pgolf_jax.settings import ChunkStep, LengthStage, ScaleStage, Settings
+from pgolf_jax.errors import UserError, shown
+from pgolf_jax.settings import Settings, schedules
+from pgolf_jax.settings.fields import Entry, every_setting
 
 Changes = dict[tuple[str, ...], object]
 """Path of a setting, such as ("ttt", "lora", "rank") → its new value."""
@@ -66,10 +67,9 @@ def from_env(environ: Mapping[str, str], base: Settings | None = None) -> Settin
   is meant to hold settings only. Raises UserError on a value of the wrong type or one that is not supported.
   """
   changes: Changes = {}
-  for path, field, kind in _fields(Settings):
-    name = field.metadata.get("env")
-    if name and name in environ:
-      changes[path] = _parse_env(name, environ[name], kind)
+  for entry in every_setting(Settings):
+    if entry.env and entry.env in environ:
+      changes[entry.path] = parse_text(entry.env, environ[entry.env], entry)
   refuse_unsupported(environ)
   return _replaced(base if base is not None else Settings(), changes)
 
@@ -105,24 +105,21 @@ def changed(settings: Settings, changes: Mapping[str, object]) -> Settings:
   Raises:
     UserError: an unknown name, or a value of the wrong type.
   """
-  kinds = {".".join(path): (path, kind) for path, _, kind in _fields(Settings)}
+  entries = {entry.name: entry for entry in every_setting(Settings)}
   by_path: Changes = {}
   for name, value in changes.items():
-    if name not in kinds:
-      raise UserError(f"Unknown setting {name}{_nearest(name, kinds)}")
-    path, kind = kinds[name]
-    by_path[path] = value if isinstance(value, tuple) or value is None else _checked(name, value, kind)
+    if name not in entries:
+      raise UserError(f"Unknown setting {name}{_nearest(name, entries)}")
+    as_it_is = isinstance(value, tuple) or value is None
+    by_path[entries[name].path] = value if as_it_is else _checked(name, value, entries[name])
   return _replaced(settings, by_path)
 
 
 def flattened(settings: Settings) -> dict[str, object]:
   """Returns every setting by its dotted name, such as "ttt.lora.rank", in the order of the dataclasses."""
   values: dict[str, object] = {}
-  for path, _, _ in _fields(Settings):
-    value: object = settings
-    for name in path:
-      value = getattr(value, name)
-    values[".".join(path)] = value
+  for entry in every_setting(Settings):
+    values[entry.name] = functools.reduce(getattr, entry.path, settings)
   return values
 
 
@@ -147,7 +144,7 @@ def departures(settings: Settings) -> list[str]:
 
 def env_names() -> dict[str, str]:
   """Returns environment name → dotted setting name, for every setting that has one."""
-  return {field.metadata["env"]: ".".join(path) for path, field, _ in _fields(Settings) if "env" in field.metadata}
+  return {entry.env: entry.name for entry in every_setting(Settings) if entry.env}
 
 
 def check_env_names(names: Iterable[str]) -> None:
@@ -158,119 +155,24 @@ def check_env_names(names: Iterable[str]) -> None:
       raise UserError(f"Unknown setting {name}{_nearest(name, known)}")
 
 
-def parse_stages(name: str, text: str, kind: type) -> tuple:
-  """Returns the tuple that a schedule's text stands for, sorted; empty for empty text.
-
-  Args:
-    name: of the setting, for errors.
-    kind: the type of the tuple's items: LengthStage, ScaleStage, ChunkStep or int.
-
-  Raises:
-    UserError: an item that does not read as it should, or a number out of range.
-  """
-  items = [item.strip() for item in text.split(",") if item.strip()]
-  return tuple(sorted((_STAGES[kind](name, item) for item in items), key=_position))
-
-
-def _position(stage) -> float:
-  """What the items of a schedule are sorted by: progress, or the length of documents."""
-  return stage.until if isinstance(stage, LengthStage) else stage.at if isinstance(stage, ScaleStage) else stage
-
-
-def _length_stage(name: str, item: str) -> LengthStage:
-  stage = LengthStage(*_at_progress(name, item, int))
-  if stage.seq_len <= 0 or not 0 < stage.until <= 1:
-    raise UserError(f"{name} has the stage {item}; lengths must be positive and progress must lie in (0, 1].")
-  return stage
-
-
-def _scale_stage(name: str, item: str) -> ScaleStage:
-  return ScaleStage(*_at_progress(name, item, float))
-
-
-def _at_progress(name: str, item: str, kind: type) -> tuple:
-  try:
-    value, progress = item.split("@", 1)
-    return _checked(name, kind(value), kind), _checked(name, float(progress), float)
-  except ValueError:
-    raise UserError(f"{name} has the stage {shown(item)}; each must read value@progress, as in 1024@0.35.") from None
-
-
-def _chunk_step(name: str, item: str) -> ChunkStep:
-  try:
-    step = ChunkStep(*(int(number) for number in item.replace("=", ":").split(":")))
-  except (ValueError, TypeError):
-    step = ChunkStep(0, 0)
-  if step.longest <= 0 or step.size <= 0:
-    raise UserError(f"{name} has {shown(item)}; each must read length:size, as in 256:16, both positive.")
-  return step
-
-
-_DIGITS = re.compile(r"[0-9]{1,18}")
-
-
-def _number(name: str, item: str) -> int:
-  if not _DIGITS.fullmatch(item):
-    raise UserError(f"{name} has {shown(item)}; each must be a whole number, as in 1,5,20.")
-  return int(item)
-
-
-_STAGES = {LengthStage: _length_stage, ScaleStage: _scale_stage, ChunkStep: _chunk_step, int: _number}
-STAGE_KINDS = {
-  LengthStage: "LENGTH@PROGRESS,…",
-  ScaleStage: "FACTOR@PROGRESS,…",
-  ChunkStep: "LENGTH:SIZE,…",
-  int: "N,…",
-}
-"""Type of a schedule's items → how the schedule is written."""
-
-
-def stages_as_text(stages: tuple) -> str:
-  """Returns a schedule as the text that `parse_stages` reads."""
-  joint = {LengthStage: "@", ScaleStage: "@", ChunkStep: ":"}
-
-  def text(stage) -> str:
-    if not isinstance(stage, tuple):
-      return str(stage)
-    return joint[type(stage)].join(f"{number:g}" if isinstance(number, float) else str(number) for number in stage)
-
-  return ",".join(map(text, stages))
-
-
 def _as_text(value: object) -> object:
   """A schedule as text; other values as they are."""
-  return stages_as_text(value) if isinstance(value, tuple) else value
-
-
-def _fields(section: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dataclasses.Field, object]]:
-  """(path, field, type) of every setting in a section and the sections in it."""
-  hints = typing.get_type_hints(section)
-  for field in dataclasses.fields(section):
-    kind = hints[field.name]
-    if dataclasses.is_dataclass(kind):
-      yield from _fields(kind, (*path, field.name))
-    else:
-      yield (*path, field.name), field, kind
+  return schedules.as_text(value) if isinstance(value, tuple) else value
 
 
 def _collect(section: type, table: Mapping[str, object], where: str, path: tuple[str, ...], changes: Changes) -> None:
   """Enters the checked values of a section's table in `changes`."""
+  entries = list(every_setting(section, path))
+  here = {entry.path[-1]: entry for entry in entries if len(entry.path) == len(path) + 1}
+  here |= {entry.flat: entry for entry in entries if entry.flat and len(path) == 1 and entry.flat not in here}
   hints = typing.get_type_hints(section)
-  flat = {
-    field.metadata["flat"]: (inner, kind)
-    for inner, field, kind in _fields(section, path)
-    if "flat" in field.metadata and len(path) == 1
-  }
   for key, value in table.items():
     name = ".".join((*path, key))
-    if key in flat:
-      inner, kind = flat[key]
-      changes[inner] = _checked(f"{where}: {name}", value, kind)
+    if key in here:
+      changes[here[key].path] = _checked(f"{where}: {name}", value, here[key])
     elif key not in hints:
-      what = "section or setting" if not path else "setting"
-      raise UserError(f"{where}: unknown {what} {name if path else repr(key)}{_nearest(key, hints)}")
-    elif not dataclasses.is_dataclass(hints[key]):
-      changes[*path, key] = _checked(f"{where}: {name}", value, hints[key])
+      what = "setting" if path else "section or setting"
+      raise UserError(f"{where}: unknown {what} {name[:100]}{_nearest(key, hints)}")
     elif not isinstance(value, Mapping):
       raise UserError(f"{where}: {name} is a section, so it needs [{name}] and names under it.")
     else:
@@ -289,61 +191,81 @@ def _replaced(section, changes: Changes):
 def _nearest(name: str, valid: Iterable[str]) -> str:
   """The end of an error's sentence: the valid name that is most like the given one."""
   near = difflib.get_close_matches(name[:100], list(valid), n=1, cutoff=0.5)
-  return f"; did you mean {near[0]}?" if near else "; see README.md for the settings there are."
+  return f"; did you mean {near[0]}?" if near else "; `pgolf help settings` and docs/settings.md list those there are."
 
 
-def _parse_env(name: str, text: str, kind) -> object:
-  """An environment variable's text as a value of the type `kind`; raises UserError naming the variable."""
-  text = text.strip()
-  if isinstance(kind, types.UnionType):
-    if text == "":
-      return None
-    kind = next(k for k in typing.get_args(kind) if k is not type(None))
-  if typing.get_origin(kind) is tuple:
-    return parse_stages(name, text, typing.get_args(kind)[0])
+_BOOLS = {"1": True, "0": False, "true": True, "false": False}
+
+
+def parse_text(name: str, text: str, entry: Entry) -> object:
+  """Returns the value that a word stands for in an environment or on a command line.
+
+  Args:
+    name: what the error calls the setting.
+
+  Raises:
+    UserError: the word is no value of the setting.
+  """
+  text, kind = text.strip(), _not_none(entry.kind)
+  if kind is not entry.kind and text == "":
+    return None
+  if kind is bool:
+    if text.lower() not in _BOOLS:
+      raise UserError(f"{name}={shown(text)} must be 1 (true) or 0 (false).")
+    return _BOOLS[text.lower()]
   if typing.get_origin(kind) is Literal:
-    return _checked(name, text.lower(), kind)
+    text = text.lower()
+  if kind not in (int, float):
+    return _checked(name, text, entry)
   try:
-    if kind is bool:
-      return {"1": True, "0": False, "true": True, "false": False}[text.lower()]
-    if kind is int and text.lstrip("+-").isdigit():
-      return int(text)
-    return _checked(name, kind(text), kind)
-  except (ValueError, KeyError):
-    wanted = "0 or 1" if kind is bool else {int: "a whole number", float: "a number"}[kind]
-    raise UserError(f"{name}={shown(text)} is not {wanted}.") from None
+    value = int(text) if kind is int and text.lstrip("+-").isdigit() else kind(text)
+  except ValueError:
+    raise UserError(f"{name}={shown(text)} must be {describe(entry)}.") from None
+  return _checked(name, value, entry)
 
 
-def _checked(where: str, value: object, kind) -> object:
-  """The value in the form that its setting has in memory; raises UserError if it is not of the type `kind`."""
+def describe(entry: Entry) -> str:
+  """Returns what a setting can be, such as "a whole number from 1 to 64"."""
+  kind = _not_none(entry.kind)
+  if typing.get_origin(kind) is Literal:
+    return f"one of {', '.join(choice or 'empty' for choice in typing.get_args(kind))}"
+  if typing.get_origin(kind) is tuple:
+    return f"a schedule, {schedules.pattern(typing.get_args(kind)[0])}"
+  words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+  return f"{words}, {entry.within}" if entry.within else words
+
+
+def _not_none(kind):
+  """The type of an optional setting when it is set; other types as they are."""
   if isinstance(kind, types.UnionType):
-    kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    return next(k for k in typing.get_args(kind) if k is not type(None))
+  return kind
+
+
+def _checked(where: str, value: object, entry: Entry) -> object:
+  """The value in the form that its setting has in memory; raises UserError if it is no value of the setting."""
+  kind = _not_none(entry.kind)
   if typing.get_origin(kind) is Literal:
     choices = typing.get_args(kind)
     if not isinstance(value, str) or value not in choices:
-      near = difflib.get_close_matches(str(value)[:100], [str(c) for c in choices], n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else "."
-      raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, not {shown(value)}{hint}")
+      near = difflib.get_close_matches(str(value)[:100], choices, n=1)
+      raise UserError(
+        f"{where}={shown(value)} must be {describe(entry)}{f'; did you mean {near[0]}?' if near else '.'}"
+      )
     return value
   if typing.get_origin(kind) is tuple:
-    return parse_stages(where, _checked(where, value, str), typing.get_args(kind)[0])
+    if not isinstance(value, str):
+      raise UserError(f"{where}={shown(value)} must be {describe(entry)}.")
+    return schedules.parse(where, value, typing.get_args(kind)[0], entry.within)
   if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
-    return float(value)
-  if kind is float and isinstance(value, float) and not math.isfinite(value):
-    raise UserError(f"{where} must be finite, not {value}.")
+    value = float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    raise UserError(f"{where} must be {names[kind]}, not {shown(value)}.")
+    raise UserError(f"{where}={shown(value)} must be {describe(entry)}.")
+  if kind is float and not math.isfinite(value):
+    raise UserError(f"{where} must be finite, not {value}.")
+  if entry.within and not entry.within.holds(value):
+    raise UserError(f"{where}={shown(value)} must be {entry.within}.")
   return value
-
-
-def shown(value: object) -> str:
-  """Returns the beginning of what a value looks like, for messages."""
-  try:
-    text = repr(value)
-  except (ValueError, RecursionError):  # a whole number of thousands of digits, or something very deep
-    return "a value too long to show"
-  return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 # Name → the values accepted, and why no others are. `None` accepts any: the name has no effect in this recipe.

@@ -131,6 +131,7 @@ class Trainer:
       "parameters": count,
       "weights": parameters.content_hash(state.average),
       "devices": self.mesh.size,
+      "device": self.mesh.devices.flat[0].device_kind,
       "compile_and_warm_up_seconds": before_clock,
       "recompilations_in_clock": self.clock.compilations,
     }

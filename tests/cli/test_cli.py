@@ -7,17 +7,16 @@ import pytest
 from pgolf_jax import stages
 from pgolf_jax.cli import VERBS, commands, main
 from pgolf_jax.errors import Stopped
+from pgolf_jax.settings import Settings, builtin
+from pgolf_jax.settings.fields import every_setting
+from pgolf_jax.settings.reference import option
 
 
 def test_every_verb_explains_itself_with_an_example(capsys):
   for verb in VERBS:
     for name in commands(verb):
       command = [verb, name] if name else [verb]
-      try:
-        status = main([*command, "--help"])
-      except SystemExit as exit:
-        status = exit.code
-      assert not status, command
+      assert main([*command, "--help"]) == 0, command
       assert "Example" in capsys.readouterr().out, command
 
 
@@ -27,7 +26,22 @@ def test_every_verb_explains_itself_with_an_example(capsys):
     ([], 2, ""),
     (["rnu"], 2, "did you mean run"),
     (["data", "prepair"], 2, "did you mean prepare"),
-    (["run"], 1, "needs a path first"),
+    (["run"], 2, "pgolf run needs CONFIG, as in: pgolf run configs/demo.toml"),
+    (["eval"], 2, "pgolf eval needs TARGET, run folder or artifact"),
+    (["audit"], 2, "pgolf audit needs RUNS"),
+    (["judge", "x"], 2, "pgolf judge needs --data"),
+    (["eval", "x", "--docuemnts", "3"], 2, "did you mean --documents?"),
+    (["eval", "x", "--documents", "three"], 2, "--documents three must be a whole number."),
+    (["eval", "x", "--weights", "all"], 2, "--weights all must be one of artifact, averaged."),
+    (["eval", "x", "--documents"], 2, "--documents needs a value."),
+    (["data", "verify", "a", "b"], 2, "takes no b"),
+    (["run", "--iterations", "5"], 2, "did you mean --train.iterations?"),
+    (["run", "configs/demo.toml", "--train.iterations"], 2, "needs a value: a whole number, 0 or more"),
+    (["run", "configs/demo.toml", "--train.iterations", "-5"], 1, "--train.iterations=-5 must be 0 or more."),
+    (["run", "configs/demo.toml", "--train.min-lr=-3"], 1, "--train.min-lr=-3.0 must be from 0 to 1."),
+    (["run", "configs/demo.toml", "--train.seq-schedule", "9@1,8@0.5"], 1, "goes backwards"),
+    (["quantize", "x", "--quantize.embed_bits", "0"], 1, "--quantize.embed-bits=0 must be from 2 to 8."),
+    (["run", "configs/demo.toml", "--ttt.enabled", "perhaps"], 2, "takes no perhaps"),
     (["run", "configs/dmo.toml"], 1, "did you mean configs/demo.toml"),
     (["data", "inspect", "nowhere"], 1, "nowhere"),
   ],
@@ -93,12 +107,72 @@ def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
   assert (folder.name, names) == ("demo", list(stages.STAGES))
 
 
-def test_every_setting_has_a_sentence_of_its_own(capsys):
-  with pytest.raises(SystemExit):
-    main(["run", "--help"])
+def test_options_may_come_in_any_order(monkeypatch):
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
+  orders = [
+    ["configs/demo.toml", "--seed", "9", "--out", "x", "--ttt.no-enabled", "--train.min-lr", "0.5"],
+    ["--seed=9", "--ttt.enabled", "false", "--train.min_lr", "0.5", "--out", "x", "configs/demo.toml"],
+    ["--out", "x", "--ttt.enabled=0", "configs/demo.toml", "--train.min-lr=5e-1", "--seed", "9"],
+  ]
+  for words in orders:
+    assert main(["run", *words]) == 0
+  assert started[0] == started[1] == started[2]
+  settings, folder, _ = started[0]
+  assert (settings.seed, settings.ttt.enabled, settings.train.min_lr, folder.name) == (9, False, 0.5, "x")
+
+
+def test_a_truth_before_the_config_takes_no_word_that_is_none(monkeypatch):
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
+  assert main(["run", "--ttt.enabled", "configs/demo.toml"]) == 0
+  assert started[0][0].ttt.enabled and started[0][1].name == "demo"
+
+
+def test_help_fits_two_screens_and_shows_a_configs_values(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  assert main(["run", "--help"]) == 0
   text = capsys.readouterr().out
-  option = r"--(?:[a-z_-]+\.)+[a-z0-9-]+(?:, --\S+)?(?: (?:INT|FLOAT|STR|\{\S+\}\S*|\S+…))? (.*?)\(default:"
-  sentences = [sentence.strip() for sentence in re.findall(option, re.sub(r"[│\s]+", " ", text))]
-  assert len(sentences) > 150 and "" not in sentences
-  common = {sentence for sentence in sentences if sentences.count(sentence) > 2}
-  assert common <= {"learning rate", "weight decay", "largest norm of a gradient; 0: no limit", "its weight decay"}
+  assert text.count("\n") <= 66 and max(map(len, text.splitlines())) <= 100
+  assert "--train.iterations N" in text and "(ITERATIONS; 20000)" in text and "--help-all" in text
+  assert main(["run", "--help", "configs/demo.toml"]) == 0
+  assert "(ITERATIONS; 100000)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["run", "--help-all"], ["help", "settings"]])
+def test_every_setting_is_shown_on_request_with_its_sentence_and_its_environment_name(words, capsys):
+  assert main(words) == 0
+  text = re.sub(r"\s+", " ", capsys.readouterr().out)
+  for entry in every_setting(Settings):
+    assert re.search(rf"{option(entry)} .{{0,60}}{re.escape(entry.meaning)} \({entry.env or ''}", text), entry.name
+
+
+def test_no_help_has_words_of_python(capsys):
+  for verb in VERBS:
+    for name in commands(verb):
+      assert main([verb, name, "--help"] if name else [verb, "--help"]) == 0
+      text = capsys.readouterr().out
+      assert not re.search(r"None|True|False|PosixPath|<class|NoneType|[\[(]'", text), text
+
+
+def test_a_config_that_comes_with_the_program_is_found_by_name_from_anywhere(tmp_path, monkeypatch, capsys):
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
+  monkeypatch.chdir(tmp_path)
+  assert main(["run", "demo", "--seed", "5"]) == 0
+  [(settings, folder, _)] = started
+  assert settings.seed == 5 and settings.model.vocab_size == 1024 and str(folder) == "runs/demo"
+  assert main(["run", "record_8xh10"]) == 1
+  assert "did you mean record_8xh100?" in capsys.readouterr().err
+  (tmp_path / "demo").write_text("seed = 9\n")  # a path works as before, and a file that is there comes first
+  assert main(["run", "demo"]) == 0
+  assert started[-1][0].seed == 9
+
+
+def test_the_configs_are_listed_and_shown(capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  assert main(["configs"]) == 0
+  said = capsys.readouterr().out
+  assert "record_8xh100: " in said and "8 × H100" in said and max(map(len, said.splitlines())) <= 80
+  assert main(["configs", "--name", "demo"]) == 0
+  assert capsys.readouterr().out == builtin.find("demo").read_text()

@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-import tyro
 
 from pgolf_jax.cli import commands
 from pgolf_jax.data import caseops
@@ -18,6 +17,7 @@ from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.data.verify import inspect, verify
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import Settings
+from pgolf_jax.settings.arguments import call
 
 
 def settings_for(path: str, *, vocab_size: int = 1024, is_caseops: bool = True) -> Settings:
@@ -115,7 +115,7 @@ def test_the_default_text_is_prepared_once_and_the_log_says_so(tmp_path, monkeyp
   assert len(caplog.records) == 1
   # The command that the refusal names prepares the same data: where they are prepared, it has nothing to do.
   command = re.search("`pgolf data (.*)`", str(refusal.value))[1].split()
-  tyro.extras.subcommand_cli_from_dict(commands("data"), args=command)
+  call("pgolf data", commands("data")[command[0]], command[1:])
   assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
   with pytest.raises(UserError, match="vocab_size"):
     ensure_default_data(folder, 2048)

@@ -37,6 +37,29 @@ def test_peaks_are_those_of_the_longest_name_that_fits():
   assert hardware.peaks("cpu") is None
 
 
+@pytest.mark.parametrize(
+  ("kind", "bytes_per_s"),
+  [
+    ("Tesla T4", 0.3e12),
+    ("NVIDIA L4", 0.3e12),
+    ("NVIDIA L40S", None),
+    ("NVIDIA A10", None),
+    ("NVIDIA A10G", 0.6e12),
+    ("NVIDIA A100-SXM4-40GB", 1.555e12),
+    ("NVIDIA A100-SXM4-80GB", 2.039e12),
+    ("NVIDIA GeForce RTX 3090", 0.936e12),
+    ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GH200 480GB", 4.0e12),
+    ("NVIDIA H200", 4.8e12),
+    ("NVIDIA B200", 8.0e12),
+  ],
+)
+def test_a_card_has_no_other_cards_peaks(kind, bytes_per_s):
+  limits = hardware.peaks(kind)
+  assert (limits and limits.bytes_per_s) == bytes_per_s
+
+
 @pytest.mark.parametrize(("flops", "num_bytes", "seconds"), [(989e12, 1, 1.0), (1, 3.35e12, 1.0)])
 def test_floor_is_the_longer_of_the_two_times(flops, num_bytes, seconds):
   assert hardware.peaks("H100").floor_s(flops, num_bytes) == pytest.approx(seconds)

@@ -207,5 +207,10 @@ def kind(name: str) -> str:
   return match[2] if match else name
 
 
+def multiplies(name: str) -> bool:
+  """Whether a parameter is a matrix that activations are multiplied by: one of a bank, or the embedding."""
+  return name == "tok_emb.weight" or _in_a_bank(name)
+
+
 def _in_a_bank(name: str) -> bool:
   return kind(name) != name and kind(name) in _SUFFIXES

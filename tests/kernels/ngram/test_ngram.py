@@ -1,5 +1,6 @@
-"""The C counts against plain Python, the published outputs, and their own promises."""
+"""The counts in C and in NumPy against plain Python, the published outputs, and their own promises."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from pgolf_jax.kernels import ngram
 from pgolf_jax.kernels.ngram import MAX_ORDER, NgramState, reference
 
 MODES = ["exact", "reference"]
+
+
+@contextlib.contextmanager
+def counting_in(language: str):
+  """Makes states count in C or in NumPy."""
+  before, ngram.IS_COMPILED = ngram.IS_COMPILED, language == "C"
+  yield
+  ngram.IS_COMPILED = before
+
+
+@pytest.fixture(params=["C", "NumPy"])
+def both_languages(request):
+  with counting_in(request.param):
+    yield
+
+
+both = pytest.mark.usefixtures("both_languages")
 
 
 def pair_collision() -> tuple[int, int, int]:
@@ -45,8 +64,9 @@ def streams(draw):
   return np.array([token for part in [*parts, *(parts[i] for i in repeats if parts)] for token in part], np.uint32)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=400)
 @given(
+  language=st.sampled_from(["C", "NumPy"]),
   stream=streams(),
   order=st.integers(1, MAX_ORDER) | st.integers(1, 4),
   mode=st.sampled_from(MODES),
@@ -56,8 +76,9 @@ def streams(draw):
   seeds=st.lists(st.integers(0, 3), max_size=3),
   cuts=st.lists(st.integers(0, 400), max_size=5),
 )
-def test_agrees_with_plain_python(stream, order, mode, threshold, threads, expected, seeds, cuts):
-  state = NgramState(order, threshold=threshold, mode=mode, vocab_size=2**31, threads=threads, expected=expected)
+def test_agrees_with_plain_python(language, stream, order, mode, threshold, threads, expected, seeds, cuts):
+  with counting_in(language):
+    state = NgramState(order, threshold=threshold, mode=mode, vocab_size=2**31, threads=threads, expected=expected)
   model = reference.NgramModel(order, threshold=threshold, mode=mode)
   for part in np.split(stream, np.unique([c for c in cuts if c < len(stream)]).astype(int)):
     for text in (state, model):
@@ -70,6 +91,7 @@ def test_agrees_with_plain_python(stream, order, mode, threshold, threads, expec
     np.testing.assert_array_equal(got, want)
 
 
+@both
 def test_pairs_of_different_contexts_share_counts_by_the_published_keys_alone():
   a, s, t = pair_collision()
   stream = np.array([0, s, 0, s, a, t, a, t], np.uint32)
@@ -80,6 +102,7 @@ def test_pairs_of_different_contexts_share_counts_by_the_published_keys_alone():
   assert confidence[-1] == 1
 
 
+@both
 def test_different_contexts_share_hints_by_the_published_keys_alone():
   (a, b), (c, d) = context_collision()
   stream = np.array([a, b, 5, 6, c, d, 5], np.uint32)
@@ -87,6 +110,7 @@ def test_different_contexts_share_hints_by_the_published_keys_alone():
   assert not NgramState(3, threshold=0.8, mode="exact").update(stream)[1].any()
 
 
+@both
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_published_hints(golden, threads):
   targets = load_file(golden("ngram") / "inputs.safetensors")["tokens"][1:]
@@ -98,6 +122,7 @@ def test_published_hints(golden, threads):
   np.testing.assert_array_equal(np.where(gate, hint, 0), expected["hint_ids"])
 
 
+@both
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", [1, 3, 16])
 def test_any_number_of_threads_and_any_cut_give_the_same_bits(mode, order):
@@ -120,6 +145,7 @@ def test_any_number_of_threads_and_any_cut_give_the_same_bits(mode, order):
       np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
+@both
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
 def test_takes_tokens_of_any_integer_type_and_writes_into_arrays_given(dtype):
   tokens = np.array([3, 4, 3, 4, 3], dtype)
@@ -131,10 +157,41 @@ def test_takes_tokens_of_any_integer_type_and_writes_into_arrays_given(dtype):
   assert confidence.tolist() == [0, 0, 0, 1, 1]
 
 
+@both
 def test_largest_token():
   top = 2**32 - 1
   hint, gate = NgramState(2, threshold=0.8).update(np.array([top, top, top], np.uint32))
   assert hint[2] == top and gate[2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_long_stream_has_the_same_hints_in_both_languages(mode):
+  """Blocks are full, tables grow, and updates end inside blocks."""
+  rng = np.random.default_rng(0)
+  stream = rng.integers(0, 300, 200_000).astype(np.uint16)
+  for start in range(1000, 200_000, 400):
+    source = rng.integers(0, start - 200)
+    stream[start : start + 200] = stream[source : source + 200]
+  results = []
+  for language, cuts in (("C", []), ("NumPy", [70_000, 70_001, 180_000])):
+    with counting_in(language):
+      state = NgramState(4, threshold=0.7, mode=mode, vocab_size=300)
+    got = np.empty(len(stream), np.float32)
+    parts = [
+      state.update(part, confidence=out) for part, out in zip(np.split(stream, cuts), np.split(got, cuts), strict=True)
+    ]
+    results.append((*(np.concatenate(column) for column in zip(*parts, strict=True)), got))
+  assert results[0][1].mean() > 0.2
+  for in_c, in_numpy in zip(*results, strict=True):
+    np.testing.assert_array_equal(in_c, in_numpy)
+
+
+def test_without_the_compiled_counts_one_sentence_says_so(caplog):
+  ngram._say_that_it_is_slow.cache_clear()
+  with counting_in("NumPy"), caplog.at_level("WARNING", "pgolf"):
+    NgramState(2, threshold=0.8), NgramState(2, threshold=0.8)
+  [line] = caplog.messages
+  assert "install a C compiler" in line
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -147,6 +204,7 @@ def test_memory_of_a_stream_of_new_contexts_alone(mode):
   assert state.nbytes + hint.nbytes + gate.nbytes + boost.nbytes <= 40 * len(tokens)
 
 
+@both
 @pytest.mark.parametrize(
   ("arguments", "error", "message"),
   [
@@ -165,6 +223,7 @@ def test_refuses_impossible_settings(arguments, error, message):
     NgramState(**{"threshold": 0.8, **arguments})
 
 
+@both
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
   ("tokens", "outputs", "error", "message"),
@@ -191,6 +250,7 @@ def test_a_refused_update_takes_nothing(tokens, outputs, error, message):
   assert hint.tolist() == [0, 6] and gate.tolist() == [False, True]
 
 
+@both
 def test_read_only_outputs_are_refused():
   hint = np.zeros(2, np.int32)
   hint.flags.writeable = False
@@ -198,6 +258,7 @@ def test_read_only_outputs_are_refused():
     NgramState(2, threshold=0.8).update(np.array([1, 2]), hint=hint)
 
 
+@both
 def test_last_token():
   state = NgramState(2, threshold=0.8)
   assert state.last is None
