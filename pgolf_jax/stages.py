@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax import report
 from pgolf_jax.audit import audit
 from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.model.params import Params
+from pgolf_jax.plan import advice
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from
@@ -220,6 +222,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   share = f"as many as share train.micro_batches={settings.train.micro_batches}"
   idle = f" of {count}, {share}" if mesh.size < count else ""
   log.info("run folder %s, %d × %s%s", run.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  if misfit := advice.warning(settings, mesh):
+    log.warning("%s", misfit)
   source = f", commit {commit()}" if commit() else ""
   log.info("with %s%s", ", ".join(map(" ".join, versions().items())), source)
   if differing := departures(settings):
@@ -240,6 +244,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
+  if distributed.is_leader() and names == list(STAGES):
+    report.after_run(run)
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
 

@@ -1,10 +1,11 @@
 """`pgolf parity`: golden cases of the PyTorch reference."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
-from pgolf_jax.settings.arguments import Positional
+from pgolf_jax.settings.arguments import Positional, Repeated
 
 
 def run(
@@ -87,13 +88,53 @@ def check(
   return int(bool(failed))
 
 
+def compare(
+  a: Positional[Path],
+  b: Positional[Path],
+  noise: Path | None = None,
+  out: Path | None = None,
+  json: bool = False,
+  every_setting: bool = False,
+) -> None:
+  """Set two runs side by side: settings that differ, losses by step, scores by stage, times, and where they part.
+
+  Each is a run folder, a metrics.jsonl, or the log that a PyTorch script of the challenge printed. They part where the
+  mean difference of their losses is more than noise explains: the noise from step to step, and with --noise also that
+  between two runs of A's settings. Scores of the same documents are compared in pairs.
+
+  Example: pgolf parity compare runs/jax logs/torch.log --out compare
+
+  Args:
+    a: the first run.
+    b: the second run; differences are B less A.
+    noise: a second run of A's settings, such as another seed; what it differs by from A counts as noise.
+    out: folder for compare.txt, compare.json and compare.png (needs the extra `report`).
+    json: print JSON instead of the table.
+    every_setting: list all settings that differ, not the first twenty.
+  """
+  from json import dumps
+
+  from pgolf_jax.parity import compare_page
+  from pgolf_jax.parity.compare import compare as compare_sides
+  from pgolf_jax.parity.compare import read
+
+  compared = compare_sides(read(a), read(b), None if noise is None else read(noise))
+  if json:
+    print(dumps(compare_page.as_json(compared), allow_nan=False))
+  else:
+    print(compare_page.table(compared, every_setting=every_setting))
+  if out is not None:
+    written = compare_page.write(compared, out)
+    print("\n".join(written), file=sys.stderr if json else sys.stdout)
+
+
 def dump(
   script: Positional[Path],
   kind: Literal["forward", "optimizer", "train", "quantize", "ngram", "ttt"],
   out: Path,
   checkpoint: Path | None = None,
   base: Literal["tiny", "record", "script"] | None = None,
-  set: tuple[str, ...] = (),
+  set: Repeated[str] = (),
   tokens: int = 512,
   documents: int = 8,
   max_doc_len: int | None = None,
@@ -163,4 +204,4 @@ def dump(
   print(f"Next: pgolf parity check {out}")
 
 
-COMMANDS = {"parity": {"run": run, "check": check, "dump": dump}}
+COMMANDS = {"parity": {"run": run, "check": check, "compare": compare, "dump": dump}}
