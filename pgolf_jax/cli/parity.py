@@ -1,10 +1,11 @@
 """`pgolf parity`: golden cases of the PyTorch reference."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Literal
 
-from pgolf_jax.settings.arguments import Positional
+from pgolf_jax.settings.arguments import Positional, Repeated
 
 
 def run(
@@ -133,7 +134,7 @@ def dump(
   out: Path,
   checkpoint: Path | None = None,
   base: Literal["tiny", "record", "script"] | None = None,
-  set: tuple[str, ...] = (),
+  set: Repeated[str] = (),
   tokens: int = 512,
   documents: int = 8,
   max_doc_len: int | None = None,
@@ -141,6 +142,8 @@ def dump(
   seed: int = 0,
   data: Path | None = None,
   noise: float | None = None,
+  activations: bool = False,
+  floor: bool = True,
   device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
   """Make a golden case from your own PyTorch training script, for `pgolf parity check`.
@@ -169,6 +172,8 @@ def dump(
     data: folder of shards to take the text from, instead of random documents.
     noise: noise on the weights that the case starts from, relative to a typical weight; 0.3, but none on a checkpoint
       and in train.
+    activations: in a forward case, also keep what every layer computes, so that a mistake shows where it was made.
+    floor: compute everything once more from weights moved by 1e-7, to record how far the script's own outputs move.
     device: where PyTorch computes.
   """
   from importlib.util import find_spec
@@ -187,11 +192,8 @@ def dump(
   steps = (12 if kind == "train" else 4) if steps is None else steps
   noise = (0.0 if checkpoint or kind == "train" else NOISE) if noise is None else noise
   base = ("script" if checkpoint else "tiny") if base is None else base
-  case = make(
-    Request(
-      script, kind, out, checkpoint, base, changes, tokens, documents, max_doc_len, steps, seed, data, device, noise
-    )
-  )
+  request = Request(script, kind, out, checkpoint, base, changes, tokens, documents, max_doc_len, steps, seed, data)
+  case = make(dataclasses.replace(request, noise=noise, activations=activations, floor=floor, device=device))
   about = case.about["made_from"]
   size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
   print(f"{out}: {kind}, {size / 1e6:.2f} MB, from {script} on {about['device']}")
