@@ -30,7 +30,7 @@ VERBS = {
   "package": "build and check a submission folder",
   "judge": "score a submission folder as an organiser would, and say what is proved",
   "runs": "a table of runs",
-  "parity": "run and check golden cases of the PyTorch reference",
+  "parity": "golden cases of the PyTorch reference, and two runs side by side",
   "convert": "weights from and to PyTorch, safetensors and Orbax",
   "bench": "time kernels, steps and stages",
   "plan": "compile the steps for hardware that is not there",
