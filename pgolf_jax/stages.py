@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax import report
 from pgolf_jax.audit import audit
 from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
@@ -32,6 +33,7 @@ from pgolf_jax.scoring.store import OtherEvaluation
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures, to_dict
 from pgolf_jax.submission import bundle, package
+from pgolf_jax.tables import Table
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.loop import Trainer
 from pgolf_jax.training.step import TrainStep
@@ -242,6 +244,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
+  if distributed.is_leader() and names == list(STAGES):
+    report.after_run(run)
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
 
@@ -283,7 +287,7 @@ def _wanted(settings: Settings, name: str) -> bool:
   return settings.ttt.enabled or name not in ("ttt", "audit")
 
 
-def table(run: RunFolder) -> str:
+def table(run: RunFolder) -> Table:
   """Returns the run's figures as a table, one line a stage."""
   results = run.results()
   rows = []
@@ -302,5 +306,5 @@ def table(run: RunFolder) -> str:
   if audit := results.get("audit"):
     note = checks_summary([Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
-  head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
-  return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])
+  cells = ((what, bpb, f"{seconds:.1f}", note) for what, bpb, seconds, note in rows)
+  return Table(("", ">bits per byte", ">seconds", ""), cells)
