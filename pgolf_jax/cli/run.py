@@ -1,38 +1,86 @@
 """The verbs that take a CONFIG: `pgolf run`, `pgolf train` and `pgolf plan`."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pgolf_jax.settings import Settings
-from pgolf_jax.settings.arguments import Overrides, Positional, with_config
+from pgolf_jax.settings.arguments import Overrides, Positional, Repeated, with_config
 
 
-def run(config: Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+def run(
+  config: Positional[Path],
+  out: Path | None = None,
+  seeds: str = "",
+  set: Repeated[str] = (),
+  wandb: str = "",
+  settings: Overrides = Settings(),
+) -> int:
   """Train, score, quantise and score again, in one run folder. Stages that are complete are skipped.
+
+  With --seeds or --set it makes a set: a run for each seed and combination of values, each in a folder of its own, in
+  one process that compiles once for all that differ in numbers alone. A run that fails does not hold up the others.
 
   Example: pgolf run demo --out runs/demo --train.iterations 500
 
+  Example: pgolf run demo --seeds 42,0,314 --set matrix_lr=0.02,0.03
+
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
-    out: run folder; runs/NAME-OF-CONFIG if not given.
+    out: run folder, or folder of the set; runs/NAME-OF-CONFIG, or runs/NAME-OF-CONFIG-set, if not given.
+    seeds: seeds of a set, as in 42,0,314.
+    set: a setting and its values, as in matrix_lr=0.02,0.03; given several times, a grid. Schedules are separated by ;.
+    wandb: a project of Weights & Biases that the figures are sent to as well.
   """
   from pgolf_jax import stages
 
-  return stages.run(settings, out or Path("runs") / config.stem, list(stages.STAGES))
+  return _run(config, out, list(stages.STAGES), Sweep(seeds, set, wandb), settings)
 
 
-def train(config: Positional[Path], out: Path | None = None, settings: Overrides = Settings()) -> int:
+def train(
+  config: Positional[Path],
+  out: Path | None = None,
+  seeds: str = "",
+  set: Repeated[str] = (),
+  wandb: str = "",
+  settings: Overrides = Settings(),
+) -> int:
   """Train a model in a run folder and score it, without quantising. A run that was cut off continues.
+
+  With --seeds or --set it makes a set, as `pgolf run` does.
 
   Example: pgolf train demo --out runs/demo --seed 42
 
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
-    out: run folder; runs/NAME-OF-CONFIG if not given.
+    out: run folder, or folder of the set; runs/NAME-OF-CONFIG, or runs/NAME-OF-CONFIG-set, if not given.
+    seeds: seeds of a set, as in 42,0,314.
+    set: a setting and its values, as in matrix_lr=0.02,0.03; given several times, a grid. Schedules are separated by ;.
+    wandb: a project of Weights & Biases that the figures are sent to as well.
   """
-  from pgolf_jax import stages
+  return _run(config, out, ["train", "plain"], Sweep(seeds, set, wandb), settings)
 
-  return stages.run(settings, out or Path("runs") / config.stem, ["train", "plain"])
+
+class Sweep(NamedTuple):
+  """What makes a set of a run, and the project that its figures are sent to."""
+
+  seeds: str
+  grid: Sequence[str]
+  project: str
+
+
+def _run(config: Path, out: Path | None, names: list[str], sweep: Sweep, settings: Settings) -> int:
+  from pgolf_jax import run_set, stages
+  from pgolf_jax.stages import Tracking
+
+  seeds, grid, project = sweep
+  if not seeds and not grid:
+    return stages.run(settings, out or Path("runs") / config.stem, names, Tracking(project) if project else None)
+  folder = out or Path("runs") / f"{config.stem}-set"
+  tracking = Tracking(project, folder.name) if project else None
+  made = run_set.members(settings, seeds, grid)
+  return run_set.run(folder, made, lambda settings, path: stages.run(settings, path, names, tracking))
 
 
 def plan(
@@ -45,15 +93,15 @@ def plan(
 
   Prints for each program the memory of one device, its work, its collectives and the least time it takes at the chips'
   peak rates, and for H100s the machine code of its kernels. The exit status is 1 if a program does not fit. TPUs need
-  libtpu (pip install 'pgolf_jax[tpu]') but no TPU, H100s JAX's CUDA plugin (pip install 'pgolf_jax[cuda]') but no GPU
-  and no driver. Without the plugin, programs for H100s are lowered but not compiled: memory and machine code stay
-  unknown.
+  libtpu (pip install 'pgolf_jax[tpu]') but no TPU. NVIDIA GPUs need JAX's CUDA plugin (pip install 'pgolf_jax[cuda13]')
+  but no GPU and no driver; without it programs are lowered for CUDA, and their memory is estimated.
 
   Example: pgolf plan v5e_8 --topology v5e:2x4
 
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
-    topology: h100:1, h100:8, or a TPU topology such as v5e:2x4, v6e:2x4, v5p:2x2x1.
+    topology: a GPU (t4, l4, a10g, a100-40, a100-80, rtx3090, rtx4090, rtx5090, h100, h200, b200), or several, as in
+      h100:8; or TPUs, such as v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1.
     every_shape: compile the train step of every sequence length and looping mode, not only of the last.
   """
   from pgolf_jax.runtime import jax_setup
@@ -61,7 +109,7 @@ def plan(
 
   # The hardware of the plan need not be here, and the hardware that is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if topology.lower().startswith("h100"):
+  if not topology.lower().startswith(("v", "tpu")):
     jax_setup.add_gpu_flags(os.environ)
   from pgolf_jax.plan import examine, hardware, programs, report
 
@@ -70,6 +118,8 @@ def plan(
   print(f"{described.name}: {described.mesh.size} × {described.kind}", flush=True)
   if described.only_lowers:
     print(described.only_lowers)
+  if settings.train.compute_dtype == "bfloat16" and not hardware.has_bfloat16(described):
+    print(f"{described.kind} has no units for bfloat16: --train.compute-dtype float32 is faster there")
   fits = True
   for program in programs(settings, described.mesh, every_shape=every_shape):
     finding = examine(program, described)

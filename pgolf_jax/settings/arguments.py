@@ -12,9 +12,29 @@ from typing import Any
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.settings import Settings, builtin, load
-from pgolf_jax.settings.options import HELP, HELP_ALL, SETTING, Options, Parameter, Positional, Unusable, parameters_of
+from pgolf_jax.settings.options import (
+  HELP,
+  HELP_ALL,
+  SETTING,
+  Options,
+  Parameter,
+  Positional,
+  Repeated,
+  Unusable,
+  parameters_of,
+)
 
-__all__ = ["Defaults", "Overrides", "Positional", "Unusable", "call", "check_environment", "settings_of", "with_config"]
+__all__ = [
+  "Defaults",
+  "Overrides",
+  "Positional",
+  "Repeated",
+  "Unusable",
+  "call",
+  "check_environment",
+  "settings_of",
+  "with_config",
+]
 
 Overrides = Settings
 """Type of a parameter that takes every setting as an option: --train.iterations 500."""

@@ -4,7 +4,7 @@ artifact.pgolf     the weights
 code.tar.xz        every module that evaluation needs, minified, and the C sources
 evaluate.py        unpacks the code and scores the artifact
 requirements.txt   the packages that the code imports
-tokenizer.model    does not count against the budget
+tokenizer.model    does not count against the budget; one that is embedded in the artifact does
 README.md, submission.json, logs/
 """
 
@@ -25,6 +25,7 @@ from pgolf_jax.quantize.artifact.reader import describe, split
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
+from pgolf_jax.tables import Table
 
 _MARKS = ("submission.json", "artifact.pgolf", "evaluate.py")  # a folder with one of them is a submission
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
@@ -87,14 +88,15 @@ def tensor_bytes(artifact: Artifact) -> dict[str, float]:
   return shares
 
 
-def table(account: Account) -> str:
-  """Returns the account as lines of text, the largest stream first."""
-  rows = [(name, f"{size:,}") for name, size in sorted(account.by_stream.items(), key=lambda item: -item[1])]
+def table(account: Account) -> Table:
+  """Returns the account in bytes, the largest stream first."""
+  names = {"tokenizer": "tokenizer, in the artifact"}
+  by_size = sorted(account.by_stream.items(), key=lambda item: -item[1])
+  rows = [(names.get(name, name), f"{size:,}") for name, size in by_size]
   rows += [("artifact", f"{account.artifact:,}"), (f"code ({account.code_files} files)", f"{account.code:,}")]
   rows += [("total", f"{account.total:,}"), ("budget", f"{account.budget:,}"), ("left", f"{-account.over:,}")]
-  rows += [("tokenizer, apart", f"{account.tokenizer:,}")]
-  width = max(len(name) for name, _ in rows)
-  return "\n".join(f"{name:<{width}} {size:>14}" for name, size in rows)
+  rows += [("tokenizer's file, not counted", f"{account.tokenizer:,}")]
+  return Table(("", ">bytes"), rows)
 
 
 def build(
@@ -170,7 +172,8 @@ def require_fit(account: Account, data: bytes) -> None:
   ways = []
   artifact = read(data)
   if artifact.codec != "entropy":
-    saved = len(data) - len(writer.write(artifact.config, artifact.tensors, "entropy"))
+    again = writer.write(artifact.config, artifact.tensors, "entropy", artifact.origin, artifact.tokenizer)
+    saved = len(data) - len(again)
     ways.append(f"quantize.codec='entropy' saves {saved:,} bytes" + ("" if saved >= account.over else ", too few"))
   # Each doubling of the grids' steps saves one bit a value.
   values = sum(tensor.q_MxN.size for tensor in artifact.tensors.values() if hasattr(tensor, "q_MxN"))

@@ -1,14 +1,17 @@
 """A log or event file that cannot be written neither blocks nor ends a run."""
 
 import errno
+import sys
 import threading
 import time
+import types
 
 import pytest
 from tensorboardX.record_writer import RecordWriter
 
+from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import events
-from pgolf_jax.runtime.events import Events
+from pgolf_jax.runtime.events import Events, WandB
 from pgolf_jax.runtime.log import log, log_to
 
 FIGURES = {"loss": 2.5}
@@ -83,3 +86,63 @@ def test_a_log_that_cannot_be_opened_is_no_reason_to_stop(tmp_path, own_log, cap
   log_to(tmp_path / "run.log")
   log.info("one")
   assert "cannot be written" in capsys.readouterr().out
+
+
+class FakeWandB:
+  """Stands for the package: a run whose `log` fails after the first figures."""
+
+  Settings = dict
+
+  def __init__(self):
+    self.logged, self.finished = [], False
+
+  def init(self, **given):
+    self.given = given
+    return self
+
+  def log(self, figures, step):
+    if self.logged:
+      raise ConnectionError("the server is gone")
+    self.logged.append((step, figures))
+
+  def finish(self):
+    self.finished = True
+
+
+def test_wandb_failing_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+  fake = FakeWandB()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  sink = WandB("golf", tmp_path / "run", group="set", config={"seed": 1})
+  for step in (1, 2, 3):
+    sink.write(step, FIGURES)
+  sink.close()
+  assert fake.logged == [(1, FIGURES)] and fake.finished
+  assert caplog.messages == ["Weights & Biases cannot be written (the server is gone); the run goes on without it."]
+  again = WandB("golf", tmp_path / "run", group="", config={})
+  again.close()
+  assert fake.given["id"] == (tmp_path / "run/wandb/run-id").read_text().strip() and fake.given["resume"] == "allow"
+
+
+def test_wandb_that_is_not_there_or_does_not_start_is_one_sentence(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(UserError, match=r"pip install 'pgolf_jax\[wandb\]'"):
+    WandB("golf", tmp_path, group="", config={})
+
+  def refuse(**_):
+    raise RuntimeError("api_key not configured (no-tty). call wandb.login()\nmore")
+
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, Settings=dict))
+  with pytest.raises(UserError, match=r"did not start \(api_key not configured.*WANDB_MODE=offline") as refused:
+    WandB("golf", tmp_path, group="", config={})
+  assert "\n" not in str(refused.value)
+
+
+def test_wandb_offline_keeps_the_figures_in_the_run_folder(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  sink = WandB("golf", tmp_path, group="", config={"optimizer": {"matrix_lr": 0.02}})
+  for step in (1, 2):
+    sink.write(step, {"bpb/artifact": 1.25})
+  sink.close()
+  (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+  assert kept.read_bytes().count(b"bpb/artifact") >= 2
