@@ -51,12 +51,12 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   if "train" not in run.results():
     raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
   mesh = data_mesh()
-  settings = dataclasses.replace(run.settings, quantize=config)
+  settings = dataclasses.replace(run.given, quantize=config)
   code = bundle.code()
   made = make(
     settings,
     stages.averaged_params(run, mesh),
-    locate_prepared(settings),
+    locate_prepared(run.settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )

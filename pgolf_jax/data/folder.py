@@ -39,12 +39,28 @@ def locate_prepared(settings: Settings) -> Path:
   folder = locate(settings)
   if settings.data.path != DEFAULT:
     if not folder.is_dir():
-      raise UserError(f"{folder}: no such folder; prepare it with `pgolf data prepare --out {folder}`")
+      raise UserError(missing(folder))
   elif not (folder / MANIFEST).is_file():
     plain = "" if settings.data.caseops else " --no-caseops"
     command = f"pgolf data prepare --vocab-size {settings.model.vocab_size}{plain} --out {folder}"
-    raise UserError(f"the default text is not prepared; `{command}` prepares it, or give another folder of data")
+    raise UserError(f"The default text is not prepared; `{command}` prepares it, or name another folder of data.")
   return folder
+
+
+def missing(folder: Path) -> str:
+  """Returns the sentence for a data folder that is not there: how to get the published data, or one's own."""
+  if folder.exists():
+    return f"{folder} is a file, but data are a folder; name the folder that holds it with --data.path."
+  name = next((name for name, of in _PUBLISHED.items() if of in folder.name), None)
+  if name is not None:
+    get = f"`pgolf data download {name} --out {folder}` fetches the published data"
+  else:
+    get = f"`pgolf data prepare --train TEXT --val-docs N --out {folder}` prepares text of your own"
+  return f"There is no data folder {folder}; {get}, or name another folder (--data.path in a run, else --data)."
+
+
+# What the folders of published data are called, in the record's config and on the hub.
+_PUBLISHED = {"caseops": "lossless_caps_caseops", "sp1024": "fineweb10B_sp1024"}
 
 
 def ensure_prepared(settings: Settings) -> Path:
@@ -53,7 +69,7 @@ def ensure_prepared(settings: Settings) -> Path:
   The log says what was prepared. Of several processes on one run the first prepares, the others wait.
 
   Raises:
-    UserError: as `ensure_default_data`.
+    UserError: there is no such folder, or as `ensure_default_data`.
   """
   folder = locate(settings)
   if settings.data.path == DEFAULT:
@@ -61,6 +77,8 @@ def ensure_prepared(settings: Settings) -> Path:
       if not (folder / MANIFEST).is_file():
         log.info("preparing the default text, State-of-the-Union speeches, in %s", folder)
       ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
+  elif not folder.is_dir():
+    raise UserError(missing(folder))
   return folder
 
 

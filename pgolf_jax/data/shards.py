@@ -43,12 +43,12 @@ def list_shards(folder: Path, split: str) -> list[Path]:
   """
   folder = Path(folder)
   if not folder.is_dir():
-    raise UserError(f"{folder}: no such folder; prepare one with `pgolf data prepare --out {folder}`")
+    raise UserError(f"{folder}: no such folder; `pgolf data prepare` or `pgolf data download` makes one.")
   name = re.compile(rf"fineweb_{_checked(split)}_\d+\.bin")
   paths = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
   if not paths:
     raise UserError(
-      f"{folder}: no fineweb_{split}_*.bin in it; `pgolf data prepare` or `pgolf data download` makes them"
+      f"{folder}: no fineweb_{split}_*.bin in it; `pgolf data prepare` or `pgolf data download` makes them."
     )
   return paths
 
