@@ -19,9 +19,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
 from pgolf_jax.quantize.artifact.reader import describe, split
+from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
@@ -135,7 +137,11 @@ def build(
 
 
 def _fill(folder: Path, data: bytes, contents: Contents) -> Account:
-  config, code = read(data).config, bundle.code()
+  whole, code = read(data), bundle.code()
+  config = whole.config
+  if contents.tokenizer:
+    model = Tokenizer.load(contents.tokenizer)
+    require_tokenizer(whole.origin, "the artifact", model.sha256, model.vocab_size, str(contents.tokenizer))
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0
   account = count(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
