@@ -154,6 +154,7 @@ def generate(
   from pgolf_jax.model import generate as generation
   from pgolf_jax.quantize.artifact import load
   from pgolf_jax.runtime import distributed
+  from pgolf_jax.runtime.log import progress
 
   distributed.start()
   path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
@@ -165,7 +166,9 @@ def generate(
     prompt,
     generation.Sampling(tokens, temperature, top_p, seed),
   )
-  print(prompt, end="", flush=True)
+  with progress("compiling"):
+    begun = next(pieces, "")
+  print(prompt + begun, end="", flush=True)
   for piece in pieces:
     print(piece, end="", flush=True)
   print()

@@ -170,7 +170,8 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
     began = time.perf_counter()
     tensors = quantize(params, calibration, config)
     quantized = time.perf_counter()
-    data = writer.write(portable(dataclasses.replace(settings, quantize=config)), tensors, config.codec)
+    with progress("encoding the artifact"):
+      data = writer.write(portable(dataclasses.replace(settings, quantize=config)), tensors, config.codec)
     seconds["quantize"] += quantized - began
     seconds["encode"] += time.perf_counter() - quantized
     return data

@@ -44,6 +44,7 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize.artifact.codecs import NAMES, Content, entropy, zstd
 from pgolf_jax.quantize.artifact.tensors import BANKS, Grid, Half, LowRank, Quantized, Rows, kind, rebank, unbank
 from pgolf_jax.runtime.files import parse_json
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import ModelConfig, Settings, check
 from pgolf_jax.settings.check import MAX_PARAMETERS
 from pgolf_jax.settings.load import from_dict
@@ -233,6 +234,11 @@ def load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
     raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
   if path.stat().st_size > _MAX_FILE:
     raise ArtifactError(f"{path} has {path.stat().st_size} bytes; an artifact has at most {_MAX_FILE}.")
+  with progress("reading the artifact"):
+    return _load(path)
+
+
+def _load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   frame = _unpack(path.read_bytes())
   settings = from_dict(frame.header["config"], where=f"the config in {path}")
   try:
