@@ -151,8 +151,12 @@ def generate(
   """
   from pgolf_jax import load
 
+  from pgolf_jax.runtime.log import progress
+
   pieces = load(artifact, tokenizer).generate(prompt, tokens, temperature, top_p, seed)
-  print(prompt, end="", flush=True)
+  with progress("compiling"):
+    begun = next(pieces, "")
+  print(prompt + begun, end="", flush=True)
   for piece in pieces:
     print(piece, end="", flush=True)
   print()
