@@ -150,7 +150,6 @@ def generate(
     tokenizer: the model's .model file; the one in the artifact, beside it, or of its run if not given.
   """
   from pgolf_jax import load
-
   from pgolf_jax.runtime.log import progress
 
   pieces = load(artifact, tokenizer).generate(prompt, tokens, temperature, top_p, seed)
