@@ -47,8 +47,6 @@ class Peaks(NamedTuple):
   """Of dense matrix products of bfloat16 summed in float32; of float32 where the chip has no units for bfloat16."""
   bytes_per_s: float
   """Of its memory."""
-  float32_flops_per_s: float | None = None
-  """Of float32 without tensor cores; None where the maker gives none, as for TPUs."""
   has_bfloat16: bool = True
 
   def floor_s(self, flops: float, num_bytes: float) -> float:
@@ -60,21 +58,21 @@ class Peaks(NamedTuple):
 # cards the white papers of GA102, AD102 and Blackwell (tensor rates with sums in float32, which are half of those in
 # float16 there). TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e.
 _BY_KIND = {
-  "T4": Peaks(8.1e12, 0.3e12, 8.1e12, has_bfloat16=False),
-  "L4": Peaks(121e12, 0.3e12, 30.3e12),
-  "A10G": Peaks(70e12, 0.6e12, 35e12),
-  "A100": Peaks(312e12, 2.039e12, 19.5e12),
-  "A100-PCIE-40GB": Peaks(312e12, 1.555e12, 19.5e12),
-  "A100-SXM4-40GB": Peaks(312e12, 1.555e12, 19.5e12),
-  "A100 80GB PCIe": Peaks(312e12, 1.935e12, 19.5e12),
-  "GeForce RTX 3090": Peaks(71e12, 0.936e12, 35.6e12),
-  "GeForce RTX 4090": Peaks(165.2e12, 1.008e12, 82.6e12),
-  "GeForce RTX 5090": Peaks(209.5e12, 1.792e12, 104.8e12),
-  "H100 PCIe": Peaks(756e12, 2.0e12, 51e12),
-  "H100": Peaks(989e12, 3.35e12, 67e12),
-  "GH200": Peaks(989e12, 4.0e12, 67e12),
-  "H200": Peaks(989e12, 4.8e12, 67e12),
-  "B200": Peaks(2250e12, 8.0e12, 75e12),
+  "T4": Peaks(8.1e12, 0.3e12, has_bfloat16=False),
+  "L4": Peaks(121e12, 0.3e12),
+  "A10G": Peaks(70e12, 0.6e12),
+  "A100": Peaks(312e12, 2.039e12),
+  "A100-PCIE-40GB": Peaks(312e12, 1.555e12),
+  "A100-SXM4-40GB": Peaks(312e12, 1.555e12),
+  "A100 80GB PCIe": Peaks(312e12, 1.935e12),
+  "GeForce RTX 3090": Peaks(71e12, 0.936e12),
+  "GeForce RTX 4090": Peaks(165.2e12, 1.008e12),
+  "GeForce RTX 5090": Peaks(209.5e12, 1.792e12),
+  "H100 PCIe": Peaks(756e12, 2.0e12),
+  "H100": Peaks(989e12, 3.35e12),
+  "GH200": Peaks(989e12, 4.0e12),
+  "H200": Peaks(989e12, 4.8e12),
+  "B200": Peaks(2250e12, 8.0e12),
   "TPU v4": Peaks(275e12, 1.2e12),
   "TPU v5 lite": Peaks(197e12, 0.819e12),
   "TPU v5e": Peaks(197e12, 0.819e12),

@@ -1,8 +1,12 @@
 """What the program tells a person: errors that they can put right, and the outcomes of checks."""
 
 import dataclasses
+import errno
+import os
 import signal
 from collections.abc import Mapping, Sequence
+
+from pgolf_jax.tables import Table
 
 
 class UserError(Exception):
@@ -26,6 +30,51 @@ class Stopped(Exception):
     self.status = 128 + signum
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_THE_SYSTEM = {
+  errno.EACCES: "may not be read or written; choose another place, or change its permissions",
+  errno.EPERM: "may not be changed; choose another place, or change its permissions",
+  errno.EROFS: "lies on a disk that cannot be written; choose another place",
+  errno.ENOENT: "does not exist",
+  errno.ENOTDIR: "leads through a file where a folder is needed; move that file, or choose another place",
+  errno.EEXIST: "is a file where a folder is needed; move that file, or choose another place",
+  errno.EISDIR: "is a folder where a file is needed; name a file, or move the folder",
+  errno.ENAMETOOLONG: "is too long a name",
+  errno.ENOTEMPTY: "is a folder that is not empty; move what is in it, or choose another place",
+  errno.EIO: "cannot be read or written: the disk reports a fault",
+  errno.EMFILE: "cannot be opened: this process has too many files open (ulimit -n)",
+}
+
+
+def of_the_system(error: BaseException | None) -> str | None:
+  """Returns the sentence for an error of the operating system or of the device; None for any other error.
+
+  Libraries pass such errors on as others, so that causes and texts are looked at too.
+  """
+  while error is not None:
+    number, text = getattr(error, "errno", None), str(error)
+    place = getattr(error, "filename", None)
+    if number in _DISK_FULL or any(os.strerror(number) in text for number in _DISK_FULL):
+      where = f" for {os.fsdecode(place)}" if isinstance(place, str | bytes | os.PathLike) else ""
+      return f"no room on the disk{where}; make some, and the same command continues where it was."
+    if isinstance(error, OSError) and number in _OF_THE_SYSTEM and isinstance(place, str | bytes | os.PathLike):
+      return f"{os.fsdecode(place)} {_OF_THE_SYSTEM[number]}."
+    if isinstance(error, MemoryError) or "Out of memory" in text or text.startswith("RESOURCE_EXHAUSTED"):
+      return (
+        "not enough memory; let train.micro_batches be larger or ttt.batch_size smaller, or take a smaller model "
+        "(`pgolf plan CONFIG` says what a config needs)."
+      )
+    if "nable to initialize backend" in text or "nknown backend" in text:
+      wanted = os.environ.get("JAX_PLATFORMS", "")
+      asked = f"JAX_PLATFORMS={wanted} asks for a device that is not here" if wanted else "JAX finds no device"
+      return (
+        f"{asked}; unset JAX_PLATFORMS to take what there is, or install what the device needs "
+        "(pip install 'pgolf_jax[cuda13]' or 'pgolf_jax[tpu]')."
+      )
+    error = error.__cause__ or error.__context__
+  return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Check:
   """The outcome of one check."""
@@ -35,11 +84,10 @@ class Check:
   finding: str  # the evidence, or why nothing is proved and what would prove it
 
 
-def checks_table(checks: Sequence[Check]) -> str:
-  """Returns one line per check: whether it holds, and the evidence."""
+def checks_table(checks: Sequence[Check]) -> Table:
+  """Returns one row per check: whether it holds, and the evidence."""
   words = {True: "holds", False: "BROKEN", None: "unproved"}
-  width = max(len(check.name) for check in checks)
-  return "\n".join(f"{words[check.passed]:<8} {check.name:<{width}}  {check.finding}" for check in checks)
+  return Table(("", "", ""), ((words[check.passed], check.name, check.finding) for check in checks))
 
 
 def checks_summary(checks: Sequence[Check]) -> str:

@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pgolf_jax import report
 from pgolf_jax.audit import audit
 from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.errors import Check, checks_summary, checks_table
 from pgolf_jax.model.params import Params
+from pgolf_jax.plan import advice
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from
@@ -31,6 +33,7 @@ from pgolf_jax.scoring.store import OtherEvaluation
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import departures, to_dict
 from pgolf_jax.submission import bundle, package
+from pgolf_jax.tables import Table
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.loop import Trainer
 from pgolf_jax.training.step import TrainStep
@@ -219,6 +222,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   share = f"as many as share train.micro_batches={settings.train.micro_batches}"
   idle = f" of {count}, {share}" if mesh.size < count else ""
   log.info("run folder %s, %d × %s%s", run.path, mesh.size, mesh.devices.flat[0].device_kind, idle)
+  if misfit := advice.warning(settings, mesh):
+    log.warning("%s", misfit)
   source = f", commit {commit()}" if commit() else ""
   log.info("with %s%s", ", ".join(map(" ".join, versions().items())), source)
   if differing := departures(settings):
@@ -240,6 +245,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     log.info("%s: complete after %.1f s%s", name, seconds, score)
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
+  if distributed.is_leader() and names == list(STAGES):
+    report.after_run(run)
   broken = run.results().get("audit", {}).get("broken", [])
   return 1 if broken else 0
 
@@ -281,7 +288,7 @@ def _wanted(settings: Settings, name: str) -> bool:
   return settings.ttt.enabled or name not in ("ttt", "audit")
 
 
-def table(run: RunFolder) -> str:
+def table(run: RunFolder) -> Table:
   """Returns the run's figures as a table, one line a stage."""
   results = run.results()
   rows = []
@@ -300,5 +307,5 @@ def table(run: RunFolder) -> str:
   if audit := results.get("audit"):
     note = checks_summary([Check(**check) for check in audit["checks"]])
     rows.append(("audit", "", audit["stage_seconds"], note))
-  head = f"{'':<20}{'bits per byte':>14}{'seconds':>10}  "
-  return "\n".join([head, *(f"{what:<20}{bpb:>14}{seconds:>10.1f}  {note}" for what, bpb, seconds, note in rows)])
+  cells = ((what, bpb, f"{seconds:.1f}", note) for what, bpb, seconds, note in rows)
+  return Table(("", ">bits per byte", ">seconds", ""), cells)

@@ -4,6 +4,7 @@ import math
 import typing
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -262,6 +263,7 @@ def test_every_number_has_a_range_that_holds_its_default():
 NUMBERS = [entry for entry in ENTRIES if numbers(entry) and typing.get_origin(entry.kind) is not tuple]
 
 
+@hypothesis.settings(deadline=None)
 @given(st.sampled_from(NUMBERS), st.integers(0, 10**12), st.booleans(), st.floats(0, 1e12))
 def test_what_lies_outside_of_a_range_is_refused_everywhere_with_setting_value_and_range(entry, away, is_below, more):
   [(within, kind)] = numbers(entry)

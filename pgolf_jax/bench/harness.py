@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import resource
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -10,12 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from scipy.special import stdtr
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import Peaks, peaks
+from pgolf_jax.tables import Table, line_width
 
 
 class Work(NamedTuple):
@@ -288,19 +288,14 @@ def describe_peaks(kind: str) -> str:
 
 def show(title: str, measurements: Sequence[Measurement], columns: Columns, notes: Sequence[str] = ()) -> None:
   """Prints the table of some measurements, whose ways have the same labels, and notes below it."""
-  table = Table(title=title, title_justify="left")
-  cells = {}
-  for heading in measurements[0].way.labels if measurements else ():
-    table.add_column(heading)
-    cells[heading] = [m.way.labels[heading] for m in measurements]
+  cells = {heading: [m.way.labels[heading] for m in measurements] for heading in _labels(measurements)}
   for heading, cell in columns.items():
     if any(values := [cell(m) for m in measurements]):
-      table.add_column(heading, justify="right")
-      cells[heading] = values
-  for row in zip(*cells.values(), strict=True):
-    table.add_row(*row)
-  console = Console()
-  console.width = max(console.width, Console(width=1000).measure(table).maximum)  # else its cells would be broken
-  console.print(table)
+      cells[f">{heading}"] = values
+  print(Table(tuple(cells), zip(*cells.values(), strict=True), title))
   for note in dict.fromkeys(notes):
-    console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print("\n".join(textwrap.wrap(note, line_width(), break_long_words=False, break_on_hyphens=False)))
+
+
+def _labels(measurements: Sequence[Measurement]) -> list[str]:
+  return list(measurements[0].way.labels) if measurements else []

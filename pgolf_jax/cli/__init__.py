@@ -5,18 +5,19 @@ are the command's options and its docstring is the command's help. Where options
 the function is wrapped in `settings.arguments.Defaults`.
 """
 
+import contextlib
 import difflib
-import errno
 import importlib
 import os
 import sys
 from collections.abc import Callable
 
 from pgolf_jax import __version__
-from pgolf_jax.errors import Stopped, UserError
-from pgolf_jax.runtime import signals
+from pgolf_jax.errors import Stopped, UserError, of_the_system, shown
+from pgolf_jax.runtime import log, signals, streams
 from pgolf_jax.settings import reference
 from pgolf_jax.settings.arguments import Defaults, Unusable, call
+from pgolf_jax.tables import Table
 
 VERBS = {
   "run": "train, score, quantise, score with test-time training, audit: every stage, in one run folder",
@@ -25,6 +26,7 @@ VERBS = {
   "quantize": "quantise the averaged weights of a run into an artifact",
   "eval": "score a run or a bare artifact, with or without test-time training",
   "audit": "prove or refute the rules on a run",
+  "report": "a page with figures of one run, or of several side by side",
   "package": "build and check a submission folder",
   "judge": "score a submission folder as an organiser would, and say what is proved",
   "runs": "a table of runs",
@@ -43,6 +45,7 @@ _MODULES = {
   "proof": ("eval", "audit", "judge"),
   "runs": ("runs",),
   "parity": ("parity",),
+  "report": ("report",),
   "convert": ("convert",),
   "bench": ("bench",),
   "doctor": ("doctor",),
@@ -61,28 +64,17 @@ def main(argv: list[str] | None = None) -> int:
 
   It is 0 on success, 1 on a failed check or error, 2 on unusable arguments, 128 + a signal's number if one ended it.
   """
+  streams.prepare()
   args = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in args
-  args = [a for a in args if a != "--debug"]
-  if not args or args[0] in ("-h", "--help"):
-    print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
-    print("\nExample: pgolf run demo")
-    return 0 if args else 2
-  if args[0] == "help":
-    if args[1:2] == ["settings"]:
-      print(reference.page() if "--markdown" in args else reference.table(), end="")
-      return 0
-    args = [*args[1:], "--help"] if args[1:] else ["--help"]
-    return main(args)
-  if args[0] == "--version":
-    print(f"pgolf_jax {__version__}")
-    return 0
-  verb, *rest = args
-  if verb not in VERBS:
-    return _fail(_unknown("verb", verb, VERBS), 2)
   try:
-    with signals.ending_signals():
-      return _call(verb, commands(verb), rest)
+    status = _run([word for word in args if word != "--debug"])
+    sys.stdout.flush()
+    return status
+  except BrokenPipeError as e:
+    if e.filename is not None:
+      return _fail(str(of_the_system(e) or e), 1)
+    return streams.close()  # the reader of a pipe has seen enough
   except UserError as e:
     if debug:
       raise
@@ -90,13 +82,61 @@ def main(argv: list[str] | None = None) -> int:
   except Stopped as e:
     return _fail(str(e), e.status)
   except KeyboardInterrupt as e:
-    return _fail("stopped; the same command continues where it was.", getattr(e, "status", 130))
+    goes_on = _AFTER_A_STOP.get(args[0], "nothing is kept, so that the same command begins anew")
+    return _fail(f"stopped; {goes_on}.", getattr(e, "status", 130))
   except Exception as e:
     if debug:
       raise
-    if full := disk_full(e):
-      return _fail(full, 1)
-    return _fail(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r} (pgolf --debug … shows where)", 1)
+    if known := of_the_system(e):
+      return _fail(known, 1)
+    text = (str(e).strip() or type(e).__name__).splitlines()[0]
+    return _fail(f"unexpected fault: {text} (the same command with --debug shows where; please report it)", 1)
+  finally:
+    log.started()
+
+
+_AFTER_A_STOP = {
+  "run": "the same command continues after what was saved last",
+  "train": "the same command continues after what was saved last",
+  "data": "the same command continues where it was",
+}
+
+
+def _run(args: list[str]) -> int:
+  if not args or args[0] in ("-h", "--help"):
+    print(_usage("pgolf VERB …    (pgolf VERB --help tells more; --debug shows tracebacks)", VERBS))
+    print("\nExample: pgolf run demo")
+    return 0 if args else 2
+  if args[0] == "--version":
+    print(f"pgolf_jax {__version__}")
+    return 0
+  if args[:2] == ["help", "settings"]:
+    print(reference.page() if "--markdown" in args else reference.table(), end="")
+    return 0
+  if args[0] == "help":
+    return _run([*args[1:], "--help"])
+  verb, *rest = args
+  if verb not in VERBS:
+    raise Unusable(f"there is no verb {shown(verb)}; {_choose(verb, VERBS)}")
+  _refuse_switches(verb)
+  with signals.ending_signals(), log.to_stderr():
+    log.starting()
+    return _call(verb, commands(verb), rest)
+
+
+_SWITCHES = {"QUANTIZE_ONLY": "quantize", "PREQUANT_ONLY": "train", "TTT_EVAL_ONLY": "eval"}
+"""Variables by which the PyTorch script leaves stages out → the verb that does what is left."""
+
+
+def _refuse_switches(verb: str) -> None:
+  """Raises UserError if the environment asks for some stages alone, and the verb would do others."""
+  for name, instead in _SWITCHES.items():
+    if os.environ.get(name, "").strip() not in ("", "0") and verb != instead:
+      subject = "CONFIG" if instead == "train" else "RUN"
+      raise UserError(
+        f"{name}={shown(os.environ[name])} asks for one stage alone, which is `pgolf {instead} {subject}` here; "
+        f"run that, or unset {name}."
+      )
 
 
 def _call(verb: str, choices: dict, args: list[str]) -> int:
@@ -109,34 +149,21 @@ def _call(verb: str, choices: dict, args: list[str]) -> int:
       return 0 if args else 2
     name, *args = args
     if name not in choices:
-      return _fail(_unknown(f"pgolf {verb}", name, choices), 2)
+      raise Unusable(f"pgolf {verb} has no {shown(name)}; {_choose(name, choices)}")
   return call(f"pgolf {verb} {name}".strip(), choices[name], args) or 0
 
 
-def disk_full(error: BaseException | None) -> str | None:
-  """Returns the sentence for an error that comes from a full disk; None for any other."""
-  while error is not None:
-    number, text = getattr(error, "errno", None), str(error)
-    if number in _DISK_FULL or any(os.strerror(number) in text for number in _DISK_FULL):
-      place = f" for {error.filename}" if getattr(error, "filename", None) else ""
-      return f"no room on the disk{place}; make some, and the same command continues where it was."
-    error = error.__cause__ or error.__context__
-  return None
-
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def _usage(first: str, names: dict[str, str]) -> str:
-  return "\n".join([f"usage: {first}", "", *(f"  {name:<10} {what}" for name, what in names.items())])
+  return f"usage: {first}\n\n{Table(('', ''), ((f'  {name}', what) for name, what in names.items()))}"
 
 
-def _unknown(what: str, given: str, valid) -> str:
+def _choose(given: str, valid) -> str:
   near = difflib.get_close_matches(given, list(valid), n=1)
-  hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}."
-  return f"unknown {what} {given!r}; {hint}"
+  return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}."
 
 
 def _fail(message: str, status: int) -> int:
-  print(f"pgolf: {message}", file=sys.stderr)
+  log.started()
+  with contextlib.suppress(OSError):
+    print(f"pgolf: {message}", file=sys.stderr)
   return status

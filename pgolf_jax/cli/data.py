@@ -70,24 +70,17 @@ def inspect(folder: Positional[Path]) -> None:
   Args:
     folder: data folder.
   """
-  from rich.console import Console
-  from rich.table import Table
-
   from pgolf_jax.data.verify import inspect as run
+  from pgolf_jax.tables import Table
 
   contents = run(folder)
-  table = Table(title=str(folder), title_justify="left")
-  for column in ("split", "shards", "tokens", "documents", "median tokens", "longest"):
-    table.add_column(column, justify="left" if column == "split" else "right")
+  counts = ("shards", "tokens", "documents", "median tokens", "longest")
+  rows = []
   for split in contents.splits:
-    counts = (split.shards, split.tokens, split.documents, split.median_tokens, split.longest_tokens)
-    table.add_row(split.name, *(f"{count:,}" for count in counts))
-  facts = Table(show_header=False, box=None)
-  for name, fact in _facts(contents):
-    facts.add_row(name, fact)
-  console = Console()
-  console.print(table)
-  console.print(facts)
+    numbers = (split.shards, split.tokens, split.documents, split.median_tokens, split.longest_tokens)
+    rows.append((split.name, *(f"{number:,}" for number in numbers)))
+  print(Table(("split", *(f">{name}" for name in counts)), rows, title=str(folder)))
+  print(f"\n{Table(('', ''), _facts(contents))}")
 
 
 def _facts(contents):
@@ -107,13 +100,13 @@ def _facts(contents):
   if manifest := contents.manifest:
     lost = manifest.val.text_bytes - manifest.val.counted_bytes
     yield "text", f"{manifest.train.text_bytes:,} bytes for training, {manifest.val.text_bytes:,} for validation"
-    yield "lost", f"{lost:,} validation bytes under no token, by the tokenizer's normalising"
+    yield "not counted", f"{lost:,} bytes of the validation text, which the tokenizer drops when it normalises"
     yield "held out", f"{manifest.validation} ({manifest.validation_sha256[:16]}…)"
     yield "dropped", f"{manifest.train.duplicates:,} training documents that are held out for validation"
   else:
     yield "manifest", "none of this program"
   if contents.opening is not None:
-    yield "begins", repr(contents.opening)
+    yield "begins", " ".join(contents.opening.split())
 
 
 def verify(folder: Positional[Path], tokenizer: Path | None = None) -> int:
@@ -125,19 +118,13 @@ def verify(folder: Positional[Path], tokenizer: Path | None = None) -> int:
     folder: data folder.
     tokenizer: SentencePiece model, if not tokenizer.model in the folder.
   """
-  from rich.console import Console
-  from rich.table import Table
-
   from pgolf_jax.data.verify import verify as run
+  from pgolf_jax.tables import Table
 
   checks = list(run(folder, tokenizer))
-  table = Table(title=str(folder), title_justify="left")
-  for column in ("check", "", "finding"):
-    table.add_column(column, overflow="fold")
-  marks = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "–"}
-  for check in checks:
-    table.add_row(check.name, marks[check.passed], check.finding)
-  Console().print(table)
+  marks = {True: "ok", False: "FAILED", None: "-"}
+  rows = [(marks[check.passed], check.name, check.finding) for check in checks]
+  print(Table(("", "check", "finding"), rows, title=str(folder)))
   return int(any(check.passed is False for check in checks))
 
 

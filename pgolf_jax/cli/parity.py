@@ -1,9 +1,11 @@
 """`pgolf parity`: golden cases of the PyTorch reference."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
-from pgolf_jax.settings.arguments import Positional
+from pgolf_jax.settings.arguments import Positional, Repeated
 
 
 def run(
@@ -86,13 +88,53 @@ def check(
   return int(bool(failed))
 
 
+def compare(
+  a: Positional[Path],
+  b: Positional[Path],
+  noise: Path | None = None,
+  out: Path | None = None,
+  json: bool = False,
+  every_setting: bool = False,
+) -> None:
+  """Set two runs side by side: settings that differ, losses by step, scores by stage, times, and where they part.
+
+  Each is a run folder, a metrics.jsonl, or the log that a PyTorch script of the challenge printed. They part where the
+  mean difference of their losses is more than noise explains: the noise from step to step, and with --noise also that
+  between two runs of A's settings. Scores of the same documents are compared in pairs.
+
+  Example: pgolf parity compare runs/jax logs/torch.log --out compare
+
+  Args:
+    a: the first run.
+    b: the second run; differences are B less A.
+    noise: a second run of A's settings, such as another seed; what it differs by from A counts as noise.
+    out: folder for compare.txt, compare.json and compare.png (needs the extra `report`).
+    json: print JSON instead of the table.
+    every_setting: list all settings that differ, not the first twenty.
+  """
+  from json import dumps
+
+  from pgolf_jax.parity import compare_page
+  from pgolf_jax.parity.compare import compare as compare_sides
+  from pgolf_jax.parity.compare import read
+
+  compared = compare_sides(read(a), read(b), None if noise is None else read(noise))
+  if json:
+    print(dumps(compare_page.as_json(compared), allow_nan=False))
+  else:
+    print(compare_page.table(compared, every_setting=every_setting))
+  if out is not None:
+    written = compare_page.write(compared, out)
+    print("\n".join(written), file=sys.stderr if json else sys.stdout)
+
+
 def dump(
   script: Positional[Path],
   kind: Literal["forward", "optimizer", "train", "quantize", "ngram", "ttt"],
   out: Path,
   checkpoint: Path | None = None,
   base: Literal["tiny", "record", "script"] | None = None,
-  set: tuple[str, ...] = (),
+  set: Repeated[str] = (),
   tokens: int = 512,
   documents: int = 8,
   max_doc_len: int | None = None,
@@ -100,6 +142,8 @@ def dump(
   seed: int = 0,
   data: Path | None = None,
   noise: float | None = None,
+  activations: bool = False,
+  floor: bool = True,
   device: Literal["cpu", "cuda"] = "cpu",
 ) -> None:
   """Make a golden case from your own PyTorch training script, for `pgolf parity check`.
@@ -128,6 +172,8 @@ def dump(
     data: folder of shards to take the text from, instead of random documents.
     noise: noise on the weights that the case starts from, relative to a typical weight; 0.3, but none on a checkpoint
       and in train.
+    activations: in a forward case, also keep what every layer computes, so that a mistake shows where it was made.
+    floor: compute everything once more from weights moved by 1e-7, to record how far the script's own outputs move.
     device: where PyTorch computes.
   """
   from importlib.util import find_spec
@@ -146,11 +192,8 @@ def dump(
   steps = (12 if kind == "train" else 4) if steps is None else steps
   noise = (0.0 if checkpoint or kind == "train" else NOISE) if noise is None else noise
   base = ("script" if checkpoint else "tiny") if base is None else base
-  case = make(
-    Request(
-      script, kind, out, checkpoint, base, changes, tokens, documents, max_doc_len, steps, seed, data, device, noise
-    )
-  )
+  request = Request(script, kind, out, checkpoint, base, changes, tokens, documents, max_doc_len, steps, seed, data)
+  case = make(dataclasses.replace(request, noise=noise, activations=activations, floor=floor, device=device))
   about = case.about["made_from"]
   size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
   print(f"{out}: {kind}, {size / 1e6:.2f} MB, from {script} on {about['device']}")
@@ -161,4 +204,4 @@ def dump(
   print(f"Next: pgolf parity check {out}")
 
 
-COMMANDS = {"parity": {"run": run, "check": check, "dump": dump}}
+COMMANDS = {"parity": {"run": run, "check": check, "compare": compare, "dump": dump}}

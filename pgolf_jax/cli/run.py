@@ -93,15 +93,15 @@ def plan(
 
   Prints for each program the memory of one device, its work, its collectives and the least time it takes at the chips'
   peak rates, and for H100s the machine code of its kernels. The exit status is 1 if a program does not fit. TPUs need
-  libtpu (pip install 'pgolf_jax[tpu]') but no TPU, H100s JAX's CUDA plugin (pip install 'pgolf_jax[cuda]') but no GPU
-  and no driver. Without the plugin, programs for H100s are lowered but not compiled: memory and machine code stay
-  unknown.
+  libtpu (pip install 'pgolf_jax[tpu]') but no TPU. NVIDIA GPUs need JAX's CUDA plugin (pip install 'pgolf_jax[cuda13]')
+  but no GPU and no driver; without it programs are lowered for CUDA, and their memory is estimated.
 
   Example: pgolf plan v5e_8 --topology v5e:2x4
 
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
-    topology: h100:1, h100:8, or a TPU topology such as v5e:2x4, v6e:2x4, v5p:2x2x1.
+    topology: a GPU (t4, l4, a10g, a100-40, a100-80, rtx3090, rtx4090, rtx5090, h100, h200, b200), or several, as in
+      h100:8; or TPUs, such as v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1.
     every_shape: compile the train step of every sequence length and looping mode, not only of the last.
   """
   from pgolf_jax.runtime import jax_setup
@@ -109,7 +109,7 @@ def plan(
 
   # The hardware of the plan need not be here, and the hardware that is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if topology.lower().startswith("h100"):
+  if not topology.lower().startswith(("v", "tpu")):
     jax_setup.add_gpu_flags(os.environ)
   from pgolf_jax.plan import examine, hardware, programs, report
 
@@ -118,6 +118,8 @@ def plan(
   print(f"{described.name}: {described.mesh.size} × {described.kind}", flush=True)
   if described.only_lowers:
     print(described.only_lowers)
+  if settings.train.compute_dtype == "bfloat16" and not hardware.has_bfloat16(described):
+    print(f"{described.kind} has no units for bfloat16: --train.compute-dtype float32 is faster there")
   fits = True
   for program in programs(settings, described.mesh, every_shape=every_shape):
     finding = examine(program, described)

@@ -13,6 +13,7 @@ import jax
 
 from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
+from pgolf_jax.plan import estimate
 from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
@@ -96,8 +97,9 @@ class Finding:
 
   Attributes:
     seconds: spent on tracing, lowering and compiling.
-    memory: bytes of one device, by part; empty where the program was not compiled.
+    memory: bytes of one device, by part; empty where the compiler does not say.
     fits: whether the memory is enough; None where that is not known.
+    is_estimate: whether the memory is estimated from the trace, since nothing here compiles for the hardware.
     flops: of matrix products on one device, by formula.
     kernels: number of Pallas kernels in the program's text.
     traffic: by kind of collective.
@@ -118,12 +120,14 @@ class Finding:
   failure: str | None = None
   machine_code: dict[Kernel, int] = dataclasses.field(default_factory=dict)
   known_kernels: int = 0
+  is_estimate: bool = False
 
 
 def examine(program: Program, topology: Topology) -> Finding:
   """Traces and lowers a program for the topology, and compiles it where that is possible."""
   began = time.perf_counter()
-  lowered = program.trace().lower(lowering_platforms=(topology.platform,))
+  traced = program.trace()
+  lowered = traced.lower(lowering_platforms=(topology.platform,))
   compiled, machine_code, failure = None, {}, None
   if not topology.only_lowers:
     try:
@@ -133,7 +137,9 @@ def examine(program: Program, topology: Topology) -> Finding:
         raise
       failure = _first_words(str(e))
   if compiled is None:
-    text, parts, fits, num_bytes = lowered.as_text(), {}, False if failure else None, None
+    text, num_bytes = lowered.as_text(), None
+    parts = {} if failure else estimate.memory(traced)
+    fits = False if failure else _may_fit(sum(parts.values()), topology)
     traffic = in_stablehlo(lowered.compiler_ir("stablehlo"), topology.mesh.size)
   else:
     text, parts = compiled.as_text(), memory(compiled)
@@ -153,7 +159,18 @@ def examine(program: Program, topology: Topology) -> Finding:
     failure=failure,
     machine_code=machine_code,
     known_kernels=max(0, known_kernels),
+    is_estimate=topology.only_lowers is not None,
   )
+
+
+def _may_fit(estimated: int, topology: Topology) -> bool | None:
+  """Whether an estimate lies safely below or above the memory; None where it is too near to tell."""
+  if topology.chip is None:
+    return None
+  least, most = estimate.scaled(estimated, topology.platform)
+  if most <= topology.chip.memory:
+    return True
+  return False if least > topology.chip.memory else None
 
 
 def _compile(lowered: jax.stages.Lowered, topology: Topology) -> tuple[jax.stages.Compiled, dict[Kernel, int]]:
@@ -195,6 +212,26 @@ def _first_words(message: str) -> str:
   return line[:300]
 
 
+_TAKEN_AT_FIRST = 0.75  # of a GPU's memory, by JAX: docs.jax.dev, page on GPU memory allocation
+_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+
+
+def _memory_lines(finding: Finding, topology: Topology) -> list[str]:
+  """The memory of one device by part, and whether it is enough."""
+  parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in finding.memory.items())
+  total, chip = sum(finding.memory.values()), topology.chip
+  available = "" if chip is None else f" of {chip.memory / GIB:.1f}"
+  verdict = "" if chip is None else {True: ", fits", False: ", DOES NOT FIT", None: ", may not fit"}[finding.fits]
+  about = "about " if finding.is_estimate else ""
+  lines = [f"  memory        {about}{total / GIB:.2f}{available} GiB a device{verdict} ({parts})"]
+  if finding.is_estimate:
+    low, high = (f"{size / GIB:.2f}" for size in estimate.scaled(total, topology.platform))
+    lines.append(f"                estimated from the trace: compilers were seen to take {low} to {high}")
+  if chip is not None and topology.platform == "cuda" and finding.fits and total > _TAKEN_AT_FIRST * chip.memory:
+    lines.append(f"                more than the 75 % that JAX takes at first: set {_FRACTION}=0.95")
+  return lines
+
+
 def report(finding: Finding, topology: Topology) -> str:
   """Returns the finding as lines of text."""
   done = "lowered" if topology.only_lowers else "compiled"
@@ -202,13 +239,9 @@ def report(finding: Finding, topology: Topology) -> str:
   if finding.failure:
     lines.append(f"  memory        DOES NOT FIT: {finding.failure}")
   elif finding.memory:
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in finding.memory.items())
-    total = sum(finding.memory.values()) / GIB
-    available = "" if topology.chip is None else f" of {topology.chip.memory / GIB:.1f}"
-    verdict = "" if topology.chip is None else ", fits" if finding.fits else ", DOES NOT FIT"
-    lines.append(f"  memory        {total:.2f}{available} GiB a device{verdict} ({parts})")
+    lines += _memory_lines(finding, topology)
   else:
-    lines.append("  memory        not known without compiling")
+    lines.append("  memory        the compiler does not say")
   lines.append(f"  work          {finding.flops / 1e12:.2f} TFLOP a device in products, by formula")
   for kind, t in sorted(finding.traffic.items()):
     lines.append(f"  {kind:<18}{t.count:>4}, {t.bytes / 1e6:,.1f} MB in all")

@@ -92,6 +92,12 @@ def topology(name: str) -> Topology:
   return _tpu(name.lower())
 
 
+def has_bfloat16(topology: Topology) -> bool:
+  """Whether devices multiply bfloat16 by units of their own; taken for granted of those that are not listed."""
+  limits = peaks(topology.kind)
+  return limits is None or limits.has_bfloat16
+
+
 def has_libtpu() -> bool:
   """Whether programs can be compiled for TPUs here."""
   return importlib.util.find_spec("libtpu") is not None

@@ -36,6 +36,7 @@ def start() -> None:
   jax_setup.set_xla_options()
   initialize()
   jax_setup.use_compile_cache()
+  log.started()
   if jax.process_count() > 1 and not is_leader():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -47,6 +48,7 @@ def leave_devices() -> None:
   """
   jax_setup.set_xla_options()
   jax.config.update("jax_platforms", "cpu")
+  log.started()
 
 
 def initialize() -> None:

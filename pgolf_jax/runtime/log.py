@@ -1,39 +1,103 @@
 """What people are told while a program runs: log lines, and the progress of long work.
 
-Progress is a live bar with rate and time left on a terminal, plain lines otherwise.
+On a terminal, progress is live bars below whatever else is printed, gone when their work is done; else plain lines.
+Nothing here loads JAX, so that the first sign of life comes before it is loaded.
 """
 
 import contextlib
 import logging
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
+from pgolf_jax import tables
 
 log = logging.getLogger("pgolf")
+_silent = False  # shows nothing on the terminal
+_follows = False  # of several processes on one run, one speaks
+
+
+def silence() -> None:
+  """Shows no more progress and keeps no more log lines in this process: it is not the leader of its run."""
+  global _silent, _follows
+  _silent = _follows = True
+
+
+@contextlib.contextmanager
+def to_stderr() -> Iterator[None]:
+  """Sends log lines to standard error in the block, until `log_to` says otherwise."""
+  before = list(log.handlers), log.propagate, log.level
+  log.handlers, log.propagate = [_Terminal("stderr")], False
+  log.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+  """Prints neither progress nor log lines in the block, as a library should; a run's file still gets the lines."""
+  global _silent
+  before = _silent, list(log.handlers), log.propagate, log.level
+  _silent = True
+  try:
+    yield
+  finally:
+    for handler in set(log.handlers).difference(before[1]):
+      handler.close()
+    _silent, log.handlers, log.propagate = before[:3]
+    log.setLevel(before[3])
 
 
 def log_to(path: Path) -> None:
   """Sends log lines to the terminal and, with times in UTC, to the file `path`; only the leader's lines are kept."""
-  log.propagate = False
+  log.propagate = _silent and not _follows
   log.setLevel(logging.INFO)
-  if jax.process_index() != 0:
+  if _follows:
     log.handlers = [logging.NullHandler()]
     return
-  to_terminal = logging.StreamHandler(sys.stdout)
-  to_terminal.setFormatter(logging.Formatter("%(message)s"))
+  to_terminal = logging.NullHandler() if _silent else _Terminal("stdout")
   log.handlers = [to_terminal]
   try:
     to_file = _LogFile(path, encoding="utf-8")
   except OSError as error:
     log.warning("%s cannot be written (%s); what is said goes to the terminal alone.", path, error.strerror)
     return
-  formatter = logging.Formatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+  formatter = _WideFormatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
   formatter.converter = time.gmtime
   to_file.setFormatter(formatter)
   log.handlers = [to_file, to_terminal]
+
+
+class _Terminal(logging.Handler):
+  """Log lines on a stream of this process, above the bars; once its reader has gone they go nowhere, and work goes on.
+
+  Args:
+    stream: stdout or stderr, looked up at each line, for the bars put themselves in its place.
+  """
+
+  def __init__(self, stream: str):
+    super().__init__()
+    self._stream = stream
+
+  def emit(self, record: logging.LogRecord) -> None:
+    try:
+      print(self.format(record), file=getattr(sys, self._stream), flush=True)
+    except (OSError, ValueError):  # a closed pipe, a terminal that is gone
+      log.removeHandler(self)
+
+
+class _WideFormatter(logging.Formatter):
+  """Tables keep their whole width in a file."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    with tables.unfolded():
+      return super().format(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -51,15 +115,65 @@ class _LogFile(logging.FileHandler):
     )
 
 
-_APPEAR_AFTER = 2.0  # seconds; shorter work shows nothing
+_APPEAR_AFTER = 0.5  # seconds; shorter work shows nothing
 _LINE_EVERY = 10.0  # seconds between plain lines
-_silent = False
 
 
-def silence() -> None:
-  """Shows no more progress in this process: of several processes on one run, one speaks."""
-  global _silent
-  _silent = True
+class _Bars:
+  """The bars on the terminal: one display for all, since two would draw over each other."""
+
+  def __init__(self):
+    self._display, self._lock = None, threading.RLock()
+
+  def add(self, description: str, total: float | None, began: float) -> int:
+    with self._lock:
+      if self._display is None:
+        self._display = _display()
+        self._display.start()
+      return self._display.add_task(description, total=total, count="", note="", began=began)
+
+  def update(self, task: int, **fields) -> None:
+    with self._lock:
+      if self._display is not None:
+        self._display.update(task, **fields)
+
+  def remove(self, task: int) -> None:
+    with self._lock:
+      if self._display is None:
+        return
+      self._display.remove_task(task)
+      if not self._display.tasks:
+        self._display.stop()
+        self._display = None
+
+
+def _display():
+  from rich import progress as bars
+  from rich.console import Console
+  from rich.table import Column
+
+  class Elapsed(bars.ProgressColumn):
+    def render(self, task) -> str:
+      return _clock(time.monotonic() - task.fields["began"])
+
+  narrow = {"no_wrap": True, "overflow": "ellipsis"}
+  return bars.Progress(
+    bars.TextColumn("{task.description}", markup=False, table_column=Column(ratio=None, **narrow)),
+    bars.BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4, max_width=40)),
+    bars.TextColumn("{task.fields[count]}", markup=False, table_column=Column(**narrow)),
+    Elapsed(),
+    bars.TimeRemainingColumn(elapsed_when_finished=False),
+    bars.TextColumn("{task.fields[note]}", markup=False, table_column=Column(**narrow)),
+    console=Console(stderr=True),
+    transient=True,
+    expand=True,
+    # What is printed meanwhile goes above the bars, but not what goes into a file or a pipe.
+    redirect_stdout=sys.stdout.isatty(),
+    redirect_stderr=True,
+  )
+
+
+_bars = _Bars()
 
 
 class Progress:
@@ -70,8 +184,14 @@ class Progress:
     self._done = 0.0
     self._note = ""
     self._began = self._shown = time.monotonic()
-    self._bar = None
-    self._live = sys.stderr.isatty()
+    self._task: int | None = None
+    self._timer: threading.Timer | None = None
+    self._lock = threading.Lock()
+    self._is_closed = False
+    if not _silent and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown"):
+      self._timer = threading.Timer(_APPEAR_AFTER, self._appear)
+      self._timer.daemon = True
+      self._timer.start()
 
   def advance(self, amount: float = 1) -> None:
     """Reports `amount` more units as done."""
@@ -82,15 +202,27 @@ class Progress:
     """A short text shown beside the count, such as a running loss."""
     self._note = text
 
+  def _appear(self) -> None:
+    with self._lock:
+      if not self._is_closed:
+        self._task = _bars.add(self._description, self._total, self._began)
+    self._show()
+
   def _show(self) -> None:
     now = time.monotonic()
-    if _silent or now - self._began < _APPEAR_AFTER:
-      return
-    if self._live:
-      self._draw()
-    elif now - self._shown >= _LINE_EVERY:
+    if self._task is not None:
+      _bars.update(self._task, completed=self._done, count=self._count(now), note=self._note)
+    elif not _silent and self._timer is None and now - max(self._shown, self._began) >= _LINE_EVERY:
       self._shown = now
-      print(self._line(now), file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        print(self._line(now), file=sys.stderr, flush=True)
+
+  def _count(self, now: float) -> str:
+    if not self._unit:
+      return ""
+    rate = self._done / max(now - self._began, 1e-9)
+    of = f"/{_short(self._total)}" if self._total else ""
+    return f"{_short(self._done)}{of} {self._unit}" + (f" {_short(rate)}/s" if rate >= 1 else "")
 
   def _line(self, now: float) -> str:
     rate = self._done / max(now - self._began, 1e-9)
@@ -99,31 +231,14 @@ class Progress:
     note = f" | {self._note}" if self._note else ""
     return f"{self._description}: {_short(self._done)}{of} {self._unit}, {_short(rate)} {self._unit}/s{left}{note}"
 
-  def _draw(self) -> None:
-    from rich import progress as rich_progress
-
-    if self._bar is None:
-      columns = [
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.TextColumn("{task.fields[count]}"),
-        rich_progress.TimeElapsedColumn(),
-        rich_progress.TimeRemainingColumn(),
-        rich_progress.TextColumn("{task.fields[note]}"),
-      ]
-      from rich.console import Console
-
-      self._bar = rich_progress.Progress(*columns, console=Console(stderr=True), transient=True)
-      self._bar.start()
-      self._task = self._bar.add_task(self._description, total=self._total, count="", note="")
-    rate = self._done / max(time.monotonic() - self._began, 1e-9)
-    of = f"/{_short(self._total)}" if self._total else ""
-    count = f"{_short(self._done)}{of} {self._unit} {_short(rate)}/s"
-    self._bar.update(self._task, completed=self._done, count=count, note=self._note)
-
   def close(self) -> None:
-    if self._bar is not None:
-      self._bar.stop()
+    with self._lock:
+      self._is_closed = True
+      if self._timer is not None:
+        self._timer.cancel()
+      if self._task is not None:
+        _bars.remove(self._task)
+        self._task = None
 
 
 @contextlib.contextmanager
@@ -133,13 +248,31 @@ def progress(description: str, total: float | None = None, unit: str = "") -> It
   Args:
     description: what is being done, as in "preparing".
     total: units of work in all, if known.
-    unit: what is counted, as in "B" or "tokens".
+    unit: what is counted, as in "B" or "tokens"; empty where only the time is shown.
   """
+  started()
   shown = Progress(description, total, unit)
   try:
     yield shown
   finally:
     shown.close()
+
+
+_start: Progress | None = None
+
+
+def starting() -> None:
+  """Shows that the program is loading, until `started`."""
+  global _start
+  _start = Progress("starting", None, "")
+
+
+def started() -> None:
+  """Ends what `starting` began."""
+  global _start
+  begun, _start = _start, None
+  if begun is not None:
+    begun.close()
 
 
 def _short(x: float) -> str:

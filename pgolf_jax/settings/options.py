@@ -17,12 +17,12 @@ from pgolf_jax.settings import Settings, load
 from pgolf_jax.settings.fields import Entry, every_setting
 from pgolf_jax.settings.reference import COMMON, option, value_text
 
-_POSITIONAL = "positional"
+_POSITIONAL, _REPEATED = "positional", "repeated"
 T = TypeVar("T")
 Positional = Annotated[T, _POSITIONAL]
 """Type of a parameter that is given without a name: Positional[Path]."""
-Repeated = Annotated[tuple[T, ...], "repeated"]
-"""Type of an option that takes one word and may be given several times: Repeated[str]."""
+Repeated = Annotated[tuple[T, ...], _REPEATED]
+"""Type of an option that may be given several times, one value each time: Repeated[str]."""
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
@@ -43,8 +43,8 @@ class Parameter:
   kind: Any  # its type without None
   default: Any  # inspect.Parameter.empty if there is none
   is_positional: bool
-  is_repeated: bool
   meaning: str
+  is_repeated: bool = False
 
   @property
   def is_required(self) -> bool:
@@ -87,16 +87,15 @@ def parameters_of(function: Callable) -> list[Parameter]:
   hints, meanings = typing.get_type_hints(function, include_extras=True), split(function.__doc__ or "")[1]
   parameters = []
   for name, parameter in inspect.signature(function).parameters.items():
-    kind, is_positional, is_repeated = hints[name], False, False
+    kind, marks = hints[name], ()
     if typing.get_origin(kind) is Annotated:
-      is_positional = any(_POSITIONAL in repr(mark).lower() for mark in kind.__metadata__)
-      is_repeated = "repeated" in kind.__metadata__
-      kind = typing.get_args(kind)[0]
+      kind, marks = typing.get_args(kind)[0], kind.__metadata__
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
       kind = next(k for k in typing.get_args(kind) if k is not type(None))
     if typing.get_origin(kind) is Annotated:
       kind = typing.get_args(kind)[0]
-    parameters.append(Parameter(name, kind, parameter.default, is_positional, is_repeated, meanings.get(name, "")))
+    meaning = meanings.get(name, "")
+    parameters.append(Parameter(name, kind, parameter.default, _POSITIONAL in marks, meaning, _REPEATED in marks))
   return parameters
 
 
@@ -281,9 +280,9 @@ class Options:
         p.flag,
         dest=p.name,
         type=p.read,
+        action="append" if p.is_repeated else "store",
         metavar=(_word(p), "…") if p.is_many and not p.is_repeated else _word(p),
         nargs="+" if p.is_many and not p.is_repeated else None,
-        action="append" if p.is_repeated else "store",
         help=meaning,
       )
 

@@ -25,6 +25,7 @@ from pgolf_jax.quantize.artifact.reader import describe, split
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
+from pgolf_jax.tables import Table
 
 _MARKS = ("submission.json", "artifact.pgolf", "evaluate.py")  # a folder with one of them is a submission
 _SAME_BPB = 1e-6  # a fresh process on the same machine repeats its sums
@@ -87,14 +88,13 @@ def tensor_bytes(artifact: Artifact) -> dict[str, float]:
   return shares
 
 
-def table(account: Account) -> str:
-  """Returns the account as lines of text, the largest stream first."""
+def table(account: Account) -> Table:
+  """Returns the account in bytes, the largest stream first."""
   rows = [(name, f"{size:,}") for name, size in sorted(account.by_stream.items(), key=lambda item: -item[1])]
   rows += [("artifact", f"{account.artifact:,}"), (f"code ({account.code_files} files)", f"{account.code:,}")]
   rows += [("total", f"{account.total:,}"), ("budget", f"{account.budget:,}"), ("left", f"{-account.over:,}")]
   rows += [("tokenizer, apart", f"{account.tokenizer:,}")]
-  width = max(len(name) for name, _ in rows)
-  return "\n".join(f"{name:<{width}} {size:>14}" for name, size in rows)
+  return Table(("", ">bytes"), rows)
 
 
 def build(

@@ -20,10 +20,10 @@ def test_runs_of_a_set_share_a_config(tmp_path):
 
 def test_outcomes_are_told_apart():
   held, broken, unproved = (Check(name, passed, "why") for name, passed in (("a", True), ("b", False), ("c", None)))
-  assert checks_table([held, broken, unproved]).splitlines() == [
-    "holds    a  why",
-    "BROKEN   b  why",
-    "unproved c  why",
+  assert str(checks_table([held, broken, unproved])).splitlines() == [
+    "holds     a  why",
+    "BROKEN    b  why",
+    "unproved  c  why",
   ]
   assert checks_summary([held, held]) == "2 of 2 checks hold"
   assert checks_summary([held, unproved]) == "1 of 2 checks hold; 1 not proved"

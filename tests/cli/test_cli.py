@@ -24,7 +24,7 @@ def test_every_verb_explains_itself_with_an_example(capsys):
   "args, status, part",
   [
     ([], 2, ""),
-    (["rnu"], 2, "did you mean run"),
+    (["rnu"], 2, "there is no verb rnu; did you mean run?"),
     (["data", "prepair"], 2, "did you mean prepare"),
     (["run"], 2, "pgolf run needs CONFIG, as in: pgolf run configs/demo.toml"),
     (["eval"], 2, "pgolf eval needs TARGET, run folder or artifact"),

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
+from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
-from pgolf_jax.plan import Program, compiled, examine, hardware, programs, report
+from pgolf_jax.plan import Program, compiled, examine, gpus, hardware, programs, report
 from pgolf_jax.settings import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
 
 SETTINGS = Settings(
@@ -57,7 +58,7 @@ def test_every_program_lowers_for_eight_h100s_with_kernels_inside(no_cuda_plugin
   topology = hardware.topology("h100:8")
   found = [examine(p, topology) for p in programs(SETTINGS, topology.mesh, every_shape=False)]
   step, ttt, phase = found
-  assert all(f.kernels > 0 and f.fits is None and not f.memory for f in found)
+  assert all(f.kernels > 0 and f.fits and f.is_estimate for f in found)
   assert "256, looping on" in step.title
   # Gradients of the banks travel to their owners in bfloat16, updates come back in float32; stacks are padded to 8.
   banks = 2 * 8 * (128 * 128 + 64 * 128 + 2 * 256 * 128)
@@ -235,9 +236,38 @@ def test_the_formula_counts_what_xla_counts():
   assert counted == pytest.approx(2 * 256 * 512 * 128, rel=0.01)
 
 
-def test_unknown_topologies_are_refused_with_one_that_exists():
-  with pytest.raises(UserError, match="did you mean v5e:2x4"):
-    hardware.topology("v5e-2x4")
+@pytest.mark.parametrize(("name", "near"), [("v5e-2x4", "v5e:2x4"), ("rtx-4090", "rtx4090"), ("h100:x", "h100:8")])
+def test_unknown_topologies_are_refused_with_one_that_exists(name, near):
+  with pytest.raises(UserError, match=f"did you mean {near}"):
+    hardware.topology(name)
+
+
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_every_listed_gpu_has_its_peaks_its_limits_and_a_description(name, no_cuda_plugin):
+  gpu, topology = gpus.GPUS[name], hardware.topology(name)
+  assert topology.kind == gpu.kind and topology.mesh.size == 1 and topology.chip.memory == gpu.memory
+  text = gpus.target_config(gpu, peaks(gpu.kind).bytes_per_s)
+  assert f"core_count: {gpu.cores}\n" in text and f"major: {gpu.capability[0]} minor: {gpu.capability[1]}" in text
+  assert hardware.has_bfloat16(topology) == (gpu.capability >= (8, 0))
+
+
+def test_an_estimate_is_said_to_be_one_and_memory_decides(no_cuda_plugin):
+  topology = hardware.topology("t4")
+  (step,) = programs(dataclasses.replace(SETTINGS, ttt=TTTConfig(enabled=False)), topology.mesh, every_shape=False)
+  found = examine(step, topology)
+  text = report(found, topology)
+  assert found.fits and "of 14.9 GiB a device, fits" in text and "estimated from the trace" in text
+  size = sum(found.memory.values())
+  for memory, fits, words in (
+    (2 * size, True, "fits"),
+    (size, None, "may not fit"),
+    (size // 2, False, "DOES NOT FIT"),
+  ):
+    chip = dataclasses.replace(topology.chip, memory=memory)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setitem(hardware.CHIPS, topology.kind, chip)
+      found = examine(step, topology)
+      assert found.fits is fits and f"a device, {words} (" in report(found, topology)
 
 
 def test_the_verb_prints_a_table(no_cuda_plugin, tmp_path, capsys, monkeypatch):
@@ -247,4 +277,12 @@ def test_the_verb_prints_a_table(no_cuda_plugin, tmp_path, capsys, monkeypatch):
   assert main(["plan", str(config), "--topology", "h100:1"]) == 0
   printed = capsys.readouterr().out
   assert "1 × NVIDIA H100" in printed and "lowered for CUDA only" in printed
-  assert "train step, segments up to 256, looping off" in printed and "not known without compiling" in printed
+  assert "train step, segments up to 256, looping off" in printed and "estimated from the trace" in printed
+
+
+def test_the_verb_says_what_a_card_without_bfloat16_does(no_cuda_plugin, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # restored afterwards
+  config = tmp_path / "small.toml"
+  config.write_text(CONFIG)
+  assert main(["plan", str(config), "--topology", "t4"]) == 0
+  assert "Tesla T4 has no units for bfloat16" in capsys.readouterr().out

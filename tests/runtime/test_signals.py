@@ -79,4 +79,4 @@ def test_a_verb_that_saves_nothing_ends_with_the_status_too(signum, status):
   assert process.stdout.readline() == "ready\n"
   process.send_signal(signum)
   error = process.communicate(timeout=30)[1]
-  assert process.returncode == status and error.count("\n") == 1 and "the same command continues" in error
+  assert process.returncode == status and error.count("\n") == 1 and "the same command begins anew" in error

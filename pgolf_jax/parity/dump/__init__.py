@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,13 @@ import torch
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
-from pgolf_jax.parity import Case, write_outputs
-from pgolf_jax.parity.dump.kinds import KINDS, Dumped, Job
+from pgolf_jax.parity import Arrays, Case, write_outputs
+from pgolf_jax.parity.check import distances
+from pgolf_jax.parity.dump.job import Job
+from pgolf_jax.parity.dump.kinds import KINDS
 from pgolf_jax.parity.dump.script import FORCED, Script, as_environment, environment
 from pgolf_jax.parity.dump.stand_ins import Places
+from pgolf_jax.parity.tolerances import PERTURBATION
 from pgolf_jax.runtime.files import remove, write_json, write_text
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import changed, env_names, from_env
@@ -57,15 +61,15 @@ _TINY_ROWS: dict[str, object] = {
   "eval.seq_len": 64,
 }
 _TINY_SCORING: dict[str, object] = {
-  "ttt.batch_size": 4,
+  "ttt.batch_size": 3,
   "ttt.seq_len": 64,
   "ttt.chunk_size": 16,
   "ttt.lora.rank": 4,
   "ttt.lora.lr": 0.003,
   "ttt.short.score_first_steps": "24:4,64:8",
-  "ttt.phase.prefix_docs": 4,
+  "ttt.phase.prefix_docs": 3,
   "ttt.phase.chunk_tokens": 128,
-  "ttt.phase.lr": 0.02,
+  "ttt.phase.lr": 0.1,
   "hints.order": 4,
   "hints.threshold": 0.6,
 }
@@ -95,10 +99,12 @@ class Request:
     changes: settings over those of the environment, by environment name.
     tokens: of the row (forward, optimizer, quantize) or the stream (train: for validation; ngram, ttt).
     documents: in the row or the stream, where it is not from `data`.
-    max_doc_len: longest segment of a row, tokens; half the longest document if None.
+    max_doc_len: longest segment of a row, tokens; the mean length of the documents if None.
     steps: of optimizer and train.
     data: folder of shards to take text from; random documents if None.
     noise: see `Script.make_model`.
+    activations: of every layer, in a case of the kind forward.
+    floor: compute everything once more from inputs moved by 1e-7, to say how far the script's own outputs move.
   """
 
   script: Path
@@ -115,6 +121,8 @@ class Request:
   data: Path | None = None
   device: str = "cpu"
   noise: float = NOISE
+  activations: bool = False
+  floor: bool = True
 
 
 def dump(request: Request) -> Case:
@@ -141,11 +149,8 @@ def dump(request: Request) -> Case:
 
 
 def _write(request: Request, folder: Path) -> None:
-  places = Places(request.device)
-  threads = torch.get_num_threads()
-  if request.base == "tiny":
-    torch.set_num_threads(1)  # more would wait for one another longer than they compute
-  with environment(_environment(request)), places.in_float32():
+  places, kind = Places(request.device), KINDS[request.kind]
+  with environment(_environment(request)), places.in_float32(), _one_thread(request.base == "tiny"):
     script = Script.load(request.script, places)
     _refuse_missing(script, request.kind)
     with contextlib.redirect_stdout(script.printed):
@@ -156,15 +161,39 @@ def _write(request: Request, folder: Path) -> None:
       check.check(settings)
       shapes = {name: np.empty(p.shape, np.bool_) for name, p in model.named_parameters()}
       parameters.check(settings.model, shapes, f"The model of {request.script}")
-      dumped = KINDS[request.kind].dump(_job(request, script, model, folder))
-  torch.set_num_threads(threads)
-  sections = KINDS[request.kind].sections
-  assumed = [name for name in silent if env_names().get(name, "").split(".")[0] in sections]
-  write_outputs(folder / "inputs.safetensors", dumped.inputs)
-  write_outputs(folder / "expected.safetensors", dumped.expected)
-  write_json(folder / "case.json", _about(request, script, values, assumed, dumped))
+      job = _job(request, script, model, folder, settings)
+      inputs = kind.draw(job)
+      expected = kind.compute(job, inputs)
+      write_outputs(folder / "inputs.safetensors", inputs)
+      write_outputs(folder / "expected.safetensors", expected)
+      assumed = [name for name in silent if env_names().get(name, "").split(".")[0] in kind.sections]
+      about = _about(request, script, values, assumed) | job.about
+      write_json(folder / "case.json", about)
+      if request.floor and request.kind != "ngram":
+        write_json(folder / "case.json", about | {"floor": _floor(job, expected)})
   if script.printed.getvalue():
     write_text(folder / "script.log", script.printed.getvalue())
+
+
+@contextlib.contextmanager
+def _one_thread(wanted: bool) -> Iterator[None]:
+  """Within it, PyTorch computes tiny models in one thread; more would wait for one another longer than they compute."""
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1 if wanted else threads)
+  try:
+    yield
+  finally:
+    torch.set_num_threads(threads)
+
+
+def _floor(job: Job, expected: Arrays) -> dict[str, float]:
+  """How far the script's own outputs move when its inputs move by 1e-7, in the measures of `pgolf parity check`."""
+  case = Case.load(job.folder)
+  moved = dataclasses.replace(case, perturbation=PERTURBATION).inputs
+  job.restart(moved)
+  return {
+    name: float(f"{d:.3e}") for name, d in distances(case, KINDS[case.kind].compute(job, moved), expected).items()
+  }
 
 
 def _environment(request: Request) -> dict[str, str]:
@@ -194,22 +223,23 @@ def _refuse_missing(script: Script, kind: str) -> None:
     )
 
 
-def _job(request: Request, script: Script, model: torch.nn.Module, folder: Path) -> Job:
-  max_doc_len = request.max_doc_len or max(request.tokens // request.documents, 2)
+def _job(request: Request, script: Script, model: torch.nn.Module, folder: Path, settings: Settings) -> Job:
   return Job(
-    script,
-    model,
-    folder,
-    request.tokens,
-    request.documents,
-    max_doc_len,
-    request.steps,
-    request.data,
-    np.random.default_rng(request.seed),
+    script=script,
+    model=model,
+    folder=folder,
+    tokens=request.tokens,
+    documents=request.documents,
+    max_doc_len=request.max_doc_len or max(request.tokens // request.documents, 2),
+    steps=request.steps,
+    data=request.data,
+    rng=np.random.default_rng(request.seed),
+    activations=request.activations,
+    config=settings.model,
   )
 
 
-def _about(request: Request, script: Script, values: dict[str, str], assumed: list[str], dumped: Dumped) -> dict:
+def _about(request: Request, script: Script, values: dict[str, str], assumed: list[str]) -> dict[str, Any]:
   def named(path: Path) -> dict[str, str]:
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
@@ -230,4 +260,4 @@ def _about(request: Request, script: Script, values: dict[str, str], assumed: li
       "pgolf_jax": version("pgolf_jax"),
     },
   }
-  return {"kind": request.kind, "settings": values, "dtype": "float32", **dumped.about, "made_from": made_from}
+  return {"kind": request.kind, "settings": values, "dtype": "float32", "made_from": made_from}

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
+from pgolf_jax.parity import weights
 from pgolf_jax.parity.dump.stand_ins import Places
-from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import FIXED, env_names, flattened, from_env, stages_as_text
+from pgolf_jax.settings import Settings, schedules
+from pgolf_jax.settings.load import FIXED, env_names, flattened, from_env
 
 FORCED = {
   "CASEOPS_ENABLED": "1",
@@ -37,8 +37,6 @@ _OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "WORLD_SIZE")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "FORCE_STOP_STEP")
 _MODULE = "pgolf_dumped_script"
 _HINTS_MODULE = "online_ngram_tilt"
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
-_PREFIXES = ("_orig_mod.", "module.")
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
@@ -54,7 +52,7 @@ def as_environment(settings: Settings) -> dict[str, str]:
 def _text(value: object) -> str:
   if isinstance(value, bool):
     return str(int(value))
-  return stages_as_text(value) if isinstance(value, tuple) else str(value)
+  return schedules.as_text(value) if isinstance(value, tuple) else str(value)
 
 
 @contextlib.contextmanager
@@ -206,43 +204,23 @@ def load_checkpoint(model: torch.nn.Module, path: Path) -> None:
   Raises:
     UserError: the file is unreadable, holds no state dict, or one of another model.
   """
-  state = read_state(path)
+  read = weights.read_safetensors if path.suffix == ".safetensors" else weights.read_torch
+  state = dict(read(path).tensors)
   own = model.state_dict()
   for name in parameters.SOFTCAPS:
     if name in own and name not in state:
-      state[name] = own[name]
+      state[name] = own[name].cpu().numpy()
   if missing := sorted(own.keys() - state.keys()):
     raise UserError(f"{path} has no {missing[0]}, which the script's model has ({len(missing)} such in all).")
   if unknown := sorted(state.keys() - own.keys()):
     raise UserError(f"{path} has {unknown[0]}, which the script's model has not ({len(unknown)} such in all).")
   for name, value in own.items():
-    if state[name].shape != value.shape:
+    if tuple(state[name].shape) != tuple(value.shape):
       raise UserError(
         f"{path}: {name} has the shape {tuple(state[name].shape)}, but the script's settings give "
         f"{tuple(value.shape)}; give the sizes that it was trained with, as in --set MODEL_DIM=512."
       )
-  model.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()})
-
-
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-  """The tensors of a PyTorch checkpoint, read without executing anything in it, or of a safetensors file."""
-  if not path.is_file():
-    raise UserError(f"There is no checkpoint {path}.")
-  try:
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-  except Exception as e:
-    raise UserError(
-      f"{path} is not a readable checkpoint ({str(e).splitlines()[0]}); save one with "
-      "torch.save(model.state_dict(), …) or as safetensors."
-    ) from None
-  for key in _WRAPPERS:
-    if isinstance(state, dict) and isinstance(state.get(key), dict):
-      state = state[key]
-  if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-    raise UserError(f"{path} holds no state dict, that is, tensors by name.")
-  for prefix in _PREFIXES:
-    state = {name.removeprefix(prefix): value for name, value in state.items()}
-  return state
+  model.load_state_dict({name: torch.tensor(value.astype(np.float32)) for name, value in state.items()})
 
 
 def as_arrays(tensors: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, np.ndarray]:

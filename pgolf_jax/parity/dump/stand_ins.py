@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ import torch.nn.functional as F
 
 from pgolf_jax.bench.torch_gpt import segment_attention
 from pgolf_jax.errors import UserError
+
+observers: list[Callable[..., None]] = []
+"""Called with what attention within segments reads and returns: q, k, v and attend."""
 
 
 def attention(q, k, v, *args, causal: bool = False, softmax_scale=None, window_size=(-1, -1), **_):
@@ -39,8 +42,10 @@ def packed_attention(q, k, v, *args, cu_seqlens_q=None, causal: bool = False, **
   _refuse_other_attention(args[5:], options.get("softmax_scale"), options.get("window_size", (-1, -1)))
   if not causal:
     raise UserError("The script calls flash_attn_varlen_func without causal=True, which no kind of case has.")
-  lengths = tuple(n for n in boundaries.diff().tolist() if n > 0)
-  return segment_attention(q, k, v, lengths)
+  y = segment_attention(q, k, v, tuple(n for n in boundaries.diff().tolist() if n > 0))
+  for observe in observers:
+    observe(q=q, k=k, v=v, attend=y)
+  return y
 
 
 def _refuse_other_attention(args, softmax_scale, window_size) -> None:
@@ -244,3 +249,59 @@ class Places:
 
 def _is_hidden(name: str) -> bool:
   return name.split(".")[0] in _Finder.HIDDEN
+
+
+@contextlib.contextmanager
+def recorded(model: torch.nn.Module, layers: list[int]) -> Iterator[dict[str, torch.Tensor]]:
+  """Gives a dictionary that the activations of one forward pass of one row are entered in, each [T, …].
+
+  Their names are those of `model.Context.tap`.
+
+  What attention reads and returns is always seen; the rest as far as the model has modules `blocks`, with `attn` and
+  `mlp` in each, `final_norm`, or a method `_parallel_block` that returns both lanes.
+
+  Args:
+    layers: in the order in which they run.
+  """
+  found: dict[str, torch.Tensor] = {}
+  uses = 0  # of layers so far
+
+  def note(name: str, value) -> None:
+    found[f"{uses - 1:02d}.blocks.{layers[uses - 1]}.{name}"] = value.detach()
+
+  def attended(**values) -> None:
+    nonlocal uses
+    uses += 1
+    for name, value in values.items():
+      note(name, value)
+
+  def hook(name: str):
+    return lambda _, __, output: note(name, output[0])
+
+  handles = []
+  for block in getattr(model, "blocks", ()):
+    handles.append(block.register_forward_hook(hook("x")))
+    handles += [
+      getattr(block, name).register_forward_hook(hook(name)) for name in ("attn", "mlp") if hasattr(block, name)
+    ]
+  if hasattr(model, "final_norm"):
+    handles.append(model.final_norm.register_forward_hook(lambda _, __, output: found.update(hidden=output[0])))
+  parallel = getattr(model, "_parallel_block", None)
+  if parallel is not None:
+
+    def lanes_noted(*args, **kwargs):
+      lanes = parallel(*args, **kwargs)
+      for name, lane in zip(("lane0", "lane1"), lanes, strict=True):
+        note(name, lane[0])
+      return lanes
+
+    model._parallel_block = lanes_noted
+  observers.append(attended)
+  try:
+    yield found
+  finally:
+    observers.remove(attended)
+    if parallel is not None:
+      del model._parallel_block
+    for handle in handles:
+      handle.remove()

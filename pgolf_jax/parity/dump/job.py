@@ -1,8 +1,12 @@
-"""Tokens for a case: from shards, or random documents of mixed length that repeat one another's phrases."""
+"""What to dump, and the text for it: from shards, or random documents of mixed length that share phrases."""
 
+import dataclasses
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from pgolf_jax.data.shards import (
   BOS,
@@ -14,6 +18,9 @@ from pgolf_jax.data.shards import (
   write_shard,
 )
 from pgolf_jax.errors import UserError
+from pgolf_jax.parity import Arrays
+from pgolf_jax.parity.dump.script import Script, as_arrays
+from pgolf_jax.settings import ModelConfig
 
 _PHRASES = 6
 _PHRASE_TOKENS = 40
@@ -117,3 +124,84 @@ def _refuse_large(tokens: np.ndarray, vocab_size: int, data: Path) -> None:
       f"{data} has the token {tokens.max()}, but the script's vocabulary has {vocab_size}; set VOCAB_SIZE with --set, "
       "or name the data that belongs to it."
     )
+
+
+@dataclasses.dataclass
+class Job:
+  """What to dump.
+
+  Attributes:
+    model: in float32, with the weights that the case starts from.
+    folder: of the case; shards go into it.
+    tokens: of the row or the stream.
+    max_doc_len: longest segment of a `forward` case, tokens.
+    activations: keep those of a `forward` case.
+    about: what case.json says besides.
+  """
+
+  script: Script
+  model: torch.nn.Module
+  folder: Path
+  tokens: int
+  documents: int
+  max_doc_len: int
+  steps: int
+  data: Path | None
+  rng: np.random.Generator
+  activations: bool
+  config: ModelConfig
+  about: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def h(self) -> Any:
+    return self.script.hyperparameters
+
+  @property
+  def module(self) -> types.ModuleType:
+    return self.script.module
+
+  @property
+  def device(self) -> str:
+    return self.script.places.device
+
+  def layers(self, looping: bool) -> list[int]:
+    """The layers in the order in which they run."""
+    encoder, decoder = self.config.layer_order(looping)
+    return [*encoder, *decoder]
+
+  def stream(self, tokens: int) -> ValidationData:
+    return stream(self.rng, tokens, self.documents, self.h.vocab_size, self.data)
+
+  def row(self) -> np.ndarray:
+    """Tokens [T + 1] of a packed row."""
+    return self.stream(self.tokens + 1).tokens
+
+  def params(self) -> Arrays:
+    return as_arrays(dict(self.model.named_parameters()), "params/")
+
+  def restart(self, inputs: Arrays) -> None:
+    """Gives the model the weights of the case's inputs."""
+    with torch.no_grad():
+      for name, p in self.model.named_parameters():
+        p.copy_(torch.tensor(inputs[f"params/{name}"]))
+
+  def set_looping(self, looping: bool) -> None:
+    if hasattr(self.model, "looping_active"):
+      self.model.looping_active = looping and self.h.num_loops > 0
+    elif getattr(self.h, "num_loops", 0) > 0:
+      raise UserError(
+        "The script's GPT has no looping_active, so the loop that its settings ask for cannot be switched."
+      )
+
+  def segments(self, tokens_T: torch.Tensor) -> dict[str, Any]:
+    """The arguments with which the script's model keeps the segments of a row apart."""
+    T = len(tokens_T)
+    starts = (tokens_T == 1).nonzero().flatten().tolist()
+    if hasattr(self.module, "_build_cu_seqlens"):
+      boundaries, longest = self.module._build_cu_seqlens(starts, T, tokens_T.device, self.max_doc_len, 64)
+      return {"cu_seqlens": boundaries, "max_seqlen": longest}
+    self.script.places.used["_build_cu_seqlens"] = "segments from each bos, cut at the longest length"
+    starts = sorted({0, *starts})
+    cut = [at for a, b in zip(starts, [*starts[1:], T], strict=True) for at in range(a, b, self.max_doc_len)] + [T]
+    boundaries = torch.tensor(cut, dtype=torch.int32, device=tokens_T.device)
+    return {"cu_seqlens": boundaries, "max_seqlen": int(boundaries.diff().max())}

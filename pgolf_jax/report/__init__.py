@@ -1,0 +1,86 @@
+"""A report of one run or of several: one HTML page that needs nothing else, PNGs of its figures, and its numbers.
+
+The drawing needs the extra `report` (matplotlib and Jinja2); nothing here imports them until a report is written.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime.log import log
+
+FOLDER = "report"
+"""Where a run's own report lies in its folder."""
+
+PAGE = "index.html"
+"""The page, in the report's folder."""
+
+_PACKAGES = ("matplotlib", "jinja2")
+
+
+def is_available() -> bool:
+  """Whether the packages that reports need are installed."""
+  return all(importlib.util.find_spec(name) is not None for name in _PACKAGES)
+
+
+def write(runs: Sequence[Path], out: Path | None = None, *, html: bool = True, png: bool = True) -> list[Path]:
+  """Writes the report of one run folder or of several.
+
+  Args:
+    runs: run folders; the first one's group is the baseline of comparisons.
+    out: folder for the report; if not given, `report` in the run's folder, or beside the first of several.
+    html: write the page.
+    png: write the figures as PNG files.
+
+  Returns:
+    The files written, the page first.
+
+  Raises:
+    UserError: a folder is not a run, a run is named twice, or the extra is not installed.
+  """
+  if not runs:
+    raise UserError("Name the folder of a run, such as runs/demo.")
+  if not is_available():
+    raise UserError("Reports need matplotlib and Jinja2; `pip install 'pgolf_jax[report]'` installs them.")
+  places = [path.resolve() for path in runs]
+  if twice := [path for path, place in zip(runs, places, strict=True) if places.count(place) > 1]:
+    raise UserError(f"{twice[0]} is named twice; name each run once.")
+  folders = [RunFolder(path) for path in runs]
+  if out is None:
+    out = (places[0] if len(places) == 1 else places[0].parent) / FOLDER
+  if out.exists() and not out.is_dir():
+    raise UserError(f"{out} is a file where the report's folder belongs; name another with --out.")
+  page = importlib.import_module("pgolf_jax.report.page")
+  with _quiet_matplotlib():
+    return page.write(folders, out, html=html, png=png)
+
+
+def after_run(run: RunFolder) -> Path | None:
+  """Writes a run's report into its folder, if the extra is installed; a failure only logs, for the run is complete."""
+  if not is_available():
+    return None
+  try:
+    page = write([run.path])[0]
+  except Exception as error:
+    log.warning("the report could not be written (%s: %s); `pgolf report %s` tries again.",
+                type(error).__name__, error, run.path)  # fmt: skip
+    return None
+  log.info("report: %s", page)
+  return page
+
+
+@contextlib.contextmanager
+def _quiet_matplotlib():
+  """Keeps matplotlib's remarks on fonts and its cache out of the program's output."""
+  logger = logging.getLogger("matplotlib")
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
