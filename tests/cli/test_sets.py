@@ -138,7 +138,7 @@ def test_a_signal_ends_the_set_and_a_run_is_no_set(tmp_path):
 
 def test_wandb_is_asked_for_by_name_alone(monkeypatch, tmp_path):
   given = []
-  monkeypatch.setattr(stages, "run", lambda *arguments: given.append(arguments[3]) or 0)
+  monkeypatch.setattr(stages, "run", lambda *_, tracking=None: given.append(tracking) or 0)
   assert main(["run", "configs/demo.toml"]) == 0
   assert main(["run", "configs/demo.toml", "--wandb", "golf"]) == 0
   assert main(["train", "configs/demo.toml", "--wandb", "golf", "--seeds", "1,2", "--out", str(tmp_path / "s")]) == 0
