@@ -98,7 +98,7 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
   settings, code = run.settings, bundle.code()
-  made = make(settings, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
+  made = make(run.given, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
@@ -197,8 +197,13 @@ def run(settings: Settings, folder: Path, names: list[str], tracking: Tracking |
     with distributed.leader_first("run folder"):
       run = RunFolder(folder, settings)
     log_to(run.log)
-    with _tracked(run, tracking):
-      return _run_stages(run, names, mesh)
+    try:
+      with _tracked(run, tracking):
+        return _run_stages(run, names, mesh)
+    except BaseException:
+      if distributed.is_leader():
+        run.clear_start()
+      raise
 
 
 @contextlib.contextmanager

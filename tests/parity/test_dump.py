@@ -20,7 +20,8 @@ from pgolf_jax.parity.run import run
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 SCRIPT = Path(__file__).with_name("torch_script.py")
-SMALL = ["--set", "NUM_LAYERS=3", "MODEL_DIM=32", "LOOP_END=1", "PARALLEL_START_LAYER=2", "GATE_WINDOW=8"]
+SMALLER = ("NUM_LAYERS=3", "MODEL_DIM=32", "LOOP_END=1", "PARALLEL_START_LAYER=2", "GATE_WINDOW=8")
+SMALL = [word for setting in SMALLER for word in ("--set", setting)]
 ROW = ["--tokens", "300", "--documents", "7", "--max-doc-len", "40", "--seed", "5"]
 
 
