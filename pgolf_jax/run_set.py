@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.files import write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import Settings, check
@@ -155,6 +156,7 @@ def run(folder: Path, made: Sequence[Member], one: Callable[[Settings, Path], in
   """
   if (folder / "config.toml").exists():
     raise UserError(f"{folder} is the folder of one run; give the set another with --out.")
+  folder.mkdir(parents=True, exist_ok=True)
   failed: dict[str, str] = {}
   for number, member in enumerate(made, 1):
     print(f"set {folder}: run {number} of {len(made)}, {member.name}", flush=True)
@@ -171,7 +173,8 @@ def run(folder: Path, made: Sequence[Member], one: Callable[[Settings, Path], in
       failed[member.name] = "its audit found a broken rule"
   found = summary(folder)
   found["failed"] = failed
-  write_json(folder / "set.json", found)
+  if distributed.is_leader():
+    write_json(folder / "set.json", found)
   log.info("\\n%s", table(found))
   return 1 if failed else 0
 

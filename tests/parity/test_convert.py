@@ -352,7 +352,7 @@ def write_hostile(folder: Path, kind: str) -> Path:
     ("noise", "not a whole PyTorch state dict"),
     ("nothing", "not a whole PyTorch state dict"),
     ("header", "safetensors"),
-    ("settings", "model.num_layers must be a whole number"),
+    ("settings", "must be a whole number"),
     ("deep settings", "damaged"),
     ("int8", "a is I8"),
     ("folder", "neither a run folder"),

@@ -233,6 +233,17 @@ def test_wrong_folders_are_refused(folder, capsys, names, said):
   assert said in capsys.readouterr().err
 
 
+def test_a_set_stands_for_its_runs_and_names_tell_runs_apart(folder, tmp_path):
+  for place in ("a", "b"):
+    for seed in (42, 0):
+      run_case.write_run(tmp_path / place / f"seed={seed}", run_case.settings_of(folder / "data", seed), until="plain")
+  (tmp_path / "a" / "set.json").write_text("{}")
+  assert report.write([tmp_path / "a"], html=False, png=False) == []
+  report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out", png=False)
+  numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+  assert [run["run"] for run in numbers["runs"]] == ["a/seed=0", "a/seed=42", "b/seed=0", "b/seed=42"]
+
+
 def test_pngs_and_numbers_beside_the_page(folder, tmp_path, capsys):
   from PIL import Image
 

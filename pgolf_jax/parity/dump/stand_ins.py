@@ -257,8 +257,9 @@ def recorded(model: torch.nn.Module, layers: list[int]) -> Iterator[dict[str, to
 
   Their names are those of `model.Context.tap`.
 
-  What attention reads and returns is always seen; the rest as far as the model has modules `blocks`, with `attn` and
-  `mlp` in each, `final_norm`, or a method `_parallel_block` that returns both lanes.
+  What attention reads and returns is always seen; the rest as far as the model has modules `blocks`, called with the
+  residual lane and the embedding, with `attn` and `mlp` in each, `final_norm`, or a method `_parallel_block` that
+  returns both lanes.
 
   Args:
     layers: in the order in which they run.
@@ -278,8 +279,13 @@ def recorded(model: torch.nn.Module, layers: list[int]) -> Iterator[dict[str, to
   def hook(name: str):
     return lambda _, __, output: note(name, output[0])
 
+  def begun(_, args) -> None:  # a block reads the residual lane, and the normed embedding
+    if len(args) > 1:
+      found.setdefault("embedding", args[1][0].detach())
+
   handles = []
   for block in getattr(model, "blocks", ()):
+    handles.append(block.register_forward_pre_hook(begun))
     handles.append(block.register_forward_hook(hook("x")))
     handles += [
       getattr(block, name).register_forward_hook(hook(name)) for name in ("attn", "mlp") if hasattr(block, name)
