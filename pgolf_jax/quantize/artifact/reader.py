@@ -15,8 +15,6 @@ checked against each other, against the model of the settings in it (`load`) and
 memory is taken for them. Whatever the bytes, reading holds at most twice what the file and its fp32 weights take, and
 `WORKING_BYTES`. Weights are computed with NumPy alone, so that they do not depend on JAX's version or backend.
 
-The table says which tensors there are, and with that which of their arrays lie together in a stream.
-
 A table entry is [form, name, shape, …]:
 
   ["half", name, shape]                      fp16 of any shape
