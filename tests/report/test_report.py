@@ -173,7 +173,7 @@ def test_numbers_of_training(data):
     3 * 512 * (one_token + attention + head)
   )  # 512 tokens on each of 2 devices
   assert figures.schedule([run]).caption.startswith(
-    "Segments grow from 32 to 64 tokens; layers loop from step 21. Matrices"
+    "Segments grow from 32 to 64 tokens; layers loop from step 21. At factor 1:"
   )
   assert [row[2] for row in figures.schedule([run]).table.rows] == [32] * 20 + [64] * 20
   unknown = dataclasses.replace(run, device="cpu")
