@@ -6,7 +6,6 @@ under a clock.
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -340,14 +339,23 @@ def _cache_folder() -> Path:
 
 
 def extension() -> Finding:
-  """Returns whether the n-gram counts in C are there."""
-  try:
-    importlib.import_module("pgolf_jax.kernels.ngram._ngram")
-  except ImportError as error:
-    finding = f"not built here, a slower form takes its place ({_last_line(str(error))})"
-    mend = "apt-get install gcc (or another C compiler), then pip install pgolf_jax once more"
-    return Finding("storage", "n-grams in C", "warn", finding, mend)
-  return Finding("storage", "n-grams in C", "ok", "the extension is there")
+  """Returns whether the n-gram counts in C are there and can be loaded; the package around them is not imported."""
+  kernels = importlib.util.find_spec("pgolf_jax.kernels")
+  places = kernels.submodule_search_locations if kernels else None
+  built = [
+    path for place in places or [] for path in Path(place).glob("ngram/_ngram*") if path.suffix in (".so", ".pyd")
+  ]
+  reason = "there is no compiled file"
+  for path in built:
+    spec = importlib.util.spec_from_file_location("_ngram", path)
+    try:
+      importlib.util.module_from_spec(spec)
+    except ImportError as error:
+      reason = _last_line(str(error))
+    else:
+      return Finding("storage", "n-grams in C", "ok", "the extension is there")
+  mend = "apt-get install gcc (or another C compiler), then pip install pgolf_jax once more"
+  return Finding("storage", "n-grams in C", "warn", f"not built here, a slower form takes its place ({reason})", mend)
 
 
 _LEAST_MEMORY, _LEAST_DISK, _RECORD_DATA = 3 * GB, 2 * GB, 16 * GB

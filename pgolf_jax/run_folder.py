@@ -1,6 +1,7 @@
 """A run folder: everything one run writes, and what its stages need to continue where they were cut off.
 
 config.toml          the resolved settings
+paths.json           the folder that their relative paths count from
 metrics.jsonl        one line a step
 tensorboard/         the same as events, and the score of each stage
 wandb/               what Weights & Biases keeps, with --wandb
@@ -15,8 +16,11 @@ damaged/             checkpoints that were not as they were written; nothing rea
 converted.json       in place of training: where the weights came from that `pgolf convert` put here
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +29,7 @@ import tomli_w
 
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, sha256_of
 from pgolf_jax.data.shards import list_shards
-from pgolf_jax.errors import UserError
+from pgolf_jax.errors import UserError, shown
 from pgolf_jax.runtime.events import Events, Sink
 from pgolf_jax.runtime.files import (
   is_sealed,
@@ -53,6 +57,8 @@ class RunFolder:
     settings: of the run; None opens a folder that exists with the settings it was made with.
 
   Attributes:
+    given: the settings as they are in config.toml.
+    settings: the same; relative paths that lead nowhere from the current folder are given in full.
     sinks: what takes the run's figures beside metrics.jsonl and TensorBoard; who opened one closes it.
 
   Raises:
@@ -68,17 +74,56 @@ class RunFolder:
     config = self.path / "config.toml"
     if (made_with := _read_config(config, settings)) is not None:
       if settings is not None and made_with != settings:
-        raise UserError(
-          f"{self.path} was made with other settings ({_first_difference(made_with, settings)}); "
-          "choose another folder with --out, or the settings it was made with; if config.toml is damaged, delete it."
-        )
-      settings = made_with
+        if self.has_work():
+          raise UserError(
+            f"{self.path} was made with other settings ({_first_difference(made_with, settings)}); "
+            "choose another folder with --out, or the settings it was made with; if config.toml is damaged, delete it."
+          )
+        self._begin(settings)
+      self.given = settings or made_with
     elif settings is None:
       raise UserError(f"{self.path} is not a run folder: it has no config.toml; `pgolf run CONFIG` makes one.")
     else:
-      self.path.mkdir(parents=True, exist_ok=True)
-      write_text(config, tomli_w.dumps(to_dict(settings)))
-    self.settings = settings
+      self._begin(settings)
+      self.given = settings
+    self.settings = self._with_paths_from_here(is_asked_now=settings is not None)
+
+  def _begin(self, settings: Settings) -> None:
+    """Writes what a run starts with."""
+    self.path.mkdir(parents=True, exist_ok=True)
+    here, path = Path.cwd(), self.path.resolve()
+    above = os.path.relpath(here, path) if path.is_relative_to(here) else str(here)
+    write_json(self.path / PATHS, {"relative_to": above})
+    write_text(self.path / "config.toml", tomli_w.dumps(to_dict(settings)))
+
+  def _with_paths_from_here(self, *, is_asked_now: bool) -> Settings:
+    """The settings, with relative paths seen from where they were given first, or are given now and lead somewhere."""
+    try:
+      base = self.path / read_json(self.path / PATHS)["relative_to"]
+    except (UserError, KeyError, TypeError):  # of an older version, or copied without it
+      return self.given
+    found = {}
+    for name in ("path", "tokenizer"):
+      given = getattr(self.given.data, name)
+      there = (base / given).resolve()
+      is_elsewhere = given not in ("", "default") and there.exists() and there != Path(given).resolve()
+      if is_elsewhere and not (is_asked_now and Path(given).exists()):
+        found[name] = str(there)
+    return dataclasses.replace(self.given, data=dataclasses.replace(self.given.data, **found))
+
+  def has_work(self) -> bool:
+    """Returns whether there is anything in the folder that a run made and another would have to make again."""
+    saved = self.checkpoints.is_dir() and any(path.name.isdigit() for path in self.checkpoints.iterdir())
+    return saved or any(path.exists() for path in (self.path / "results.json", self.artifact, self.scores))
+
+  def clear_start(self) -> None:
+    """Deletes what a start left that came to nothing, and the folder if nothing else is in it."""
+    if self.has_work():
+      return
+    for name in ("config.toml", PATHS, ".lock", "metrics.jsonl", "run.log", "tensorboard", "checkpoints"):
+      remove(self.path / name)
+    with contextlib.suppress(OSError):  # something of another's is in it
+      self.path.rmdir()
 
   def _make_way(self) -> None:
     """Deletes folders that lie where files will be written, and what a killed process left of files."""
@@ -185,6 +230,8 @@ class RunFolder:
     return []
 
 
+PATHS = "paths.json"
+
 SCORES = ("identity.json", "nll.npy", "model_nll.npy", "hint_nll.npy", "times.npy", "trace.jsonl", "documents.jsonl")
 """Files of a finished evaluation."""
 
@@ -219,7 +266,7 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
   data_folder = Path(data_folder)
   tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
   shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
-  hashes = {"config": json_hash(to_dict(run.settings))}
+  hashes = {"config": json_hash(to_dict(run.given))}
   hashes |= _hashes(data_folder, [data_folder / MANIFEST, tokenizer, *shards])
   if stage in ("plain", "artifact"):
     hashes["weights"] = run.results().get("train", {}).get("weights", "")
@@ -278,7 +325,7 @@ def _read_config(path: Path, given: Settings | None) -> Settings | None:
 
 def _first_difference(made_with: Settings, asked_for: Settings) -> str:
   name, (old, new) = next(iter(differences(made_with, asked_for).items()))
-  return f"{name} was {old}, now {new}"
+  return f"{name} was {shown(old)}, now {shown(new)}"
 
 
 class MetricsWriter:

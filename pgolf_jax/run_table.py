@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -11,9 +12,12 @@ from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.run_set import SCORES, folded, full_name, written
+from pgolf_jax.run_set import SCORES, full_name, written
 from pgolf_jax.runtime.files import json_hash, read_json
 from pgolf_jax.runtime.log import log
+from pgolf_jax.settings import builtin
+from pgolf_jax.settings.load import from_toml
+from pgolf_jax.tables import Table, line_width
 
 COLUMNS = {
   "name": "run",
@@ -98,7 +102,7 @@ def _row(path: Path, name: str) -> dict:
     "verdict": _verdict(path, results),
     "when": _changed(run),
   }
-  return row | {"path": str(path), "stages": list(results), "settings": settings}
+  return row | {"path": str(path), "stages": list(results), "config_hash": _hash(settings), "settings": settings}
 
 
 def _steps(run: RunFolder) -> int:
@@ -108,8 +112,26 @@ def _steps(run: RunFolder) -> int:
 
 
 def _config(settings: dict[str, object]) -> str:
-  """The beginning of the SHA-256 of all settings but the seed: runs that share it differ by their seeds alone."""
-  return json_hash({name: value for name, value in settings.items() if name != "seed"})[:8]
+  """The built-in config that is most like the run's, and in how many settings the run differs from it."""
+  far = {
+    name: sum(theirs.get(key) != settings.get(key) for key in {**theirs, **settings} if key not in _NO_CONFIG)
+    for name, theirs in _builtin().items()
+  }
+  name = min(far, key=far.__getitem__)
+  return f"{name} +{far[name]}" if far[name] else name
+
+
+_NO_CONFIG = ("seed", "data.path", "data.tokenizer")
+
+
+@functools.cache
+def _builtin() -> dict[str, dict[str, object]]:
+  return {name: written(from_toml(builtin.find(name))) for name in builtin.names()}
+
+
+def _hash(settings: dict[str, object]) -> str:
+  """The SHA-256 of all settings but the seed: runs that share it differ by their seeds alone."""
+  return json_hash({name: value for name, value in settings.items() if name != "seed"})
 
 
 def _verdict(path: Path, results: dict[str, dict]) -> str:
@@ -167,11 +189,37 @@ def as_json(rows: Sequence[dict]) -> str:
 
 
 def text(rows: Sequence[dict], width: int | None = None) -> str:
-  """Returns the rows as a table for a terminal of so many columns, of this one if not given."""
-  forms = {"averaged": ".5f", "artifact": ".5f", "ttt": ".5f", "bytes": ",", "seconds": ",.0f", "steps": ","}
+  """Returns the rows as a table for lines of so many columns, of as many as there are if not given.
+
+  Where it is too wide, spare columns are left out, and a last line names them; where it still is, rows become lines.
+  """
+  width = line_width() if width is None else width
+  kept = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+  for count in range(len(_SPARE) + 1):
+    left_out = [key for key in _SPARE[:count] if key in kept]
+    lines = str(_table(rows, [key for key in kept if key not in left_out]).text(_WIDE)).splitlines()
+    if max(map(len, lines)) <= width:
+      return "\n".join([*lines, *[f"not shown, for want of room: {', '.join(left_out)}"] * bool(left_out)])
+  return _table(rows, kept).text(width)
+
+
+_SPARE = ("seed", "config", "seconds", "bytes", "when", "averaged")  # the first goes first
+_WIDE = 10_000
+
+
+def _table(rows: Sequence[dict], keys: Sequence[str]) -> Table:
+  forms = {
+    "averaged": ".5f",
+    "artifact": ".5f",
+    "ttt": ".5f",
+    "bytes": ",",
+    "seconds": ",.0f",
+    "steps": ",",
+    "seed": "",
+  }
 
   def cell(row: dict, key: str) -> str:
     return "" if row[key] is None else format(row[key], forms.get(key, ""))
 
-  cells = [[cell(row, key) for key in COLUMNS] for row in rows]
-  return folded(list(COLUMNS.values()), cells, width, ("seed", "config", "seconds", "bytes", "when", "averaged"))
+  head = [f">{COLUMNS[key]}" if key in forms else COLUMNS[key] for key in keys]
+  return Table(head, [[cell(row, key) for key in keys] for row in rows])

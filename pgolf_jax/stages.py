@@ -98,7 +98,7 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
   settings, code = run.settings, bundle.code()
-  made = make(settings, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
+  made = make(run.given, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
@@ -197,8 +197,13 @@ def run(settings: Settings, folder: Path, names: list[str], tracking: Tracking |
     with distributed.leader_first("run folder"):
       run = RunFolder(folder, settings)
     log_to(run.log)
-    with _tracked(run, tracking):
-      return _run_stages(run, names, mesh)
+    try:
+      with _tracked(run, tracking):
+        return _run_stages(run, names, mesh)
+    except BaseException:
+      if distributed.is_leader():
+        run.clear_start()
+      raise
 
 
 @contextlib.contextmanager
@@ -241,7 +246,8 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
     if distributed.is_leader():
       run.finish(name, result | {"stage_seconds": seconds}, inputs)
       _show(run, name)
-    log.info("%s: complete after %.1f s%s", name, seconds, f", {result['bpb']:.5f} bits per byte" * ("bpb" in result))
+    score = f", {result['bpb']:.5f} bits per byte" if "bpb" in result else ""
+    log.info("%s: complete after %.1f s%s", name, seconds, score)
     distributed.barrier(f"{name} complete")
   log.info("\n%s", table(run))
   if distributed.is_leader() and names == list(STAGES):

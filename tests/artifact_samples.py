@@ -6,9 +6,11 @@ import json
 import numpy as np
 import zstandard
 
-from pgolf_jax.quantize.artifact import reader
+from pgolf_jax.quantize.artifact import Origin, reader
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Rows
 
+TOKENIZER = bytes(range(256)) * 20
+ORIGIN = Origin("0.1.0", "0.10.2", 320, hashlib.sha256(TOKENIZER).hexdigest(), "μ-texts", "a" * 64, "b" * 64)
 CONFIG = {"model": {"num_layers": 2, "rope_base": 10000.0}, "note": "μ"}
 
 

@@ -51,12 +51,12 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   if "train" not in run.results():
     raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
   mesh = data_mesh()
-  settings = dataclasses.replace(run.settings, quantize=config)
+  settings = dataclasses.replace(run.given, quantize=config)
   code = bundle.code()
   made = make(
     settings,
     stages.averaged_params(run, mesh),
-    locate_prepared(settings),
+    locate_prepared(run.settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
   )
@@ -93,7 +93,8 @@ def package(run: Positional[Path], out: Path | None = None, data: Path | None = 
 
 
 def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
-  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.data.folder import locate, locate_prepared
+  from pgolf_jax.quantize.provenance import tokenizer_file
   from pgolf_jax.runtime.files import file_hash
   from pgolf_jax.submission import package as packaging
 
@@ -106,7 +107,7 @@ def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
   if scored.get("made_from", {}).get(folder.artifact.name) != sha256:
     scored = {}  # of another artifact
   data = data or locate_prepared(folder.settings)
-  tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
+  tokenizer = tokenizer_file(folder.settings, locate(folder.settings))  # the run's, whatever it is scored on here
   logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
   contents = packaging.Contents(
     name=folder.path.resolve().name,
@@ -146,43 +147,18 @@ def generate(
     temperature: 0 takes the likeliest token each time; 1 samples as the model says.
     top_p: sample from the fewest tokens that together have this probability.
     seed: the same seed gives the same text.
-    tokenizer: the model's .model file; tokenizer.model beside the artifact, or the run's, if not given.
+    tokenizer: the model's .model file; the one in the artifact, beside it, or of its run if not given.
   """
-  import jax.numpy as jnp
+  from pgolf_jax import load
+  from pgolf_jax.runtime.log import progress
 
-  from pgolf_jax.data.tokenizer import Tokenizer
-  from pgolf_jax.model import generate as generation
-  from pgolf_jax.quantize.artifact import load
-  from pgolf_jax.runtime import distributed
-
-  distributed.start()
-  path = artifact / "artifact.pgolf" if artifact.is_dir() else artifact
-  settings, params = load(path)
-  pieces = generation.generate(
-    settings,
-    {name: jnp.asarray(value) for name, value in params.items()},
-    Tokenizer.load(tokenizer or _tokenizer_beside(path)),
-    prompt,
-    generation.Sampling(tokens, temperature, top_p, seed),
-  )
-  print(prompt, end="", flush=True)
+  pieces = load(artifact, tokenizer).generate(prompt, tokens, temperature, top_p, seed)
+  with progress("compiling"):
+    begun = next(pieces, "")
+  print(prompt + begun, end="", flush=True)
   for piece in pieces:
     print(piece, end="", flush=True)
   print()
-
-
-def _tokenizer_beside(path: Path) -> Path:
-  """Returns tokenizer.model next to the artifact, or the tokenizer of the run whose folder holds it."""
-  from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.errors import UserError
-  from pgolf_jax.run_folder import RunFolder
-
-  if (path.parent / "tokenizer.model").is_file():
-    return path.parent / "tokenizer.model"
-  if (path.parent / "config.toml").is_file():
-    settings = RunFolder(path.parent).settings
-    return Path(settings.data.tokenizer or locate_prepared(settings) / "tokenizer.model")
-  raise UserError(f"There is no tokenizer.model beside {path}; give the model's own with --tokenizer.")
 
 
 COMMANDS = {

@@ -38,27 +38,12 @@ def prepare(
     max_document: bytes of the longest document; a longer one is an error that names it.
     workers: processes; one per core if not given.
   """
-  from pgolf_jax.data.corpus import Holdout, open_corpus
-  from pgolf_jax.data.prepare import Preparation
-  from pgolf_jax.data.prepare import prepare as run
-  from pgolf_jax.data.tokenizer import Tokenizer
-  from pgolf_jax.errors import UserError
+  from pgolf_jax.data.folder import Sources, prepare_files
 
-  holdout = Holdout(val_docs, val_every)
-  if train is not None:
-    corpus = open_corpus(train, max_document)
-    if val is None and holdout == Holdout(None):
-      raise UserError("say how many documents are held out, as in --val-docs 50000, or give them with --val FILE")
-  else:
-    from pgolf_jax.data.folder import default_corpus
-
-    corpus, default_holdout = default_corpus()
-    if val is None and holdout == Holdout(None):
-      holdout = default_holdout
-  given = Tokenizer.load(tokenizer, vocab_size) if tokenizer else None
-  pieces = given.vocab_size if given else vocab_size or 8192
-  held_out_from = open_corpus(val, max_document) if val else None
-  run(out, Preparation(corpus, held_out_from, holdout, given, pieces, caseops, shard_tokens), workers)
+  prepare_files(
+    out,
+    Sources(train, val, val_docs, val_every, tokenizer, vocab_size, caseops, shard_tokens, max_document, workers),
+  )
   inspect(out)
 
 

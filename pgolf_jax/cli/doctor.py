@@ -32,7 +32,7 @@ def doctor(seconds: float = 60.0, json: bool = False) -> int:
   if json:
     print(_as_json(findings))
   else:
-    print(f"\n{_summary(findings)}")
+    print("\n" + "\n".join(textwrap.wrap(_summary(findings), _width())))
   return int(any(finding.state == "fail" for finding in findings))
 
 
@@ -40,9 +40,13 @@ _MARKS = {"ok": "ok", "note": "note", "warn": "WARN", "fail": "FAIL"}
 _NAME = 22
 
 
+def _width() -> int:
+  return max(40, min(shutil.get_terminal_size().columns, 120))
+
+
 def _show(finding, *, is_first: bool) -> None:
   """Prints one finding, folded to the terminal, under the heading of its part."""
-  width = max(40, min(shutil.get_terminal_size().columns, 120))
+  width = _width()
   if is_first:
     print(f"{finding.part}")
   wide = width >= 60
@@ -60,7 +64,8 @@ def _summary(findings: Iterable) -> str:
   states = [finding.state for finding in findings]
   failed, warned = states.count("fail"), states.count("warn")
   if failed:
-    return f"{failed} of {len(states)} do not work, {warned} work badly; the lines after → mend them."
+    badly = f", {warned} could be better" if warned else ""
+    return f"{failed} of {len(states)} do not work{badly}; the lines after → mend them."
   if warned:
     return f"Everything works; {warned} of {len(states)} could be better."
   return f"Everything works ({len(states)} looked at)."

@@ -12,6 +12,7 @@ def evaluate(
   weights: Literal["artifact", "averaged"] = "artifact",
   data: Path | None = None,
   documents: int | None = None,
+  any_text: bool = False,
   order: Literal["strict", "reference"] | None = None,
   method: Literal["exact", "cached"] | None = None,
   out: Path | None = None,
@@ -28,6 +29,7 @@ def evaluate(
     weights: of a run: those of its artifact, or the averaged ones before quantising.
     data: folder of shards and sidecar; the run's if not given.
     documents: score only the first so many.
+    any_text: score data that the artifact was not made with; their tokenizer must be the same all the same.
     order: of hints and documents, if not as configured.
     method: exact windows or cached keys and values, if not as configured.
     out: folder for scores and progress; the same command goes on there after a kill.
@@ -36,38 +38,23 @@ def evaluate(
   import os
 
   from pgolf_jax import stages
-  from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.data.shards import load_validation
-  from pgolf_jax.errors import UserError
-  from pgolf_jax.quantize import artifact
-  from pgolf_jax.run_folder import RunFolder
+  from pgolf_jax.api import Subject
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh
   from pgolf_jax.runtime.files import locked
-  from pgolf_jax.scoring import documents as streams
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
   from pgolf_jax.settings.load import changed, from_env
 
   distributed.start()
   mesh = data_mesh()
-  if target.is_dir():
-    run = RunFolder(target)
-    settings = run.settings
-    if weights == "artifact":
-      params = artifact.load(run.artifact)[1]
-    else:
-      params = stages.averaged_params(run, mesh)
-  else:
-    settings, params = artifact.load(target)
-    if weights == "averaged":
-      raise UserError(f"{target} holds quantised weights alone; give the run folder to score the averaged ones.")
+  subject = Subject.read(target, weights)
+  settings, params = subject.settings, subject.params
   settings = from_env(os.environ, base=settings)
   choices = {"ttt.order": order, "ttt.method": method}
   settings = changed(settings, {name: value for name, value in choices.items() if value is not None})
   check.check(settings)
-  folder = data or locate_prepared(settings)
-  stream = streams.first_documents(load_validation(folder), documents, settings.model.bos_id)
+  stream = subject.validation(subject.data_folder(data), documents=documents, any_text=any_text)
   if ttt:
     with locked(out) if out else contextlib.nullcontext():
       result = training.evaluate(settings, params, stream, mesh, training.Options(folder=out)).figures(settings)

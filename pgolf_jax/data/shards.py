@@ -6,6 +6,7 @@ values. Names: `fineweb_train_%06d.bin`, `fineweb_val_%06d.bin` and, the sidecar
 """
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -42,12 +43,12 @@ def list_shards(folder: Path, split: str) -> list[Path]:
   """
   folder = Path(folder)
   if not folder.is_dir():
-    raise UserError(f"{folder}: no such folder; prepare one with `pgolf data prepare --out {folder}`")
+    raise UserError(f"{folder}: no such folder; `pgolf data prepare` or `pgolf data download` makes one.")
   name = re.compile(rf"fineweb_{_checked(split)}_\d+\.bin")
   paths = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
   if not paths:
     raise UserError(
-      f"{folder}: no fineweb_{split}_*.bin in it; `pgolf data prepare` or `pgolf data download` makes them"
+      f"{folder}: no fineweb_{split}_*.bin in it; `pgolf data prepare` or `pgolf data download` makes them."
     )
   return paths
 
@@ -167,6 +168,16 @@ class ValidationData(NamedTuple):
 
   tokens: Integer[np.ndarray, "N1"]
   token_bytes: Integer[np.ndarray, "N1"]
+
+  @property
+  def tokens_sha256(self) -> str:
+    """SHA-256 of the tokens, in hexadecimal; files that hold them may be cut in any way."""
+    return stream_hash(self.tokens)
+
+
+def stream_hash(x_N1: Integer[np.ndarray, "N1"]) -> str:
+  """Returns the SHA-256 of whole numbers of 32 bits, in hexadecimal."""
+  return hashlib.sha256(np.ascontiguousarray(x_N1, np.int32).tobytes()).hexdigest()
 
 
 def load_validation(folder: str | Path) -> ValidationData:

@@ -27,8 +27,8 @@ from pgolf_jax.parity import torch_log
 from pgolf_jax.parity.torch_log import ARTIFACT, AVERAGED, TTT, RunRecord, Scored, Stage
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.files import read_json_lines
-from pgolf_jax.settings import Settings
-from pgolf_jax.settings.load import FIXED, changed, env_names, flattened, from_env, stages_as_text
+from pgolf_jax.settings import Settings, schedules
+from pgolf_jax.settings.load import FIXED, changed, env_names, flattened, from_env
 
 _MOST_BYTES = 1 << 28
 _FALSE_ALARM = 0.002
@@ -348,7 +348,7 @@ def _resolved(settings: Settings) -> dict[str, object]:
       values[f"ttt.short.{name}"] = getattr(lora, name)
   if lora.warm_start_mean_doc_len is None:
     values["ttt.lora.warm_start_mean_doc_len"] = short.doc_len
-  return {name: stages_as_text(value) if isinstance(value, tuple) else value for name, value in values.items()}
+  return {name: schedules.as_text(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _plain(value: object) -> object:

@@ -44,7 +44,7 @@ class Device(NamedTuple):
 def warning(settings: Settings, mesh: Mesh) -> str | None:
   """Returns why these devices will not do this run well, and the config that they would; None if they may."""
   device = Device.of(mesh)
-  instead = f"`pgolf run {fitting(device)}` is made for it"
+  instead = f"take `pgolf run {fitting(device)}` instead"
   if device.platform == "cpu":
     return _slow(settings, mesh, instead)
   limits = peaks(device.kind)

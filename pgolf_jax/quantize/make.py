@@ -21,6 +21,7 @@ from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows, mul
 from pgolf_jax.quantize.calibrate import Calibration, calibrate
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
 from pgolf_jax.quantize.gptq import Grids, gptq, row_step
+from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
 from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import QuantizeConfig, Settings
 from pgolf_jax.settings.load import to_dict
@@ -154,7 +155,7 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
   Args:
     settings: of the model, the calibration and the quantiser; they travel in the artifact.
     params: the averaged weights, fp32.
-    data: folder with the training shards.
+    data: folder with the training shards and the tokenizer.
     world: ranks of the run; see `calibrate`.
     fit_bytes: searches one multiplier of all clips such that the artifact takes as many bytes as possible up to this.
 
@@ -165,12 +166,15 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
   began = time.perf_counter()
   calibration = calibrate(settings, params, data, world=world)
   seconds = {"calibrate": time.perf_counter() - began, "quantize": 0.0, "encode": 0.0}
+  origin, tokenizer = origin_of(settings, data), tokenizer_to_embed(settings, data)
 
   def attempt(config: QuantizeConfig) -> bytes:
     began = time.perf_counter()
     tensors = quantize(params, calibration, config)
     quantized = time.perf_counter()
-    data = writer.write(portable(dataclasses.replace(settings, quantize=config)), tensors, config.codec)
+    carried = portable(dataclasses.replace(settings, quantize=config))
+    with progress("encoding the artifact"):
+      data = writer.write(carried, tensors, config.codec, origin, tokenizer)
     seconds["quantize"] += quantized - began
     seconds["encode"] += time.perf_counter() - quantized
     return data

@@ -7,11 +7,13 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime import jax_setup
 from pgolf_jax.runtime.log import log
 
 FOLDER = "report"
@@ -32,8 +34,8 @@ def write(runs: Sequence[Path], out: Path | None = None, *, html: bool = True, p
   """Writes the report of one run folder or of several.
 
   Args:
-    runs: run folders; the first one's group is the baseline of comparisons.
-    out: folder for the report; if not given, `report` in the run's folder, or beside the first of several.
+    runs: run folders, or folders of sets, which stand for the runs in them; the first run's config is the baseline.
+    out: folder for the report; if not given, `report` in the folder that is named, or beside the first of several.
     html: write the page.
     png: write the figures as PNG files.
 
@@ -47,23 +49,32 @@ def write(runs: Sequence[Path], out: Path | None = None, *, html: bool = True, p
     raise UserError("Name the folder of a run, such as runs/demo.")
   if not is_available():
     raise UserError("Reports need matplotlib and Jinja2; `pip install 'pgolf_jax[report]'` installs them.")
-  places = [path.resolve() for path in runs]
-  if twice := [path for path, place in zip(runs, places, strict=True) if places.count(place) > 1]:
-    raise UserError(f"{twice[0]} is named twice; name each run once.")
-  folders = [RunFolder(path) for path in runs]
   if out is None:
-    out = (places[0] if len(places) == 1 else places[0].parent) / FOLDER
+    first = runs[0].resolve()
+    out = (first if len(runs) == 1 else first.parent) / FOLDER
+  paths = [path for given in runs for path in _members(given)]
+  places = [path.resolve() for path in paths]
+  if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
+    raise UserError(f"{twice[0]} is named twice; name each run once.")
+  folders = {name: RunFolder(path) for name, path in zip(_names(places), paths, strict=True)}
   if out.exists() and not out.is_dir():
     raise UserError(f"{out} is a file where the report's folder belongs; name another with --out.")
+  os.environ.setdefault("MPLCONFIGDIR", str(jax_setup.cache_folder() / "matplotlib"))
   page = importlib.import_module("pgolf_jax.report.page")
   with _quiet_matplotlib():
     return page.write(folders, out, html=html, png=png)
 
 
 def after_run(run: RunFolder) -> Path | None:
-  """Writes a run's report into its folder, if the extra is installed; a failure only logs, for the run is complete."""
+  """Writes a run's report into its folder, if the extra is installed and the report there is older than the results.
+
+  A failure only logs, for the run is complete.
+  """
   if not is_available():
     return None
+  page, results = run.path / FOLDER / PAGE, run.path / "results.json"
+  if page.is_file() and results.is_file() and page.stat().st_mtime >= results.stat().st_mtime:
+    return page
   try:
     page = write([run.path])[0]
   except Exception as error:
@@ -72,6 +83,22 @@ def after_run(run: RunFolder) -> Path | None:
     return None
   log.info("report: %s", page)
   return page
+
+
+def _members(folder: Path) -> list[Path]:
+  """Returns the run folders of a set, sorted by name, or the folder of one run."""
+  if (folder / "config.toml").exists() or not folder.is_dir():
+    return [folder]
+  return sorted(path for path in folder.iterdir() if (path / "config.toml").is_file()) or [folder]
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+  """Returns a name for each folder: its own, with as many of those above it as tell all of them apart."""
+  for depth in range(1, max(len(place.parts) for place in places)):
+    names = ["/".join(place.parts[-depth:]) for place in places]
+    if len(set(names)) == len(names):
+      return names
+  return [str(place) for place in places]
 
 
 @contextlib.contextmanager

@@ -58,6 +58,10 @@ def loss(runs: Runs) -> Plot:
       if len(shown) <= 3:
         axes.plot(_binned(run.curves.step, 900), _binned(run.curves.loss, 900), color=color, alpha=0.22, lw=0.9)
       axes.plot(*smooth[run.name], color=color, label="training loss" if len(shown) == 1 else name)
+      scored = np.isfinite(run.curves.val_loss)
+      if scored.any():
+        line = {"label": "validation loss"} if len(shown) == 1 else {}
+        axes.plot(run.curves.step[scored], run.curves.val_loss[scored], "o--", color=color, ms=4, lw=1, **line)
       if factor:
         for stage, marker, place in (("plain", "o", 1.03), ("artifact", "s", 1.055), ("ttt", "D", 1.08)):
           if stage in run.results:
@@ -132,6 +136,9 @@ def schedule(runs: Runs) -> Plot:
   caption = (
     f"Segments grow from {lengths} tokens{loops}." if len(changes) > 1 else f"Segments of {lengths} tokens{loops}."
   )
+  rates = run.settings.optimizer
+  caption += f" At factor 1 matrices learn at {rates.matrix_lr:g}, embeddings at {rates.embed_lr:g}, scalars at "
+  caption += f"{rates.scalar_lr:g}."
   rows = [(int(curves.step[i]), float(curves.lr_scale[i]), int(curves.seq_len[i]), bool(curves.looping[i]))
           for i in np.unique(np.linspace(0, len(curves.step) - 1, min(60, len(curves.step))).astype(int))]  # fmt: skip
   head = ("step", "factor on the learning rates", "longest segment", "looping")
@@ -263,7 +270,7 @@ TRAINING, EVALUATION, OTHER = "training clock", "evaluation clock", "outside the
 def periods(run: RunData) -> list[tuple[str, float, str]]:
   """Returns what a run did, in order: name, seconds, and the clock that counts it."""
   found = []
-  if train := run.results.get("train"):
+  if (train := run.results.get("train")) and "converted_from" not in train:
     before = train.get("compile_and_warm_up_seconds", 0.0)
     found += [("compile and warm up", before, OTHER), ("train", train["seconds"], TRAINING)]
   if plain := run.results.get("plain"):
@@ -312,7 +319,7 @@ def times(runs: Runs) -> Plot:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, total * 1.01)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: style.duration(x) if x else "0"))
-    axes.set_xticks(_round_times(total, 8 if width == FULL else 4))
+    axes.set_xticks(style.round_times(total, 8 if width == FULL else 4))
     style.only_vertical_grid(axes)
     used = [clock for clock in colors if clock in clocks.values()]
     axes.legend([Patch(color=colors[clock]) for clock in used], used, loc="lower left", bbox_to_anchor=(-0.01, 1.0),
@@ -326,13 +333,6 @@ def times(runs: Runs) -> Plot:
   caption = f"{style.duration(total)} in all{average}, most of it to {longest}; {counted or 'none on a clock'}."
   rows = [(run, name, seconds, clock) for run, parts in done.items() for name, seconds, clock in parts]
   return Plot("times", "Where the time went", caption, draw, Table(("run", "what", "seconds", "clock"), rows), True)
-
-
-def _round_times(total: float, most: int) -> np.ndarray:
-  """Returns at most so many ticks at round times up to `total` seconds."""
-  steps = [n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 15, 30)] + [86400 * n for n in (1, 2, 5, 10, 50)]
-  step = next((step for step in steps if total / step <= most), steps[-1])
-  return np.arange(0, total, step)
 
 
 _WORDS = {

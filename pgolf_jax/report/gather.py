@@ -37,6 +37,8 @@ class Curves(NamedTuple):
   seq_len: np.ndarray
   looping: np.ndarray
   seconds: np.ndarray  # of the training clock
+  val_loss: np.ndarray  # nats per target of the validation text, NaN at steps without
+  peak_memory_bytes: np.ndarray
 
 
 class Documents(NamedTuple):
@@ -81,11 +83,12 @@ class RunData:
   """What a report shows of one run.
 
   Attributes:
-    name: of its folder.
+    name: in the report.
     results: stage → what it reported.
     curves, documents, position, streams: the parts that may be missing.
     absent: part → why it is missing.
     stale: sentences on results that belong to other files than the folder has now.
+    lacking: stage → why its results, of another version of the program, are not shown.
   """
 
   name: str
@@ -99,6 +102,7 @@ class RunData:
   streams: list[StreamSize] | None
   absent: dict[str, str]
   stale: list[str]
+  lacking: dict[str, str]
 
   def need(self, part: str):
     """Returns a part; raises Absent with the reason if it is missing."""
@@ -139,32 +143,51 @@ class RunData:
     return peaks(self.device) if self.device else None
 
 
-def gather(run: RunFolder) -> RunData:
-  """Reads a run folder. Missing and damaged parts are left out, with the reason in `absent`."""
-  results, absent = run.results(), {}
+_SCORE = {"loss", "bpb", "targets", "bytes", "seconds"}
+_NEEDED = {
+  "train": {"steps", "seconds"},
+  "plain": _SCORE,
+  "artifact": _SCORE,
+  "ttt": _SCORE | {"bpb_without_hints", "order"},
+  "audit": {"checks"},
+}
 
-  def part(name: str, read, *arguments):
+
+def gather(run: RunFolder, name: str | None = None) -> RunData:
+  """Reads a run folder. Missing and damaged parts are left out, with the reason in `absent`.
+
+  Args:
+    name: of the run in the report; its folder's if not given.
+  """
+  results, absent, lacking = run.results(), {}, {}
+  for stage, names in _NEEDED.items():
+    if missing := sorted(names - results.get(stage, dict.fromkeys(names)).keys()):
+      del results[stage]
+      lacking[stage] = f"its results lack {', '.join(missing)}; `pgolf run` with the same command makes them again."
+
+  def part(what: str, read, *arguments):
     try:
       return read(*arguments)
     except (Absent, UserError) as reason:
-      absent[name] = str(reason)
+      absent[what] = str(reason)
     except (KeyError, TypeError, ValueError, OSError) as error:
-      absent[name] = f"what the folder holds of it cannot be read ({type(error).__name__}: {error})."
+      absent[what] = f"what the folder holds of it cannot be read ({type(error).__name__}: {error})."
     return None
 
   documents = part("documents", _documents, run, results)
   return RunData(
-    name=run.path.resolve().name,
+    name=name or run.path.resolve().name,
     path=run.path,
     settings=run.settings,
     results=results,
     device=_device(run, results),
-    curves=part("curves", _curves, run),
+    curves=part("curves", _curves, run, results),
     documents=documents,
     position=part("position", _position, run, documents, absent),
     streams=part("streams", _streams, run),
     absent=absent,
     stale=_stale(run, results),
+    lacking=lacking,
   )
 
 
@@ -180,14 +203,13 @@ def _device(run: RunFolder, results: dict) -> str | None:
   return found[1].strip() if found else None
 
 
-_FIELDS = ("step", "loss", "lr_scale", "momentum", "seq_len", "looping", "seconds")
-
-
-def _curves(run: RunFolder) -> Curves:
+def _curves(run: RunFolder, results: dict) -> Curves:
+  if source := results.get("train", {}).get("converted_from"):
+    raise Absent(f"its weights were converted from {source}, not trained here.")
   lines = [line for line in read_metrics(run.metrics) if "loss" in line and "step" in line]
   if not lines:
     raise Absent("no training step is recorded yet.")
-  columns = [np.array([float(line.get(name, math.nan)) for line in lines]) for name in _FIELDS]
+  columns = [np.array([float(line.get(name, math.nan)) for line in lines]) for name in Curves._fields]
   return Curves(*columns)
 
 

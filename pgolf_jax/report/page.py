@@ -3,11 +3,12 @@
 import datetime
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
 
 from pgolf_jax.audit.verdict import rules
@@ -18,6 +19,7 @@ from pgolf_jax.report.gather import Absent, RunData, gather
 from pgolf_jax.report.style import FULL, HALF, Plot
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.files import write_text
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import differences
 
@@ -53,26 +55,26 @@ class Shown(NamedTuple):
   svgs: list[Markup]
 
 
-def write(runs: Sequence[RunFolder], out: Path, *, html: bool, png: bool) -> list[Path]:
-  """Writes the page, the PNGs and report.json into a folder; returns their paths, the page first."""
-  data = [gather(run) for run in runs]
-  sections, left_out = plots(data)
-  written = []
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    if html:
-      text = render(data, sections, left_out)
-      write_text(out / PAGE, text)
-      write_text(out / "report.json", json.dumps(_numbers(data, sections, left_out), indent=1, default=float) + "\n")
-      written += [out / PAGE, out / "report.json"]
-    if png:
-      for plot in (plot for _, members in sections for plot in members):
+def write(runs: Mapping[str, RunFolder], out: Path, *, html: bool, png: bool) -> list[Path]:
+  """Writes the page, the PNGs and report.json of runs by name into a folder; returns their paths, the page first."""
+  with progress("report", unit="figures") as bar:
+    data = [gather(run, name) for name, run in runs.items()]
+    sections, left_out = plots(data)
+    written = []
+    try:
+      out.mkdir(parents=True, exist_ok=True)
+      if html:
+        write_text(out / PAGE, render(data, sections, left_out, bar.advance))
+        numbers = json.dumps(_numbers(data, sections, left_out), indent=1, default=float)
+        write_text(out / "report.json", numbers + "\n")
+        written += [out / PAGE, out / "report.json"]
+      for plot in (plot for _, members in sections for plot in members if png):
         style.png(plot, out / f"{plot.name}.png")
         written.append(out / f"{plot.name}.png")
-  except OSError as error:
-    raise UserError(
-      f"{error.filename or out} cannot be written ({error.strerror}); name another folder with --out."
-    ) from error
+        bar.advance()
+    except OSError as error:
+      where = error.filename or out
+      raise UserError(f"{where} cannot be written ({error.strerror}); name another folder with --out.") from error
   return written
 
 
@@ -93,8 +95,13 @@ def plots(runs: Sequence[RunData]) -> tuple[list[tuple[str, list[Plot]]], list[t
   return sections, [("; ".join(titles), reason) for reason, titles in left_out.items()]
 
 
-def render(runs: Sequence[RunData], sections: list[tuple[str, list[Plot]]], left_out: list[tuple[str, str]]) -> str:
-  """Returns the page's HTML."""
+def render(
+  runs: Sequence[RunData],
+  sections: list[tuple[str, list[Plot]]],
+  left_out: list[tuple[str, str]],
+  drawn: Callable[[], None] = lambda: None,
+) -> str:
+  """Returns the page's HTML; `drawn` is called after each figure."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("pgolf_jax.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
@@ -113,14 +120,17 @@ def render(runs: Sequence[RunData], sections: list[tuple[str, list[Plot]]], left
       compared = compare.compare(runs)
     except Absent as reason:
       left_out.insert(0, ("Comparison", _sentence(str(reason))))
+  left_out += [(f"{run.name}, {stage}", why) for run in runs for stage, why in run.lacking.items()]
   if missing := [run.name for run in runs if not run.checks]:
     whose = f"{', '.join(missing)}: " if len(runs) > 1 else ""
     left_out.append(("Audit", f"{whose}not audited; `pgolf audit RUN` or the last stage of `pgolf run` does it."))
-  shown = [
-    (title, [Shown(plot, [Markup(style.svg(plot, width)) for width in ((FULL, HALF) if plot.is_full else (HALF,))])
-             for plot in members])
-    for title, members in sections
-  ]  # fmt: skip
+  shown = []
+  for title, members in sections:
+    shown.append((title, []))
+    for plot in members:
+      widths = (FULL, HALF) if plot.is_full else (HALF,)
+      shown[-1][1].append(Shown(plot, [Markup(style.svg(plot, width)) for width in widths]))
+      drawn()
   return environment.get_template("page.html.j2").render(
     css=Markup(_text("page.css")),
     script=Markup(_text("page.js")),
@@ -229,7 +239,9 @@ def lead(runs: Sequence[RunData]) -> str:
     f"A GPT of {train['parameters']:,} parameters" if "parameters" in train else f"A GPT of width {model.model_dim}"
   ]
   parts[0] += f" in {model.num_layers} layers"
-  if train:
+  if source := train.get("converted_from"):
+    parts.append(f"converted from {source}")
+  elif train:
     devices = f"{train.get('devices', 1)} × {run.device}" if run.device else f"{train.get('devices', 1)} devices"
     parts.append(f"trained {train['steps']:,} steps in {style.duration(train['seconds'])} on {devices}")
   elif run.curves is not None:
@@ -276,6 +288,10 @@ def facts(runs: Sequence[RunData]) -> list[Fact]:
     found.append(
       Fact("artifact and code", style.short(total, "B"), f"{100 * share:.1f} % of {limits.submission_bytes:,}", share)
     )
+  memory = [run.curves.peak_memory_bytes for run in runs if run.curves is not None]
+  if memory and not all(np.isnan(column).all() for column in memory):
+    most = max(float(np.nanmax(column)) for column in memory if not np.isnan(column).all())
+    found.append(Fact("peak memory", f"{most / 2**30:.3g} GiB", "of a device in training"))
   if seconds := mean("train", "seconds"):
     found.append(Fact("training", style.duration(seconds), f"{mean('train', 'steps'):,.0f} steps", None))
   if rate := mean("train", "tokens_per_second"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -161,6 +162,13 @@ def duration(seconds: float) -> str:
   if minutes < 60:
     return f"{minutes} min {rest} s" if rest else f"{minutes} min"
   return f"{minutes // 60} h {minutes % 60} min"
+
+
+def round_times(total: float, most: int) -> np.ndarray:
+  """Returns at most so many ticks at round times up to `total` seconds."""
+  steps = [n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 15, 30)] + [86400 * n for n in (1, 2, 5, 10, 50)]
+  step = next((step for step in steps if total / step <= most), steps[-1])
+  return np.arange(0, total, step)
 
 
 def svg(plot: Plot, width: float) -> str:

@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -272,6 +272,8 @@ def locked(folder: Path) -> Iterator[None]:
       ) from None
     except OSError:
       _refuse_holder(path)
+    if not _is_same(file, path):  # its holder has deleted it meanwhile, with a start that came to nothing
+      raise UserError(f"{folder} was in use until this moment; run the command again.")
     file.truncate(0)
     now = datetime.datetime.now(datetime.UTC)
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": now.isoformat(timespec="seconds")}
@@ -281,6 +283,13 @@ def locked(folder: Path) -> Iterator[None]:
     yield
     # The file stays, empty: to remove it would let a process that has it open hold a lock that others do not see.
     file.truncate(0)
+
+
+def _is_same(file: IO, path: Path) -> bool:
+  """Whether an open file is the one that lies at a path."""
+  with contextlib.suppress(FileNotFoundError):
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
+  return False
 
 
 def _refuse_holder(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Plain BPB: the validation stream in order, every target once, no adaptation. Recipe section 5."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32
 
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.model.gpt import bind, packed_nll
@@ -15,7 +17,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import AXIS, place, replicated, world_size
 from pgolf_jax.runtime.log import progress
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings import ModelConfig, Settings
 
 
 class Score(NamedTuple):
@@ -54,7 +56,32 @@ def score(
   description: str = "scoring",
   nll_N: np.ndarray | None = None,
 ) -> Score:
-  """Scores every target of the stream once, with looping on.
+  """Returns the total of `losses`, whose arguments these are; nats are added in float64.
+
+  Args:
+    nll_N: takes the nats of every target, in the stream's order, if given.
+  """
+  scored_N = losses(settings, params, data, mesh, description=description)
+  if nll_N is not None:
+    nll_N[:] = scored_N
+  cut, _ = _cut(settings, len(scored_N), mesh)
+  nats = sum(float(np.sum(scored_N[begin:end], dtype=np.float64)) for begin, end in cut)
+  return Score(nats, len(scored_N), int(np.sum(data.token_bytes[1:], dtype=np.int64)))
+
+
+def _cut(settings: Settings, targets: int, mesh: Mesh) -> tuple[list[tuple[int, int]], int]:
+  """The spans of a stream, and the tokens of the longest that a longer stream would have."""
+  seq_len = settings.eval.seq_len
+  length = settings.eval.batch_tokens // settings.eval.micro_batches // seq_len * seq_len
+  # A short text is not cut into as many parts as there are ranks: each part's first token would lack its context.
+  ranks = min(world_size(settings, mesh), -(-targets // length))
+  return spans(targets, ranks=ranks, length=length), length
+
+
+def losses(
+  settings: Settings, params: Params, data: ValidationData, mesh: Mesh, *, description: str = "scoring"
+) -> Float32[np.ndarray, "N"]:
+  """Scores every target of the stream once, with looping on, and returns the nats of each.
 
   The stream is shared out over the ranks of `train.world_size`, each share cut into spans of ⌊eval.batch_tokens /
   eval.micro_batches⌋ tokens, rounded down to a multiple of `eval.seq_len`, the longest segment; a span's first token
@@ -64,38 +91,35 @@ def score(
     params: float32, under the recipe's names.
     mesh: has the axis `data`; spans are shared out over it.
     description: shown beside the progress.
-    nll_N: takes the nats of every target, in the stream's order, if given.
-
-  Returns:
-    The total; nats are added in float64.
   """
-  targets, seq_len = len(data.tokens) - 1, settings.eval.seq_len
-  span = settings.eval.batch_tokens // settings.eval.micro_batches // seq_len * seq_len
-  to_score = spans(targets, ranks=world_size(settings, mesh), length=span)
-  longest = max(end - begin for begin, end in to_score)
-  dtype = jnp.dtype(settings.train.compute_dtype)
-
-  def device_nll(params, tokens_RxT1):
-    model = bind(settings.model, params)
-    row_nll = lambda row: packed_nll(  # noqa: E731
-      model, row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=dtype
-    )[0]
-    return jax.lax.map(row_nll, tokens_RxT1)
-
-  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
-  nll = jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
+  nll_N = np.empty(len(data.tokens) - 1, np.float32)
+  to_score, longest = _cut(settings, len(nll_N), mesh)
+  # Powers of two, so that short texts of many lengths need few programs.
+  longest = min(longest, 1 << (max(end - begin for begin, end in to_score) - 1).bit_length())
+  nll = _program(settings.model, settings.eval.seq_len, settings.train.compute_dtype, mesh)
   params = jax.device_put(params, replicated(mesh))
-  nats = 0.0
-  with progress(description, total=targets, unit="targets") as bar:
+  with progress(description, total=len(nll_N), unit="targets") as bar:
     for first in range(0, len(to_score), mesh.size):
       group = to_score[first : first + mesh.size]
       tokens = np.zeros((mesh.size, longest + 1), np.int32)
       for row, (begin, end) in zip(tokens, group, strict=False):
         row[: end - begin + 1] = data.tokens[begin : end + 1]
-      losses = np.asarray(nll(params, place(mesh, tokens, P(AXIS))))
-      for row, (begin, end) in zip(losses, group, strict=False):
-        if nll_N is not None:
-          nll_N[begin:end] = row[: end - begin]
-        nats += float(np.sum(row[: end - begin], dtype=np.float64))
+      for row, (begin, end) in zip(np.asarray(nll(params, place(mesh, tokens, P(AXIS)))), group, strict=False):
+        nll_N[begin:end] = row[: end - begin]
       bar.advance(sum(end - begin for begin, end in group))
-  return Score(nats, targets, int(np.sum(data.token_bytes[1:], dtype=np.int64)))
+  return nll_N
+
+
+@functools.lru_cache(maxsize=8)
+def _program(config: ModelConfig, seq_len: int, dtype: str, mesh: Mesh):
+  """(parameters, tokens of one row a device) → nats of every token of each row but the first."""
+
+  def device_nll(params, tokens_RxT1):
+    model = bind(config, params)
+    row_nll = lambda row: packed_nll(  # noqa: E731
+      model, row[None], looping=True, seq_len=seq_len, evaluation=True, dtype=jnp.dtype(dtype)
+    )[0]
+    return jax.lax.map(row_nll, tokens_RxT1)
+
+  on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+  return jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))

@@ -12,7 +12,6 @@ These are there when all is scored; until then the scores lie in the saves of `s
 
 import dataclasses
 import graphlib
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.data.shards import ValidationData, stream_hash
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
@@ -211,16 +210,12 @@ def identify(settings: Settings, params: Params, data: ValidationData, world: in
       "seed": plain["seed"],
     },
     "weights": parameters.content_hash(params),
-    "tokens": _hash(data.tokens),
-    "sidecar": _hash(data.token_bytes),
+    "tokens": data.tokens_sha256,
+    "sidecar": stream_hash(data.token_bytes),
     "dtype": settings.train.compute_dtype,
     "ranks of a global phase": world if settings.ttt.phase.prefix_docs > 0 else None,
     "adapters": "from the seed" if is_drawn else "given",
   }
-
-
-def _hash(x_N1: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(x_N1, np.int32).tobytes()).hexdigest()
 
 
 @dataclasses.dataclass

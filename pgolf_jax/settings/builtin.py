@@ -1,11 +1,14 @@
-"""The configs that come with the package: found by name, and described by the comment that each begins with."""
+"""The configs that come with the package, by name; what their first comments say of them; settings made from them."""
 
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
+from pgolf_jax.settings import Settings, check
+from pgolf_jax.settings.load import changed, from_dict, from_toml
 
 _PACKAGE = Path(__file__).parents[1]
 _PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # as installed, and in the source tree
@@ -68,3 +71,26 @@ def describe(path: Path) -> Description:
     else:
       last = None
   return Description(path.stem, title, **fields)
+
+
+def settings(config: str | Path | Mapping[str, object] | Settings = "demo", **overrides: object) -> Settings:
+  """Returns checked settings: those of a config with others over them. The environment is not read.
+
+  Example: settings("demo", train__iterations=500, seed=42), or settings("demo", **{"train.iterations": 500})
+
+  Args:
+    config: name of a built-in config, path of a TOML file, nested dict as such a file has it, or settings.
+    **overrides: settings by dotted name, with `__` for the dot where Python needs a name; schedules may be text.
+
+  Raises:
+    UserError: an unknown name, a value of the wrong type, or a combination that cannot work.
+  """
+  if isinstance(config, Settings):
+    base = config
+  elif isinstance(config, Mapping):
+    base = from_dict(config, where="the config")
+  else:
+    base = from_toml(find(config))
+  chosen = changed(base, {name.replace("__", "."): value for name, value in overrides.items()})
+  check.check(chosen)
+  return chosen

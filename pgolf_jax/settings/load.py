@@ -136,7 +136,7 @@ def differences(settings: Settings, others: Settings) -> dict[str, tuple[object,
 def departures(settings: Settings) -> list[str]:
   """Returns the settings that differ from the record's, each as "name=value (record's value)"; data and seed aside."""
   return [
-    f"{name}={value} ({record})"
+    f"{name}={shown(value)} ({shown(record)})"
     for name, (value, record) in differences(settings, Settings()).items()
     if name != "seed" and not name.startswith("data.")
   ]

@@ -4,7 +4,7 @@ artifact.pgolf     the weights
 code.tar.xz        every module that evaluation needs, minified, and the C sources
 evaluate.py        unpacks the code and scores the artifact
 requirements.txt   the packages that the code imports
-tokenizer.model    does not count against the budget
+tokenizer.model    does not count against the budget; one that is embedded in the artifact does
 README.md, submission.json, logs/
 """
 
@@ -19,10 +19,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
 from pgolf_jax.quantize.artifact.reader import describe, split
+from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
 from pgolf_jax.tables import Table
@@ -90,10 +93,12 @@ def tensor_bytes(artifact: Artifact) -> dict[str, float]:
 
 def table(account: Account) -> Table:
   """Returns the account in bytes, the largest stream first."""
-  rows = [(name, f"{size:,}") for name, size in sorted(account.by_stream.items(), key=lambda item: -item[1])]
+  names = {"tokenizer": "tokenizer, in the artifact"}
+  by_size = sorted(account.by_stream.items(), key=lambda item: -item[1])
+  rows = [(names.get(name, name), f"{size:,}") for name, size in by_size]
   rows += [("artifact", f"{account.artifact:,}"), (f"code ({account.code_files} files)", f"{account.code:,}")]
   rows += [("total", f"{account.total:,}"), ("budget", f"{account.budget:,}"), ("left", f"{-account.over:,}")]
-  rows += [("tokenizer, apart", f"{account.tokenizer:,}")]
+  rows += [("tokenizer's file, not counted", f"{account.tokenizer:,}")]
   return Table(("", ">bytes"), rows)
 
 
@@ -133,7 +138,11 @@ def build(
 
 
 def _fill(folder: Path, data: bytes, contents: Contents) -> Account:
-  config, code = read(data).config, bundle.code()
+  whole, code = read(data), bundle.code()
+  config = whole.config
+  if contents.tokenizer:
+    model = Tokenizer.load(contents.tokenizer)
+    require_tokenizer(whole.origin, "the artifact", model.sha256, model.vocab_size, str(contents.tokenizer))
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0
   account = count(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
@@ -170,7 +179,8 @@ def require_fit(account: Account, data: bytes) -> None:
   ways = []
   artifact = read(data)
   if artifact.codec != "entropy":
-    saved = len(data) - len(writer.write(artifact.config, artifact.tensors, "entropy"))
+    again = writer.write(artifact.config, artifact.tensors, "entropy", artifact.origin, artifact.tokenizer)
+    saved = len(data) - len(again)
     ways.append(f"quantize.codec='entropy' saves {saved:,} bytes" + ("" if saved >= account.over else ", too few"))
   # Each doubling of the grids' steps saves one bit a value.
   values = sum(tensor.q_MxN.size for tensor in artifact.tensors.values() if hasattr(tensor, "q_MxN"))
@@ -204,7 +214,8 @@ def verify(
     shutil.copytree(folder, copy)
     environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     command = [python, "-I", str(copy / "evaluate.py"), "--data", str(data.resolve()), *(["--ttt"] if ttt else [])]
-    done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, check=False)
+    with progress("scoring the folder in a process of its own"):
+      done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, check=False)
   if done.returncode:
     said = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or ["nothing"]
     raise UserError(f"The submission does not score from its own folder; it said: {said[-1].strip()}")
@@ -229,8 +240,7 @@ def _readme(account: Account, contents: Contents) -> str:
     python -I evaluate.py --data FOLDER --ttt    # with test-time training and hints
 
 FOLDER holds `fineweb_val_*.bin` and `fineweb_val_bytes_*.bin`. Needed are Python 3.11 or newer, the packages in
-requirements.txt, and a C compiler for fast hints. For an accelerator, install JAX with its extra, such as
-`jax[cuda13]`.
+requirements.txt, and a C compiler for the hints. For an accelerator, install JAX with its extra, such as `jax[cuda13]`.
 
 ```
 {table(account)}

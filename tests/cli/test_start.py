@@ -55,7 +55,7 @@ COMMANDS = {
   "bench": ["step", "configs/demo.toml"],
   "generate": ["RUN"],
 }
-NO_DEVICES = {"configs", "convert", "data", "doctor", "plan", "runs"}
+NO_DEVICES = {"configs", "convert", "data", "doctor", "plan", "report", "runs"}
 
 
 def test_every_verb_is_looked_at_here():

@@ -352,11 +352,11 @@ def write_hostile(folder: Path, kind: str) -> Path:
     ("noise", "not a whole PyTorch state dict"),
     ("nothing", "not a whole PyTorch state dict"),
     ("header", "safetensors"),
-    ("settings", "model.num_layers must be a whole number"),
+    ("settings", "must be a whole number"),
     ("deep settings", "damaged"),
     ("int8", "a is I8"),
     ("folder", "neither a run folder"),
-    ("orbax", "Orbax checkpoint"),
+    ("orbax", "cannot be read"),
   ],
 )
 def test_a_hostile_file_is_one_sentence_and_does_nothing(tmp_path, kind, message, capsys):

@@ -22,7 +22,11 @@ RECORD, DEMO = "record_1xgpu", "demo"
     (DEMO, None, None),
     (RECORD, Device("gpu", "Tesla T4", 16 * GB, 1), ["no units for bfloat16", "`pgolf run gpu_16gb`", "float32"]),
     ("gpu_16gb", Device("gpu", "Tesla T4", 16 * GB, 1), None),
-    (RECORD, Device("gpu", "NVIDIA GeForce RTX 4090", 24 * GB, 1), ["25 GiB", "has 22", "`pgolf run gpu_24gb`"]),
+    (
+      RECORD,
+      Device("gpu", "NVIDIA GeForce RTX 4090", 24 * GB, 1),
+      ["GiB of memory or more", "has 22", "`pgolf run gpu_24gb`"],
+    ),
     ("gpu_24gb", Device("gpu", "NVIDIA GeForce RTX 4090", 24 * GB, 1), None),
     (RECORD, Device("gpu", "NVIDIA H200", 141 * GB, 1), None),
     (RECORD, Device("tpu", "TPU v5 lite", 16 * 2**30, 1), ["has 16", "`pgolf run v5e_1`"]),

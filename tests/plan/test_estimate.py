@@ -25,6 +25,8 @@ def kind_of_tpu(count, kind="TPU v5 lite"):
 COMPILED = [
   (RECORD, NO_TTT, "h100:8", [34.8]),
   (DEMO, PHASE, "rtx4090", [0.17, 0.29, 0.32]),
+  ("gpu_16gb", NO_TTT, "t4", [4.63]),
+  ("gpu_24gb", NO_TTT, "rtx4090", [10.35]),
 ]
 SLOW = [
   (RECORD, {}, "h100:8", [34.8, 2.7, 2.7]),

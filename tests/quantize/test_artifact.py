@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from artifact_samples import CONFIG, sample_tensors, sealed, with_header
+import zstandard
+from artifact_samples import CONFIG, ORIGIN, TOKENIZER, sample_tensors, sealed, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgolf_jax.errors import ArtifactError, UserError
-from pgolf_jax.quantize.artifact import load, read, reader
+from pgolf_jax.quantize.artifact import Origin, load, read, read_origin, reader
 from pgolf_jax.quantize.artifact.codecs import NAMES, ans
 from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, unbank
 from pgolf_jax.quantize.artifact.writer import write
 
 VECTORS = Path(__file__).parent / "vectors"
-WHOLE = {name: write(CONFIG, sample_tensors(), name) for name in NAMES}
+WHOLE = {name: write(CONFIG, sample_tensors(), name, ORIGIN, TOKENIZER) for name in NAMES}
 both_codecs = pytest.mark.parametrize("name", NAMES)
 
 
@@ -29,6 +30,7 @@ def test_everything_comes_back(name):
   tensors = sample_tensors()
   artifact = read(WHOLE[name])
   assert artifact.config == CONFIG and artifact.codec == name
+  assert artifact.origin == ORIGIN and artifact.tokenizer == TOKENIZER
   assert list(artifact.tensors) == list(tensors)
   assert sum(artifact.stream_bytes.values()) == len(WHOLE[name])
   for key, tensor in tensors.items():
@@ -39,14 +41,17 @@ def test_everything_comes_back(name):
 @both_codecs
 def test_writing_what_was_read_gives_the_same_file(name):
   artifact = read(WHOLE[name])
-  assert write(artifact.config, artifact.tensors, artifact.codec) == WHOLE[name]
+  assert write(artifact.config, artifact.tensors, artifact.codec, artifact.origin, artifact.tokenizer) == WHOLE[name]
 
 
 @both_codecs
-def test_stored_artifact_decodes_to_the_same_bits(name):
+@pytest.mark.parametrize("version", ["", ".2"], ids=["version 1", "version 2"])
+def test_stored_artifact_decodes_to_the_same_bits(name, version):
   """`python tests/quantize/vectors/make.py` made these files, once."""
-  stored = (VECTORS / f"{name}.pgolf").read_bytes()
-  params = read(stored).params()
+  stored = (VECTORS / f"{name}{version}.pgolf").read_bytes()
+  artifact = read(stored)
+  assert (artifact.origin, artifact.tokenizer) == ((ORIGIN, TOKENIZER) if version else (Origin(), None))
+  params = artifact.params()
   hashes = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
   assert hashes == json.loads((VECTORS / "params.json").read_text())
 
@@ -86,6 +91,11 @@ def test_foreign_files_are_refused_by_name():
   refused(sealed(whole[:12] + b"\xff\xff\xff\x7f" + whole[16:]), "contradict")
 
 
+def bare(streams, tensors):
+  """A header that says nothing else."""
+  return {"config": {}, "origin": {}, "streams": streams, "tensors": tensors, "tokenizer": 0}
+
+
 def edit(path, value):
   """Returns a change of the header: what lies at `path` becomes `value`."""
 
@@ -121,15 +131,60 @@ TOK = next(i for i, name in enumerate(sample_tensors()) if name == "tok_emb.weig
     (["tensors", TOK, 4], [64, 1, 8], "odd factors"),
     (["tensors", TOK, 4], [2, 1, 7], "odd factors"),
     (["tensors", 0], None, "wrong type"),
+    (["origin"], [], "unknown parts"),
+    (["origin", "more"], "x", "unknown parts"),
+    (["origin", "jax"], 3, "impossible jax"),
+    (["origin", "jax"], "x" * 201, "impossible jax"),
+    (["origin", "data"], "\x1b[2J", "impossible data"),
+    (["origin", "data"], None, "impossible data"),
+    (["origin", "tokenizer"], "g" * 64, "impossible tokenizer"),
+    (["origin", "tokenizer"], "0" * 64, "not the one that its origin names"),
+    (["origin", "manifest"], "a" * 65, "impossible manifest"),
+    (["origin", "pieces"], True, "impossible pieces"),
+    (["origin", "pieces"], 1 << 17, "impossible pieces"),
+    (["tokenizer"], -1, "impossible length"),
+    (["tokenizer"], True, "impossible length"),
+    (["tokenizer"], 1 << 40, "not those of its table"),
+    (["tokenizer"], 0, "not those of its table"),
     (["streams", 0], -4, "impossible length"),
     (["streams", 0], 1e300, "impossible length"),
     (["streams"], [], "not those of its table"),
     (["config"], [], "wrong type"),
-    (["more"], 1, "three parts"),
+    (["more"], 1, "parts of version 2"),
   ],
 )
 def test_hostile_headers_are_refused(name, path, value, match):
   refused(with_header(WHOLE[name], edit(path, value)), match)
+
+
+def test_a_version_has_its_own_parts():
+  """The parts of version 1 under the number of version 2, and the other way round."""
+  old = (VECTORS / "zstd.pgolf").read_bytes()
+  refused(sealed(old[:8] + b"\x02\x00" + old[10:]), "parts of version 2")
+  refused(sealed(WHOLE["zstd"][:8] + b"\x01\x00" + WHOLE["zstd"][10:]), "parts of version 1")
+
+
+def test_a_tokenizer_that_unpacks_to_more_than_the_limit_is_refused_before_it_does():
+  bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+  whole = with_header(WHOLE["zstd"], edit(["tokenizer"], len(bomb)))
+  size = len(zstandard.ZstdCompressor(level=19, write_checksum=False).compress(TOKENIZER))
+  tracemalloc.start()
+  refused(sealed(whole[:-size] + bomb), "claims 268435456 bytes")
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 1 << 21
+
+
+def test_too_large_a_tokenizer_is_not_written():
+  with pytest.raises(ArtifactError, match="at most 4,194,304 can be embedded"):
+    write({}, {}, tokenizer=bytes(reader.MAX_TOKENIZER + 1))
+
+
+def test_the_origin_is_read_without_the_weights(tmp_path):
+  (tmp_path / "a.pgolf").write_bytes(WHOLE["entropy"])
+  assert read_origin(tmp_path / "a.pgolf") == (ORIGIN, TOKENIZER)
+  with pytest.raises(UserError, match="There is no artifact"):
+    read_origin(tmp_path / "b.pgolf")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +260,11 @@ json_values = st.recursive(
 def test_any_header_is_an_error_or_an_artifact(name, data):
   def change(header):
     table = header["tensors"]
-    match data.draw(st.sampled_from(["entry", "field", "size", "streams", "length", "swap"])):
+    match data.draw(st.sampled_from(["entry", "field", "size", "streams", "length", "swap", "origin", "part"])):
+      case "origin":
+        header["origin"][data.draw(st.sampled_from([*header["origin"], "x"]))] = data.draw(json_values)
+      case "part":
+        header[data.draw(st.sampled_from(["origin", "tokenizer", "x"]))] = data.draw(json_values)
       case "entry":
         table[data.draw(st.integers(0, len(table) - 1))] = data.draw(json_values)
       case "field":
@@ -245,7 +304,7 @@ def test_memory_stays_below_twice_what_the_table_declares(name, entry, seed):
   body = np.random.default_rng(seed).bytes(64 * streams)
   if name == "entropy":  # a method, where one is named, that reads on past the end
     body = b"\0" * 5 + body[5:]
-  forged = with_header(WHOLE[name], lambda _: {"config": {}, "streams": [64] * streams, "tensors": [entry]})
+  forged = with_header(WHOLE[name], lambda _: bare([64] * streams, [entry]))
   header_bytes = len(forged) - len(WHOLE[name]) + read(WHOLE[name]).stream_bytes["header"]
   tracemalloc.start()
   with contextlib.suppress(ArtifactError):
@@ -303,7 +362,7 @@ def peak_bytes(path: Path) -> int:
   ids=["layer", "layers", "name", "config layers", "config loops", "config size", "2^28 integers", "2^28 halves"],
 )
 def test_a_hundred_bytes_cannot_claim_memory(tmp_path, config, entry):
-  header = {"config": config, "streams": [0] if entry[0] == "half" else [0, 0], "tensors": [entry]}
+  header = bare([0] if entry[0] == "half" else [0, 0], [entry]) | {"config": config}
   whole = with_header(WHOLE["entropy"], lambda _: header)
   size = reader.PREFIX.unpack_from(whole)[3]
   (tmp_path / "small.pgolf").write_bytes(sealed(whole[: reader.START + size]))
@@ -319,7 +378,7 @@ def test_layers_of_params_are_bounded_by_the_table():
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
 def test_numbers_of_the_config_are_finite(number):
-  text = json.dumps({"config": {"x": 17.25}, "streams": [], "tensors": []}).replace("17.25", number)
+  text = json.dumps(bare([], []) | {"config": {"x": 17.25}}).replace("17.25", number)
   refused(with_header(WHOLE["entropy"], lambda _: text.encode()), "not finite")
 
 

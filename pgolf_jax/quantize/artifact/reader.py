@@ -3,17 +3,17 @@
 Layout, little-endian:
 
   magic "PGOLFJAX" | u16 version | u16 codec | u32 header bytes | 16-byte BLAKE2b of all that follows it and of the
-  16 bytes before it | header | streams, one after the other
+  16 bytes before it | header | streams, one after the other | tokenizer, if it is embedded
 
 The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the table: form, name, shape and what else
-the form needs), `streams` (bytes of each). Which arrays lie in which stream follows from the table.
+the form needs), `streams` (bytes of each), `origin` (see origin.py), `tokenizer` (bytes of the embedded one, 0 without
+one). Which arrays lie in which stream follows from the table. The tokenizer is its SentencePiece model under Zstandard.
+Version 1 had neither origin nor tokenizer, and is read as well.
 
 Reading takes any bytes and either returns what was written or raises ArtifactError: the claims in the header are
 checked against each other, against the model of the settings in it (`load`) and against a bound on parameters before
 memory is taken for them. Whatever the bytes, reading holds at most twice what the file and its fp32 weights take, and
 `WORKING_BYTES`. Weights are computed with NumPy alone, so that they do not depend on JAX's version or backend.
-
-The table says which tensors there are, and with that which of their arrays lie together in a stream.
 
 A table entry is [form, name, shape, …]:
 
@@ -42,8 +42,10 @@ import numpy as np
 from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize.artifact.codecs import NAMES, Content, entropy, zstd
+from pgolf_jax.quantize.artifact.origin import UNKNOWN, Origin
 from pgolf_jax.quantize.artifact.tensors import BANKS, Grid, Half, LowRank, Quantized, Rows, kind, rebank, unbank
 from pgolf_jax.runtime.files import parse_json
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import ModelConfig, Settings, check
 from pgolf_jax.settings.check import MAX_PARAMETERS
 from pgolf_jax.settings.load import from_dict
@@ -189,7 +191,11 @@ def check_entry(entry: object) -> None:
 
 
 MAGIC = b"PGOLFJAX"
-VERSION = 1
+VERSION = 2
+_PARTS = {1: ["config", "streams", "tensors"], 2: ["config", "origin", "streams", "tensors", "tokenizer"]}
+"""Format version → the names in its header."""
+MAX_TOKENIZER = 1 << 22
+"""Bytes of a tokenizer's model that may be embedded; one of 65,536 pieces has about a million."""
 WORKING_BYTES = 1 << 25
 """Memory that reading takes whatever the size of the artifact: the header as Python objects, slabs, distributions."""
 PREFIX = struct.Struct("<8sHHI")
@@ -210,6 +216,8 @@ class Artifact:
   tensors: dict[str, Quantized]  # by matrix name
   codec: str
   stream_bytes: dict[str, int]  # compressed bytes by stream, in file order; all before the streams under "header"
+  origin: Origin = UNKNOWN
+  tokenizer: bytes | None = None  # the embedded SentencePiece model
 
   def params(self) -> dict[str, np.ndarray]:
     """Returns fp32 parameters under their bank names, the same bits on every machine.
@@ -229,18 +237,43 @@ def load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   Raises:
     UserError: there is no such file, it is not an artifact, or its parameters do not match its settings.
   """
-  if not path.is_file():
-    raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
-  if path.stat().st_size > _MAX_FILE:
-    raise ArtifactError(f"{path} has {path.stat().st_size} bytes; an artifact has at most {_MAX_FILE}.")
-  frame = _unpack(path.read_bytes())
+  frame = _unpack(_bytes_of(path))
   settings = from_dict(frame.header["config"], where=f"the config in {path}")
   try:
     check.check(settings)
   except UserError as error:
     raise UserError(f"The config in {path} cannot work: {error}") from error
   _check_shapes(settings.model, frame.header["tensors"], path)
-  return settings, _decode(frame).params()
+  with progress("reading the artifact"):
+    return settings, _decode(frame).params()
+
+
+def _bytes_of(path: Path) -> bytes:
+  if not path.is_file():
+    raise UserError(f"There is no artifact {path}; `pgolf run` or `pgolf quantize` makes one.")
+  if (size := path.stat().st_size) > _MAX_FILE:
+    raise ArtifactError(f"{path} has {size} bytes; an artifact has at most {_MAX_FILE}.")
+  return path.read_bytes()
+
+
+def read_origin(path: Path) -> tuple[Origin, bytes | None]:
+  """Returns where an artifact comes from, and its tokenizer if it is embedded; the weights are not decoded.
+
+  Raises:
+    UserError: there is no such file, or it is not an artifact.
+  """
+  frame = _unpack(_bytes_of(path))
+  return frame.origin, _tokenizer(frame)
+
+
+def _tokenizer(frame: "_Frame") -> bytes | None:
+  size = frame.header.get("tokenizer", 0)
+  if not size:
+    return None
+  model = zstd.decompress(frame.streams[-size:], 1, MAX_TOKENIZER)
+  if hashlib.sha256(model).hexdigest() != frame.origin.tokenizer:
+    raise ArtifactError("The artifact's tokenizer is not the one that its origin names: it is damaged.")
+  return model
 
 
 def _check_shapes(config: ModelConfig, table: list[Entry], path: Path) -> None:
@@ -260,10 +293,11 @@ def read(data: bytes) -> Artifact:
 
 
 def _decode(frame: "_Frame") -> Artifact:
-  codec, header, header_bytes, body = frame
+  codec, header, header_bytes, body, origin = frame
   table, lengths = header["tensors"], header["streams"]
   streams = split(table)
-  if len(lengths) != len(streams) or sum(lengths) != len(body):
+  tokenizer_bytes = header.get("tokenizer", 0)
+  if len(lengths) != len(streams) or sum(lengths) + tokenizer_bytes != len(body):
     raise ArtifactError("The artifact's streams are not those of its table: it is damaged.")
   decoded: dict[tuple[str, str], np.ndarray] = {}
   start = 0
@@ -274,8 +308,9 @@ def _decode(frame: "_Frame") -> Artifact:
     decoded |= {(name, field): array for (name, field, _), array in zip(stream.arrays, arrays, strict=True)}
     start += length
   tensors = {entry[1]: assemble(entry, decoded) for entry in table}
-  sizes = dict(zip([stream.name for stream in streams], lengths, strict=True))
-  return Artifact(header["config"], tensors, codec, {"header": header_bytes, **sizes})
+  sizes = {"header": header_bytes} | {stream.name: size for stream, size in zip(streams, lengths, strict=True)}
+  sizes |= {"tokenizer": tokenizer_bytes} if tokenizer_bytes else {}
+  return Artifact(header["config"], tensors, codec, sizes, origin, _tokenizer(frame))
 
 
 def decode_stream(codec: str, content: Content, data: Buffer, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
@@ -292,7 +327,7 @@ def require_finite(stream: Stream, arrays: list[np.ndarray]) -> None:
 
 
 def pack(codec: str, header: dict, streams: list[bytes]) -> bytes:
-  """Returns the bytes of a file. Raises ArtifactError if the header is too large."""
+  """Returns the bytes of a file. Raises ArtifactError if the header is too large. Last of the streams: a tokenizer."""
   text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
   if len(text) > _MAX_HEADER:
     raise ArtifactError(f"The artifact's config and table take {len(text)} bytes; at most {_MAX_HEADER} are allowed.")
@@ -308,7 +343,8 @@ class _Frame(NamedTuple):
   codec: str
   header: dict
   header_bytes: int  # from the beginning of the file to the streams
-  streams: memoryview
+  streams: memoryview  # and the tokenizer after them
+  origin: Origin
 
 
 def _unpack(whole: bytes) -> _Frame:
@@ -323,19 +359,19 @@ def _unpack(whole: bytes) -> _Frame:
   magic, version, codec, size = PREFIX.unpack_from(data)
   if magic != MAGIC:
     raise ArtifactError("The file is not an artifact of this program: it does not begin with PGOLFJAX.")
-  if version != VERSION:
-    raise ArtifactError(f"The artifact has format version {version}, this program reads {VERSION}; write it anew.")
+  if version not in _PARTS:
+    raise ArtifactError(f"The artifact has format version {version}, this program reads 1 to {VERSION}; write it anew.")
   body = data[START:]
   if _digest(data[: PREFIX.size], body) != data[PREFIX.size : START]:
     raise ArtifactError("The artifact's checksum does not match its content: it is truncated or damaged.")
   if codec >= len(NAMES) or size > len(body):
     raise ArtifactError("The artifact's first bytes contradict its content: it is damaged.")
-  header = _checked_header(body[:size])
+  header, origin = _checked_header(body[:size], version)
   count = sum(map(parameter_count, header["tensors"]))
   most = min(MAX_PARAMETERS, _FREE_VALUES + _VALUES_PER_BYTE * len(data))
   if count > most:
     raise ArtifactError(f"The artifact claims {count} parameters; {len(data)} bytes may hold at most {most}.")
-  return _Frame(NAMES[codec], header, START + size, body[size:])
+  return _Frame(NAMES[codec], header, START + size, body[size:], origin)
 
 
 def _digest(prefix: bytes, body: bytes) -> bytes:
@@ -344,21 +380,21 @@ def _digest(prefix: bytes, body: bytes) -> bytes:
   return digest.digest()
 
 
-def _checked_header(packed: Buffer) -> dict:
+def _checked_header(packed: Buffer, version: int) -> tuple[dict, Origin]:
   try:
     header = parse_json(zstd.decompress(packed, 0, _MAX_HEADER).decode())
   except ValueError as error:
     raise ArtifactError(f"The artifact's header is not JSON ({error}): it is damaged.") from error
-  if not isinstance(header, dict) or sorted(header) != ["config", "streams", "tensors"]:
-    raise ArtifactError("The artifact's header lacks its three parts: it is damaged.")
+  if not isinstance(header, dict) or sorted(header) != _PARTS[version]:
+    raise ArtifactError(f"The artifact's header has not the parts of version {version}: it is damaged.")
   config, lengths, table = header["config"], header["streams"], header["tensors"]
   if not isinstance(config, dict) or not isinstance(lengths, list) or not isinstance(table, list):
     raise ArtifactError("The artifact's header has parts of the wrong type: it is damaged.")
-  if not all(type(n) is int and n >= 0 for n in lengths):
-    raise ArtifactError("The artifact's header claims streams of impossible length: it is damaged.")
+  if not all(type(n) is int and n >= 0 for n in (*lengths, header.get("tokenizer", 0))):
+    raise ArtifactError("The artifact's header claims parts of impossible length: it is damaged.")
   for entry in table:
     check_entry(entry)
   names = [entry[1] for entry in table]
   if len(set(names)) != len(names):
     raise ArtifactError("The artifact's table names a tensor twice: it is damaged.")
-  return header
+  return header, Origin.from_json(header.get("origin", {}))

@@ -1,24 +1,36 @@
 """Writing an artifact: from tensors to the bytes of a file."""
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content, entropy, search, zstd
-from pgolf_jax.quantize.artifact.reader import describe, field_of, pack, require_finite, split
+from pgolf_jax.quantize.artifact.origin import UNKNOWN, Origin
+from pgolf_jax.quantize.artifact.reader import MAX_TOKENIZER, describe, field_of, pack, require_finite, split
 from pgolf_jax.quantize.artifact.tensors import Quantized
 
 
-def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec: str = "entropy") -> bytes:
+def write(
+  config: Mapping[str, object],
+  tensors: Mapping[str, Quantized],
+  codec: str = "entropy",
+  origin: Origin = UNKNOWN,
+  tokenizer: bytes | None = None,
+) -> bytes:
   """Returns the bytes of a file; the same for the same arguments.
 
   Args:
     config: JSON object that travels with the weights, such as `to_dict(settings)`.
     tensors: the model, by matrix name, as `quantize` returns it.
     codec: one of codecs.NAMES.
+    origin: what made it.
+    tokenizer: SentencePiece model to embed; its hash becomes the origin's.
 
   Raises:
-    ArtifactError: a step or an fp16 parameter is not finite.
+    ArtifactError: a step or an fp16 parameter is not finite, or the tokenizer is too large to embed.
   """
   table = [describe(name, tensor) for name, tensor in tensors.items()]
   streams = []
@@ -26,8 +38,20 @@ def write(config: Mapping[str, object], tensors: Mapping[str, Quantized], codec:
     arrays = [field_of(tensors[name], field) for name, field, _ in stream.arrays]
     require_finite(stream, arrays)
     streams.append(encode_stream(codec, stream.content, arrays))
-  header = {"config": dict(config), "streams": [len(stream) for stream in streams], "tensors": table}
-  return pack(codec, header, streams)
+  packed = b""
+  if tokenizer is not None:
+    if len(tokenizer) > MAX_TOKENIZER:
+      raise ArtifactError(f"The tokenizer has {len(tokenizer):,} bytes; at most {MAX_TOKENIZER:,} can be embedded.")
+    origin = dataclasses.replace(origin, tokenizer=hashlib.sha256(tokenizer).hexdigest())
+    packed = zstd.compress(tokenizer)
+  header = {
+    "config": dict(config),
+    "origin": origin.to_json(),
+    "streams": [len(stream) for stream in streams],
+    "tensors": table,
+    "tokenizer": len(packed),
+  }
+  return pack(codec, header, [*streams, packed])
 
 
 def encode_stream(codec: str, content: Content, arrays: Sequence[np.ndarray]) -> bytes:
