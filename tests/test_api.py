@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,13 @@ def test_an_artifact_says_where_it_comes_from(place):
   assert origin.tokenizer == manifest["tokenizer_sha256"] and "first 2 documents" in origin.data
   assert origin.validation == load_validation(place / "data").tokens_sha256
   assert tokenizer == (place / "data" / "tokenizer.model").read_bytes()
+
+
+def test_no_artifact_is_made_with_another_tokenizer_than_its_data(place, tmp_path):
+  shutil.copytree(place / "data", tmp_path / "data")
+  (tmp_path / "data" / "tokenizer.model").write_bytes(b"another")
+  with pytest.raises(UserError, match=r"\(sha256 .{8}\) is not the tokenizer that .* was prepared with \(.{8}\)"):
+    provenance.origin_of(RunFolder(place / "run").settings, tmp_path / "data")
 
 
 def test_the_bytes_of_an_artifact_are_the_same_each_time_and_in_each_folder(place, tmp_path):

@@ -32,10 +32,16 @@ def origin_of(settings: Settings, folder: Path) -> Origin:
   """Returns what tells of the tokenizer and the data of a data folder, with the versions that run here.
 
   Raises:
-    UserError: the folder has no validation split, or a file of it is damaged.
+    UserError: a file of the folder is damaged, or the tokenizer is not the one that it was prepared with.
   """
   manifest, path = Manifest.read(folder), tokenizer_file(settings, folder)
-  tokenizer = sha256_of(path) if path.is_file() else manifest.tokenizer_sha256 if manifest else ""
+  made_with = manifest.tokenizer_sha256 if manifest else ""
+  tokenizer = sha256_of(path) if path.is_file() else made_with
+  if made_with and tokenizer != made_with:
+    raise UserError(
+      f"{path} (sha256 {tokenizer[:8]}) is not the tokenizer that {folder} was prepared with ({made_with[:8]}); give "
+      "that one as data.tokenizer, or prepare the text again."
+    )
   return Origin(
     pgolf_jax=__version__,
     jax=importlib.metadata.version("jax"),
