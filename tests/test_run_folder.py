@@ -6,8 +6,12 @@ import json
 import pytest
 from tiny_model import SETTINGS, write_data
 
+from pgolf_jax.cli import main
+from pgolf_jax.data.folder import locate_prepared
+from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import MetricsWriter, RunFolder, made_from, read_metrics
 from pgolf_jax.runtime.files import file_hash
+from pgolf_jax.settings import DataConfig
 
 LINES = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
 
@@ -135,3 +139,58 @@ def test_results_are_sealed_by_stage(run):
   results = json.loads((run.path / "results.json").read_text())
   assert all(len(result["sha256"]) == 64 for result in results.values())
   assert RunFolder(run.path, dataclasses.replace(SETTINGS)).results()["ttt"]["bpb"] == 1.4
+
+
+OTHER = dataclasses.replace(SETTINGS, seed=8)
+
+
+def test_settings_may_be_corrected_as_long_as_nothing_is_made_with_them(tmp_path, run):
+  with pytest.raises(UserError, match="was made with other settings \\(seed was 1337, now 8\\)"):
+    RunFolder(run.path, OTHER)
+  started = RunFolder(tmp_path / "started", SETTINGS)
+  (started.path / "run.log").write_text("begun")
+  assert RunFolder(tmp_path / "started", OTHER).settings.seed == 8
+  assert RunFolder(tmp_path / "started").settings.seed == 8
+
+
+def test_a_start_that_came_to_nothing_is_cleared_and_work_is_not(tmp_path, run):
+  started = RunFolder(tmp_path / "started", SETTINGS)
+  started.metrics.write_text("")
+  started.clear_start()
+  assert not started.path.exists()
+  run.clear_start()
+  assert run.results() and (run.path / "config.toml").exists()
+  other = RunFolder(tmp_path / "other", SETTINGS)
+  (other.path / "notes.txt").write_text("mine")
+  other.clear_start()
+  assert [path.name for path in other.path.iterdir()] == ["notes.txt"]
+
+
+def test_relative_paths_are_seen_from_where_they_were_given(tmp_path, monkeypatch):
+  write_data(tmp_path / "home" / "data")
+  given = dataclasses.replace(SETTINGS, data=DataConfig(path="data"))
+  monkeypatch.chdir(tmp_path / "home")
+  assert RunFolder("runs/a", given).settings == given
+  monkeypatch.chdir("/")
+  elsewhere = RunFolder(tmp_path / "home/runs/a")
+  assert locate_prepared(elsewhere.settings) == tmp_path / "home/data"
+  assert elsewhere.given == given and RunFolder(elsewhere.path, given).settings == elsewhere.settings
+  inputs = made_from(elsewhere, "train", tmp_path / "home/data")
+  monkeypatch.chdir(tmp_path / "home")
+  assert made_from(RunFolder("runs/a"), "train", "data") == inputs
+  # The tree may be moved as a whole.
+  monkeypatch.chdir("/")
+  (tmp_path / "home").rename(tmp_path / "moved")
+  assert locate_prepared(RunFolder(tmp_path / "moved/runs/a").settings) == tmp_path / "moved/data"
+  # A path that leads somewhere from here counts, when it is given again.
+  write_data(tmp_path / "here" / "data", seed=1)
+  monkeypatch.chdir(tmp_path / "here")
+  assert RunFolder(tmp_path / "moved/runs/a", given).settings == given
+
+
+def test_a_run_that_finds_no_data_leaves_no_folder(tmp_path, capsys):
+  out = tmp_path / "runs" / "new"
+  config = ["demo", "--data.path", str(tmp_path / "nowhere"), "--out", str(out)]
+  assert main(["run", *config]) == 1
+  assert "There is no data folder" in capsys.readouterr().err
+  assert not out.exists()

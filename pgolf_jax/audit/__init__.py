@@ -18,6 +18,7 @@ from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import Check, UserError
 from pgolf_jax.quantize import artifact
 from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime.log import progress
 
 CUTS = 2
 
@@ -34,6 +35,13 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fa
     UserError: the run has no artifact.
   """
   evidence.require_artifact(run)
+  with progress("auditing", unit="checks") as bar:
+    for check in _checks(run, data_folder, mesh, cuts=cuts, fast=fast):
+      bar.advance()
+      yield check
+
+
+def _checks(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int, fast: bool) -> Iterator[Check]:
   results, settings, data = run.results(), run.settings, load_validation(data_folder)
   yield evidence.same_files(run, data_folder)
   yield from evidence.data_checks(data_folder)

@@ -15,6 +15,7 @@ from scipy.special import stdtr
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import Peaks, peaks
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.tables import Table, line_width
 
 
@@ -156,7 +157,8 @@ def measure(
   runners, notes = [], []
   for way in ways:
     try:
-      runners.append(_Runner(way, way.prepare(), warmups, group_s))
+      with progress(f"preparing {', '.join(way.labels.values())}"):
+        runners.append(_Runner(way, way.prepare(), warmups, group_s))
     except Exception as e:
       if not _is_out_of_memory(e):
         raise
@@ -165,10 +167,12 @@ def measure(
     heading, name = list(runners[0].way.labels.items())[-1]
     again = dataclasses.replace(runners[0].way, labels={**runners[0].way.labels, heading: f"{name}, again"})
     runners.append(_Runner(again, runners[0].run, warmups, group_s))
-  for turn in range(repeats):
-    for runner in runners:
-      if turn < (runner.way.repeats or repeats):
-        runner.take_turn()
+  with progress("timing", total=repeats, unit="turns") as bar:
+    for turn in range(repeats):
+      for runner in runners:
+        if turn < (runner.way.repeats or repeats):
+          runner.take_turn()
+      bar.advance()
   first = runners[0].measurement() if runners else None
   return [first, *(runner.measurement(first) for runner in runners[1:])] if runners else [], notes
 

@@ -150,9 +150,12 @@ def generate(
     tokenizer: the model's .model file; the one in the artifact, beside it, or of its run if not given.
   """
   from pgolf_jax import load
+  from pgolf_jax.runtime.log import progress
 
   pieces = load(artifact, tokenizer).generate(prompt, tokens, temperature, top_p, seed)
-  print(prompt, end="", flush=True)
+  with progress("compiling"):
+    begun = next(pieces, "")
+  print(prompt + begun, end="", flush=True)
   for piece in pieces:
     print(piece, end="", flush=True)
   print()

@@ -148,10 +148,11 @@ def _tokenizer(folder: Path, preparation: Preparation, held_out: HeldOutDocument
     return Tokenizer.load(path, preparation.vocab_size)
   tokenizer = preparation.tokenizer
   if tokenizer is None:
-    texts = training_texts(preparation.train, preparation.holdout_in_train, held_out, TOKENIZER_BYTES)
-    journal.tokenizer_text_bytes = sum(len(text.encode()) for text in texts)
-    coded = map(caseops.encode, texts) if preparation.is_caseops else texts
-    tokenizer = train_tokenizer(coded, preparation.vocab_size, is_caseops=preparation.is_caseops)
+    with progress("training the tokenizer"):
+      texts = training_texts(preparation.train, preparation.holdout_in_train, held_out, TOKENIZER_BYTES)
+      journal.tokenizer_text_bytes = sum(len(text.encode()) for text in texts)
+      coded = map(caseops.encode, texts) if preparation.is_caseops else texts
+      tokenizer = train_tokenizer(coded, preparation.vocab_size, is_caseops=preparation.is_caseops)
     journal.save()
   with replacing(path, is_durable=True) as partial:
     partial.write_bytes(tokenizer.model)

@@ -28,6 +28,7 @@ from pgolf_jax.data.shards import ValidationData, shard_path, write_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.judge import tracer
 from pgolf_jax.runtime.files import parse_json
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.submission import bundle
 
 COUNTED = ("artifact.pgolf", "code.tar.xz", "evaluate.py")
@@ -156,7 +157,8 @@ class Children:
     if sample is not None:
       np.save(folder / "data" / "sample.npy", sample)
       args += ["--sample", folder / "data" / "sample.npy"]
-    ran = self._watched(folder, [str(x) for x in (folder / "submission" / "evaluate.py", *args)])
+    with progress("scoring the submission in a process of its own"):
+      ran = self._watched(folder, [str(x) for x in (folder / "submission" / "evaluate.py", *args)])
     _remove_special_files(folder)
     finished = self.work / f"ran-{secrets.token_hex(8)}"
     folder.rename(finished)

@@ -16,6 +16,7 @@ from pgolf_jax.model import flops
 from pgolf_jax.plan import estimate
 from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
@@ -125,6 +126,11 @@ class Finding:
 
 def examine(program: Program, topology: Topology) -> Finding:
   """Traces and lowers a program for the topology, and compiles it where that is possible."""
+  with progress(f"compiling {program.title}"):
+    return _examine(program, topology)
+
+
+def _examine(program: Program, topology: Topology) -> Finding:
   began = time.perf_counter()
   traced = program.trace()
   lowered = traced.lower(lowering_platforms=(topology.platform,))

@@ -173,7 +173,8 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
     tensors = quantize(params, calibration, config)
     quantized = time.perf_counter()
     carried = portable(dataclasses.replace(settings, quantize=config))
-    data = writer.write(carried, tensors, config.codec, origin, tokenizer)
+    with progress("encoding the artifact"):
+      data = writer.write(carried, tensors, config.codec, origin, tokenizer)
     seconds["quantize"] += quantized - began
     seconds["encode"] += time.perf_counter() - quantized
     return data

@@ -166,6 +166,7 @@ def _display():
     bars.TextColumn("{task.fields[note]}", markup=False, table_column=Column(**narrow)),
     console=Console(stderr=True),
     transient=True,
+    refresh_per_second=4,
     expand=True,
     # What is printed meanwhile goes above the bars, but not what goes into a file or a pipe.
     redirect_stdout=sys.stdout.isatty(),
@@ -180,7 +181,7 @@ class Progress:
   """Counts work done and shows it. Use through `progress`."""
 
   def __init__(self, description: str, total: float | None, unit: str):
-    self._description, self._total, self._unit = description, total, unit
+    self.description, self._total, self._unit = description, total, unit
     self._done = 0.0
     self._note = ""
     self._began = self._shown = time.monotonic()
@@ -188,7 +189,7 @@ class Progress:
     self._timer: threading.Timer | None = None
     self._lock = threading.Lock()
     self._is_closed = False
-    if not _silent and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown"):
+    if not _silent and _is_live():
       self._timer = threading.Timer(_APPEAR_AFTER, self._appear)
       self._timer.daemon = True
       self._timer.start()
@@ -205,7 +206,7 @@ class Progress:
   def _appear(self) -> None:
     with self._lock:
       if not self._is_closed:
-        self._task = _bars.add(self._description, self._total, self._began)
+        self._task = _bars.add(self.description, self._total, self._began)
     self._show()
 
   def _show(self) -> None:
@@ -229,7 +230,7 @@ class Progress:
     of = f" of {_short(self._total)}" if self._total else ""
     left = f", {_clock((self._total - self._done) / rate)} left" if self._total and rate > 0 else ""
     note = f" | {self._note}" if self._note else ""
-    return f"{self._description}: {_short(self._done)}{of} {self._unit}, {_short(rate)} {self._unit}/s{left}{note}"
+    return f"{self.description}: {_short(self._done)}{of} {self._unit}, {_short(rate)} {self._unit}/s{left}{note}"
 
   def close(self) -> None:
     with self._lock:
@@ -239,6 +240,14 @@ class Progress:
       if self._task is not None:
         _bars.remove(self._task)
         self._task = None
+
+
+_at_work: list[Progress] = []
+
+
+def current_work() -> str:
+  """Returns what is being done now, as the innermost `progress` describes it; empty if nothing is."""
+  return _at_work[-1].description if _at_work else ""
 
 
 @contextlib.contextmanager
@@ -252,19 +261,66 @@ def progress(description: str, total: float | None = None, unit: str = "") -> It
   """
   started()
   shown = Progress(description, total, unit)
+  _at_work.append(shown)
   try:
     yield shown
   finally:
+    _at_work.remove(shown)
     shown.close()
 
 
-_start: Progress | None = None
+class _Start:
+  """A line on the terminal that says that the program is loading, until something else is written."""
+
+  def __init__(self):
+    self._streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in self._streams.items():
+      setattr(sys, name, _Waking(stream))
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._draw, daemon=True, name="starting")
+    self._thread.start()
+
+  def _draw(self) -> None:
+    began, terminal = time.monotonic(), self._streams["stderr"]
+    if self._ended.wait(_APPEAR_AFTER):
+      return
+    with contextlib.suppress(OSError, ValueError):
+      while not self._ended.wait(0.2):
+        terminal.write(f"\rstarting {_clock(time.monotonic() - began)}")
+        terminal.flush()
+      terminal.write("\r\033[K")
+      terminal.flush()
+
+  def end(self) -> None:
+    self._ended.set()
+    self._thread.join()
+    for name, stream in self._streams.items():
+      if isinstance(getattr(sys, name), _Waking):
+        setattr(sys, name, stream)
+
+
+class _Waking:
+  """A stream whose first line ends the start."""
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    started()
+    return self._stream.write(text)
+
+  def __getattr__(self, name: str):
+    return getattr(self._stream, name)
+
+
+_start: _Start | None = None
 
 
 def starting() -> None:
-  """Shows that the program is loading, until `started`."""
+  """Shows that the program is loading, until something is written or `started` is called."""
   global _start
-  _start = Progress("starting", None, "")
+  if _start is None and not _silent and _is_live():
+    _start = _Start()
 
 
 def started() -> None:
@@ -272,7 +328,12 @@ def started() -> None:
   global _start
   begun, _start = _start, None
   if begun is not None:
-    begun.close()
+    begun.end()
+
+
+def _is_live() -> bool:
+  """Whether there is a terminal that can move its cursor."""
+  return sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
 
 
 def _short(x: float) -> str:

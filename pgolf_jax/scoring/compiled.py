@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.model.params import SOFTCAPS, Params
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import AXIS, place, replicated
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.scoring import adapters as adapting
 from pgolf_jax.scoring.adapters import Learner
 from pgolf_jax.scoring.buckets import LEARN, SCORE, Call, Shape, Step
@@ -153,19 +154,23 @@ class Programs:
     slots, length, rows = workload.slots, workload.stream_length, workload.slots * self.mesh.size
     new = [(short, shape) for short, shape in sorted(workload.scans) if (short, shape, rows, length) not in self._scans]
     lowered = {}
-    for short, shape in new:
-      spec = self._specs[short]
-      arguments = abstract(self.mesh, spec, shape, slots, length)
-      lowered[short, shape, rows, length] = sharded_scan(self.mesh, spec, shape).lower(*arguments)
-    for short in {short for short, _ in new}:
-      self.adapters[short].warm_up(rows)
-    if jax.process_count() > 1:
-      distributed.leaders(0.0)  # what processes agree by between batches
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-      compiled = pool.map(lambda low: low.compile(), lowered.values())
-      if workload.has_phases:
-        self.phase.compile(params)
-      self._scans |= zip(lowered, compiled, strict=True)
+    with progress("compiling", total=len(new) + workload.has_phases, unit="programs") as bar:
+      for short, shape in new:
+        spec = self._specs[short]
+        arguments = abstract(self.mesh, spec, shape, slots, length)
+        lowered[short, shape, rows, length] = sharded_scan(self.mesh, spec, shape).lower(*arguments)
+      for short in {short for short, _ in new}:
+        self.adapters[short].warm_up(rows)
+      if jax.process_count() > 1:
+        distributed.leaders(0.0)  # what processes agree by between batches
+      with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        compiled = pool.map(lambda low: low.compile(), lowered.values())
+        if workload.has_phases:
+          self.phase.compile(params)
+          bar.advance()
+        for key, program in zip(lowered, compiled, strict=True):
+          self._scans[key] = program
+          bar.advance()
     if self.mesh.devices.flat[0].platform == "cpu":
       return  # nothing is loaded or tuned at the first run there
     for short, shape in new:

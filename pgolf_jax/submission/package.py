@@ -25,6 +25,7 @@ from pgolf_jax.quantize.artifact import Artifact, read, writer
 from pgolf_jax.quantize.artifact.reader import describe, split
 from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings.load import from_dict
 from pgolf_jax.submission import bundle
 from pgolf_jax.tables import Table
@@ -213,7 +214,8 @@ def verify(
     shutil.copytree(folder, copy)
     environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     command = [python, "-I", str(copy / "evaluate.py"), "--data", str(data.resolve()), *(["--ttt"] if ttt else [])]
-    done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, check=False)
+    with progress("scoring the folder in a process of its own"):
+      done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, check=False)
   if done.returncode:
     said = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or ["nothing"]
     raise UserError(f"The submission does not score from its own folder; it said: {said[-1].strip()}")

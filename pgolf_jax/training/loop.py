@@ -155,11 +155,12 @@ class Trainer:
     inputs = self.step.inputs(tokens, lr_scale=0.0, momentum=0.0)
     copy = jax.tree.map(jnp.copy, state)
     warm_modes = set()
-    for (_, looping), program in programs.items():
-      for _ in range(1 if looping in warm_modes else t.warmup_steps):
-        copy, metrics = program(copy, inputs)
-      warm_modes.add(looping)
-    jax.block_until_ready(metrics)
+    with progress("warming up"):
+      for (_, looping), program in programs.items():
+        for _ in range(1 if looping in warm_modes else t.warmup_steps):
+          copy, metrics = program(copy, inputs)
+        warm_modes.add(looping)
+      jax.block_until_ready(metrics)
 
   def _resume(self, checkpoints: Checkpoints, state: TrainState) -> tuple[int, TrainState, list[dict]]:
     """Returns (steps done, state, their metrics) of the newest whole checkpoint, or (0, `state`, none) if none is."""

@@ -74,7 +74,8 @@ def test_locating_a_folder_prepares_nothing(tmp_path, monkeypatch):
   names = {locate(settings_for("default", vocab_size=size)).name for size in (512, 1024)}
   names.add(locate(settings_for("default", is_caseops=False)).name)
   assert len(names) == 3
-  with pytest.raises(UserError, match=rf"nowhere: no such folder; .*`pgolf data prepare --out {tmp_path}/nowhere`"):
+  found = rf"There is no data folder {tmp_path}/nowhere; `pgolf data prepare .* --out {tmp_path}/nowhere`"
+  with pytest.raises(UserError, match=found):
     locate_prepared(settings_for(f"{tmp_path}/nowhere"))
   with pytest.raises(UserError, match=r"not prepared; `pgolf data prepare --vocab-size 512 --no-caseops --out \S+`"):
     locate_prepared(settings_for("default", vocab_size=512, is_caseops=False))

@@ -80,3 +80,32 @@ def test_a_verb_that_saves_nothing_ends_with_the_status_too(signum, status):
   process.send_signal(signum)
   error = process.communicate(timeout=30)[1]
   assert process.returncode == status and error.count("\n") == 1 and "the same command begins anew" in error
+
+
+STUCK = """
+import hashlib, sys
+from pgolf_jax import cli
+from pgolf_jax.runtime.log import progress
+def command():
+  "Computes outside of Python, as a compiler does."
+  with progress("compiling"):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 400_000_000)
+cli.commands = lambda verb: {"": command}
+sys.exit(cli.main(["package"]))
+"""
+
+
+def test_a_stop_that_must_wait_says_for_what_and_the_next_one_ends_it():
+  process = subprocess.Popen(
+    [sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+  )
+  assert process.stdout.readline() == "ready\n"
+  began = time.monotonic()
+  process.send_signal(signal.SIGINT)
+  assert process.stderr.readline() == (
+    "pgolf: SIGINT: waits for what cannot be interrupted (compiling), then stops; once more ends it at once.\n"
+  )
+  assert time.monotonic() - began < 5
+  process.send_signal(signal.SIGINT)
+  assert "stopped at once" in process.communicate(timeout=10)[1] and process.returncode == 130

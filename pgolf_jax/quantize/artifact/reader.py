@@ -47,6 +47,7 @@ from pgolf_jax.quantize.artifact.codecs import NAMES, Content, entropy, zstd
 from pgolf_jax.quantize.artifact.origin import UNKNOWN, Origin
 from pgolf_jax.quantize.artifact.tensors import BANKS, Grid, Half, LowRank, Quantized, Rows, kind, rebank, unbank
 from pgolf_jax.runtime.files import parse_json
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import ModelConfig, Settings, check
 from pgolf_jax.settings.check import MAX_PARAMETERS
 from pgolf_jax.settings.load import from_dict
@@ -238,6 +239,11 @@ def load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   Raises:
     UserError: there is no such file, it is not an artifact, or its parameters do not match its settings.
   """
+  with progress("reading the artifact"):
+    return _load(path)
+
+
+def _load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   frame = _unpack(_bytes_of(path))
   settings = from_dict(frame.header["config"], where=f"the config in {path}")
   try:
