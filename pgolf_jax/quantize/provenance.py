@@ -77,12 +77,12 @@ def require_tokenizer(origin: Origin, artifact: str, sha256: str, pieces: int, w
     artifact: its name, for the message.
     sha256: of the tokenizer; empty if it is not known.
     pieces: of the tokenizer.
-    where: it is, for the message.
+    where: beginning of the message: what has the tokenizer, and a verb.
   """
   has_other_size = origin.pieces > 0 and pieces != origin.pieces
   if has_other_size or ("" not in (sha256, origin.tokenizer) and sha256 != origin.tokenizer):
     raise UserError(
-      f"{where} has a tokenizer of {_pieces(pieces, sha256)}, but {artifact} was made with one of "
+      f"{where} a tokenizer of {_pieces(pieces, sha256)}, but {artifact} was made with one of "
       f"{_pieces(origin.pieces, origin.tokenizer)}; a model knows its own tokens alone, so give that one."
     )
 
@@ -108,7 +108,7 @@ def require_data(
   sha256 = manifest.tokenizer_sha256 if manifest else sha256_of(own) if own.is_file() else ""
   pieces = manifest.vocab_size if manifest else size
   known = origin if origin.pieces else Origin(pieces=size)
-  require_tokenizer(known, artifact, sha256, pieces, str(folder))
+  require_tokenizer(known, artifact, sha256, pieces, f"The text in {folder} was made with")
   if (highest := int(data.tokens.max())) >= size:
     raise UserError(f"{folder} holds token {highest}, but the model of {artifact} has {size:,}; give its own data.")
   if manifest and manifest.is_caseops != settings.data.caseops:
@@ -152,5 +152,5 @@ def find_tokenizer(name: str, artifact: Path | None, given: Path | None, beside:
     named = f" of {_pieces(origin.pieces, origin.tokenizer)}" if origin.tokenizer else ""
     raise NoTokenizer(f"There is no tokenizer in {name} or beside it; give its own{named} with --tokenizer.")
   tokenizer = Tokenizer.load(path)
-  require_tokenizer(origin, name, tokenizer.sha256, tokenizer.vocab_size, str(path))
+  require_tokenizer(origin, name, tokenizer.sha256, tokenizer.vocab_size, f"{path} is")
   return tokenizer
