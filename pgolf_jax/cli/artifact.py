@@ -106,7 +106,9 @@ def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
   results, sha256 = folder.results(), file_hash(folder.artifact)
   made, scored = results.get("artifact", {}), results.get("ttt", {})
   if made.get("made", {}).get(folder.artifact.name) != sha256:
-    raise UserError(f"{folder.artifact} is of no finished stage; `pgolf quantize {folder.path}` makes it anew.")
+    raise UserError(
+      f"{folder.artifact} was not made by a finished stage of this run; `pgolf quantize {folder.path}` makes it again."
+    )
   if scored.get("made_from", {}).get(folder.artifact.name) != sha256:
     scored = {}  # of another artifact
   data = data or locate_prepared(folder.settings)

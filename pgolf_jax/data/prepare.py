@@ -62,7 +62,7 @@ class Preparation:
 
   def __post_init__(self):
     if self.shard_tokens < 1:
-      raise UserError(f"shards of {self.shard_tokens} tokens: give at least 1")
+      raise UserError(f"--shard-tokens {self.shard_tokens} must be 1 or more")
     if self.tokenizer is not None and self.tokenizer.vocab_size != self.vocab_size:
       raise UserError(
         f"a tokenizer of {self.tokenizer.vocab_size} pieces where {self.vocab_size} were asked for; "

@@ -154,7 +154,7 @@ def iter_documents(paths: Sequence[Path]) -> Iterator[TokenizedDocument]:
 
 def _checked(split: str) -> str:
   if split not in SPLITS:
-    raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    raise UserError(f"unknown split {split}; choose one of {', '.join(SPLITS)}")
   return split
 
 

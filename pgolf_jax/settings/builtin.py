@@ -40,7 +40,7 @@ def find(config: str | Path) -> Path:
     return folder() / f"{name}.toml"
   near = difflib.get_close_matches(name, names(), n=1)
   hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, and a path to a TOML file works too."
-  raise UserError(f"There is no built-in config {name!r}; {hint}")
+  raise UserError(f"There is no built-in config {name}; {hint}")
 
 
 @dataclasses.dataclass(frozen=True)
