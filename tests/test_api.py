@@ -16,6 +16,7 @@ import pgolf_jax
 from pgolf_jax import UserError
 from pgolf_jax.cli import main
 from pgolf_jax.data.shards import load_validation
+from pgolf_jax.quantize import provenance
 from pgolf_jax.quantize.artifact import read, read_origin, writer
 from pgolf_jax.quantize.artifact.origin import UNKNOWN
 from pgolf_jax.quantize.make import make
@@ -274,11 +275,18 @@ def test_an_artifact_that_does_not_know_its_origin_is_held_against_its_sizes(pla
     pgolf_jax.evaluate(path, tmp_path / "other", ttt=False)
 
 
-def test_a_tokenizer_is_embedded_when_small_or_asked_for(place):
+def test_a_tokenizer_is_embedded_when_small_or_asked_for(place, monkeypatch):
   settings, folder = RunFolder(place / "run").settings, place / "data"
-  without = read(make(settings, random_params(), folder, embed_tokenizer=False).data)
+  never = pgolf_jax.settings(settings, quantize__embed_tokenizer="never")
+  without = read(make(never, random_params(), folder).data)
   assert without.tokenizer is None and "tokenizer" not in without.stream_bytes and without.origin.tokenizer
   assert read((place / "run" / "artifact.pgolf").read_bytes()).stream_bytes["tokenizer"] > 500
+  monkeypatch.setattr(provenance, "SMALL_TOKENIZER", 100)
+  assert provenance.tokenizer_to_embed(settings, folder) is None
+  always = pgolf_jax.settings(settings, quantize__embed_tokenizer="always")
+  assert provenance.tokenizer_to_embed(always, folder) == (folder / "tokenizer.model").read_bytes()
+  with pytest.raises(UserError, match="cannot be read"):
+    provenance.tokenizer_to_embed(always, folder / "nowhere")
 
 
 def test_training_prints_nothing_and_returns_the_figures(place, tmp_path, capfd):

@@ -1,9 +1,15 @@
 """What an installation gets: the lists in pyproject.toml match the tree, and a wheel works without the tree."""
 
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 from pathlib import Path
+
+import pytest
 
 import pgolf_jax
 from pgolf_jax.settings import builtin
@@ -61,3 +67,56 @@ def test_every_built_in_config_is_described():
   for name in builtin.names():
     described = builtin.describe(builtin.find(name))
     assert all((described.title, described.command, described.hardware, described.time, described.score)), described
+
+
+CHECK = """
+import sys, numpy, pgolf_jax
+from pgolf_jax.kernels import ngram
+from pgolf_jax.settings import builtin
+assert pgolf_jax.__file__.startswith(sys.prefix), pgolf_jax.__file__
+assert str(builtin.folder()).startswith(sys.prefix)
+state = ngram.NgramState(2, threshold=0.8)
+hint, gate = state.update(numpy.array([3, 4, 3, 4, 3]))
+assert hint.tolist() == [0, 0, 0, 4, 3] and gate.tolist() == [False, False, False, True, True]
+print(pgolf_jax.settings("demo").model.vocab_size, ngram.IS_COMPILED)
+"""
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory) -> Path:
+  """Folder of the sdist of this tree, and of the wheel that is built from the sdist alone."""
+  place = tmp_path_factory.mktemp("dist")
+  files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+  for name in filter(None, files):
+    (place / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / name, place / "tree" / name)
+  subprocess.run([sys.executable, "-m", "build", "--outdir", place / "made", place / "tree"], check=True)
+  shutil.rmtree(place / "tree")
+  return place / "made"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "compiler"), [("*-cp311-abi3-*.whl", "cc"), ("*.tar.gz", "/bin/false")])
+def test_wheel_and_sdist_work_without_the_tree(distributions, tmp_path, what, compiler):
+  """In an environment with the dependencies of this one, from an empty folder; the sdist without a C compiler."""
+  [made] = distributions.glob(what)
+  venv.create(tmp_path / "env", with_pip=True)
+  python, work = tmp_path / "env" / "bin" / "python", tmp_path / "work"
+  work.mkdir()
+  [site] = (tmp_path / "env" / "lib").glob("python*/site-packages")
+  (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+  install = [python, "-m", "pip", "install", "--quiet", "--no-deps", made]
+  subprocess.run(install, check=True, cwd=work, env=os.environ | {"CC": compiler})
+  done = subprocess.run([python, "-c", CHECK], check=True, cwd=work, capture_output=True, text=True)
+  assert done.stdout == f"1024 {compiler == 'cc'}\n"
+  assert ("install a C compiler" in done.stderr) == (compiler != "cc")
+  pgolf = tmp_path / "env" / "bin" / "pgolf"
+  said = subprocess.run([pgolf, "configs"], check=True, cwd=work, capture_output=True, text=True).stdout
+  assert all(name in said for name in builtin.names())
+  assert main_error(pgolf, work) == "pgolf: There is no built-in config 'dmo'; did you mean demo?\n"
+  subprocess.run([pgolf, "parity", "check", "--all"], check=True, cwd=work)
+  assert list(work.iterdir()) == []
+
+
+def main_error(pgolf: Path, work: Path) -> str:
+  return subprocess.run([pgolf, "run", "dmo"], cwd=work, capture_output=True, text=True).stderr

@@ -12,7 +12,6 @@ def quantize(
   run: Positional[Path],
   out: Path | None = None,
   fit: bool = False,
-  embed_tokenizer: bool | None = None,
   quantize: QuantizeConfig = QuantizeConfig(),
 ) -> None:
   """Quantise the averaged weights of a run into an artifact, and list its bytes by stream.
@@ -23,17 +22,17 @@ def quantize(
     run: run folder with finished training.
     out: the artifact's file; artifact.pgolf in the run folder if not given.
     fit: search for the finest clips with which artifact and code fit the budget.
-    embed_tokenizer: put the tokenizer into the artifact, where its bytes count; if neither is said, one that takes less
-      than a thousandth of the budget is put in.
   """
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.files import locked
+  from pgolf_jax.runtime.files import locked, require_room
 
+  if out is not None:
+    require_room(out)
   distributed.start()
   folder = RunFolder(run)
   with locked(folder.path):
-    _quantize(folder, out or folder.artifact, quantize, fit, embed_tokenizer)
+    _quantize(folder, out or folder.artifact, fit, quantize)
 
 
 def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
@@ -42,7 +41,7 @@ def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
   return {} if path is None else {"quantize": RunFolder(path).settings.quantize}
 
 
-def _quantize(run, out: Path, config: QuantizeConfig, fit: bool, embed_tokenizer: bool | None) -> None:
+def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
   from pgolf_jax.data.folder import locate_prepared
   from pgolf_jax.quantize.make import make
@@ -62,7 +61,6 @@ def _quantize(run, out: Path, config: QuantizeConfig, fit: bool, embed_tokenizer
     locate_prepared(run.settings),
     world=world_size(settings, mesh),
     fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
-    embed_tokenizer=embed_tokenizer,
   )
   if out.resolve() == run.artifact.resolve():
     stages.replace_artifact(run, mesh, made)
@@ -97,7 +95,8 @@ def package(run: Positional[Path], out: Path | None = None, data: Path | None = 
 
 
 def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
-  from pgolf_jax.data.folder import locate_prepared
+  from pgolf_jax.data.folder import locate, locate_prepared
+  from pgolf_jax.quantize.provenance import tokenizer_file
   from pgolf_jax.runtime.files import file_hash
   from pgolf_jax.submission import package as packaging
 
@@ -112,7 +111,7 @@ def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
   if scored.get("made_from", {}).get(folder.artifact.name) != sha256:
     scored = {}  # of another artifact
   data = data or locate_prepared(folder.settings)
-  tokenizer = Path(folder.settings.data.tokenizer) if folder.settings.data.tokenizer else data / "tokenizer.model"
+  tokenizer = tokenizer_file(folder.settings, locate(folder.settings))  # the run's, whatever it is scored on here
   logs = [p for name in ("run.log", "results.json", "config.toml") if (p := folder.path / name).is_file()]
   contents = packaging.Contents(
     name=folder.path.resolve().name,

@@ -4,6 +4,7 @@ tracer.py  runs inside the evaluator's process and reports what that loads
 child.py   the evaluator's process: what it gets, and the clock around it
 """
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -20,10 +21,12 @@ from pgolf_jax.audit import CUTS, replays
 from pgolf_jax.audit.evidence import data_checks
 from pgolf_jax.audit.recheck import Subject, recheck
 from pgolf_jax.audit.verdict import rules, verdict
+from pgolf_jax.data.manifest import Manifest
 from pgolf_jax.data.shards import ValidationData, load_validation
-from pgolf_jax.errors import Check, UserError, checks_table
+from pgolf_jax.errors import ArtifactError, Check, UserError, checks_table
 from pgolf_jax.judge.child import COUNTED, Children, Packages, Ran, network_isolation
-from pgolf_jax.quantize.artifact import load
+from pgolf_jax.quantize.artifact import load, read_origin
+from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.scoring.record import Scores, read_scores
 from pgolf_jax.settings import Settings
 
@@ -115,11 +118,14 @@ def judge(submission: Path, data_folder: Path, terms: Terms | None = None) -> Ju
   """Judges a submission on the validation split of a data folder.
 
   Raises:
-    UserError: there is no such folder, or the data are damaged.
+    UserError: there is no such folder, the data are damaged, or are of another tokenizer than the artifact says it has.
   """
   if not submission.is_dir():
     raise UserError(f"{submission}: no such folder; give the folder of a submission.")
+  if not (submission / COUNTED[0]).is_file() or not any((submission / name).is_file() for name in COUNTED[1:]):
+    raise UserError(f"{submission} is not a submission folder; `pgolf package RUN` makes one.")
   terms, data = terms or Terms(), load_validation(data_folder)
+  _require_tokenizer(submission / COUNTED[0], data_folder)
   judgement = Judgement(submission, _machine())
   with tempfile.TemporaryDirectory(prefix="pgolf-") as work:
     has_training = any(data_folder.glob("fineweb_train_*.bin"))
@@ -127,6 +133,15 @@ def judge(submission: Path, data_folder: Path, terms: Terms | None = None) -> Ju
     for check in _checks(judgement, data, terms, Path(work)):
       judgement.checks.append(check)
   return judgement
+
+
+def _require_tokenizer(artifact: Path, data_folder: Path) -> None:
+  """A score on tokens that the model never saw would mean nothing; one that lies about its tokenizer harms itself."""
+  manifest = Manifest.read(data_folder)
+  with contextlib.suppress(ArtifactError):  # one that cannot be read is judged further on
+    if manifest is not None and artifact.is_file():
+      known, _ = read_origin(artifact)
+      require_tokenizer(known, str(artifact), manifest.tokenizer_sha256, manifest.vocab_size, str(data_folder))
 
 
 def _checks(judgement: Judgement, data: ValidationData, terms: Terms, work: Path) -> Iterator[Check]:

@@ -149,15 +149,7 @@ class Made:
   seconds: dict[str, float]  # by step: calibrate, quantize, encode
 
 
-def make(
-  settings: Settings,
-  params: Params,
-  data: Path,
-  *,
-  world: int = 1,
-  fit_bytes: int | None = None,
-  embed_tokenizer: bool | None = None,
-) -> Made:
+def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_bytes: int | None = None) -> Made:
   """Returns the artifact of these weights.
 
   Args:
@@ -166,7 +158,6 @@ def make(
     data: folder with the training shards and the tokenizer.
     world: ranks of the run; see `calibrate`.
     fit_bytes: searches one multiplier of all clips such that the artifact takes as many bytes as possible up to this.
-    embed_tokenizer: whether the tokenizer travels in the artifact; None lets its size decide.
 
   Raises:
     UserError: no multiplier within reason makes it fit, or as `calibrate` and `quantize`.
@@ -175,7 +166,7 @@ def make(
   began = time.perf_counter()
   calibration = calibrate(settings, params, data, world=world)
   seconds = {"calibrate": time.perf_counter() - began, "quantize": 0.0, "encode": 0.0}
-  origin, tokenizer = origin_of(settings, data), tokenizer_to_embed(settings, data, wanted=embed_tokenizer)
+  origin, tokenizer = origin_of(settings, data), tokenizer_to_embed(settings, data)
 
   def attempt(config: QuantizeConfig) -> bytes:
     began = time.perf_counter()

@@ -51,20 +51,17 @@ def _printable(name: str) -> str:
   return "".join(c for c in name if c.isprintable())[:200]
 
 
-def tokenizer_to_embed(settings: Settings, folder: Path, *, wanted: bool | None) -> bytes | None:
-  """Returns the tokenizer's model if it is to travel in the artifact.
-
-  Args:
-    wanted: None embeds one that is small, see `SMALL_TOKENIZER`.
+def tokenizer_to_embed(settings: Settings, folder: Path) -> bytes | None:
+  """Returns the tokenizer's model if it is to travel in the artifact, as `quantize.embed_tokenizer` says.
 
   Raises:
     UserError: it is wanted and not there, or is not a SentencePiece model.
   """
-  path = tokenizer_file(settings, folder)
-  if wanted is False or (wanted is None and not path.is_file()):
+  path, wanted = tokenizer_file(settings, folder), settings.quantize.embed_tokenizer
+  if wanted == "never" or (wanted == "small" and not path.is_file()):
     return None
   model = Tokenizer.load(path, settings.model.vocab_size).model
-  return model if wanted or len(zstd.compress(model)) <= SMALL_TOKENIZER else None
+  return model if wanted == "always" or len(zstd.compress(model)) <= SMALL_TOKENIZER else None
 
 
 def require_tokenizer(origin: Origin, artifact: str, sha256: str, pieces: int, where: str) -> None:

@@ -7,11 +7,13 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime import jax_setup
 from pgolf_jax.runtime.log import log
 
 FOLDER = "report"
@@ -57,15 +59,22 @@ def write(runs: Sequence[Path], out: Path | None = None, *, html: bool = True, p
   folders = {name: RunFolder(path) for name, path in zip(_names(places), paths, strict=True)}
   if out.exists() and not out.is_dir():
     raise UserError(f"{out} is a file where the report's folder belongs; name another with --out.")
+  os.environ.setdefault("MPLCONFIGDIR", str(jax_setup.cache_folder() / "matplotlib"))
   page = importlib.import_module("pgolf_jax.report.page")
   with _quiet_matplotlib():
     return page.write(folders, out, html=html, png=png)
 
 
 def after_run(run: RunFolder) -> Path | None:
-  """Writes a run's report into its folder, if the extra is installed; a failure only logs, for the run is complete."""
+  """Writes a run's report into its folder, if the extra is installed and the report there is older than the results.
+
+  A failure only logs, for the run is complete.
+  """
   if not is_available():
     return None
+  page, results = run.path / FOLDER / PAGE, run.path / "results.json"
+  if page.is_file() and results.is_file() and page.stat().st_mtime >= results.stat().st_mtime:
+    return page
   try:
     page = write([run.path])[0]
   except Exception as error:

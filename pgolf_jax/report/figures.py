@@ -136,6 +136,9 @@ def schedule(runs: Runs) -> Plot:
   caption = (
     f"Segments grow from {lengths} tokens{loops}." if len(changes) > 1 else f"Segments of {lengths} tokens{loops}."
   )
+  rates = run.settings.optimizer
+  caption += f" At factor 1 matrices learn at {rates.matrix_lr:g}, embeddings at {rates.embed_lr:g}, scalars at "
+  caption += f"{rates.scalar_lr:g}."
   rows = [(int(curves.step[i]), float(curves.lr_scale[i]), int(curves.seq_len[i]), bool(curves.looping[i]))
           for i in np.unique(np.linspace(0, len(curves.step) - 1, min(60, len(curves.step))).astype(int))]  # fmt: skip
   head = ("step", "factor on the learning rates", "longest segment", "looping")

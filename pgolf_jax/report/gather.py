@@ -88,6 +88,7 @@ class RunData:
     curves, documents, position, streams: the parts that may be missing.
     absent: part → why it is missing.
     stale: sentences on results that belong to other files than the folder has now.
+    lacking: stage → why its results, of another version of the program, are not shown.
   """
 
   name: str
@@ -101,6 +102,7 @@ class RunData:
   streams: list[StreamSize] | None
   absent: dict[str, str]
   stale: list[str]
+  lacking: dict[str, str]
 
   def need(self, part: str):
     """Returns a part; raises Absent with the reason if it is missing."""
@@ -141,13 +143,27 @@ class RunData:
     return peaks(self.device) if self.device else None
 
 
+_SCORE = {"loss", "bpb", "targets", "bytes", "seconds"}
+_NEEDED = {
+  "train": {"steps", "seconds"},
+  "plain": _SCORE,
+  "artifact": _SCORE,
+  "ttt": _SCORE | {"bpb_without_hints", "order"},
+  "audit": {"checks"},
+}
+
+
 def gather(run: RunFolder, name: str | None = None) -> RunData:
   """Reads a run folder. Missing and damaged parts are left out, with the reason in `absent`.
 
   Args:
     name: of the run in the report; its folder's if not given.
   """
-  results, absent = run.results(), {}
+  results, absent, lacking = run.results(), {}, {}
+  for stage, names in _NEEDED.items():
+    if missing := sorted(names - results.get(stage, dict.fromkeys(names)).keys()):
+      del results[stage]
+      lacking[stage] = f"its results lack {', '.join(missing)}; `pgolf run` with the same command makes them again."
 
   def part(what: str, read, *arguments):
     try:
@@ -171,6 +187,7 @@ def gather(run: RunFolder, name: str | None = None) -> RunData:
     streams=part("streams", _streams, run),
     absent=absent,
     stale=_stale(run, results),
+    lacking=lacking,
   )
 
 

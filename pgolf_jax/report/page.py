@@ -120,6 +120,7 @@ def render(
       compared = compare.compare(runs)
     except Absent as reason:
       left_out.insert(0, ("Comparison", _sentence(str(reason))))
+  left_out += [(f"{run.name}, {stage}", why) for run in runs for stage, why in run.lacking.items()]
   if missing := [run.name for run in runs if not run.checks]:
     whose = f"{', '.join(missing)}: " if len(runs) > 1 else ""
     left_out.append(("Audit", f"{whose}not audited; `pgolf audit RUN` or the last stage of `pgolf run` does it."))

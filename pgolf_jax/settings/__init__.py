@@ -297,6 +297,10 @@ class QuantizeConfig:
     False, "LQER_GAIN_SELECT", None, "whether matrices are chosen by the error that factors remove, not by their error"
   )
   codec: Literal["entropy", "zstd"] = setting("entropy", None, None, "how the artifact's streams are coded")
+  embed_tokenizer: Literal["small", "always", "never"] = setting(
+    "small", None, None,
+    "whether the tokenizer travels in the artifact, where its bytes count; small: if it takes at most 16 KiB",
+  )  # fmt: skip
   budget_bytes: int = setting(16_000_000, None, INDEX, "most bytes of artifact and code")
 
 

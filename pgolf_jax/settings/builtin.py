@@ -34,7 +34,7 @@ def find(config: str | Path) -> Path:
     UserError: a bare name that is neither a built-in config's nor a file's, with the nearest name.
   """
   path, name = Path(config), str(config)
-  if path.suffix or len(path.parts) != 1 or path.exists():
+  if path.suffix or len(path.parts) != 1 or path.is_file():
     return path
   if name in names():
     return folder() / f"{name}.toml"

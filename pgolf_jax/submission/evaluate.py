@@ -33,6 +33,10 @@ def score(
   settings, params = load(artifact)
   mesh = data_mesh()
   validation = load_validation(data)
+  if (highest := int(validation.tokens.max())) >= settings.model.vocab_size:
+    raise UserError(
+      f"{data} holds token {highest}, but the model has {settings.model.vocab_size:,}; give its own data."
+    )
   params = {name: jnp.asarray(value) for name, value in params.items()}
   if not ttt:
     result = plain.score(settings, params, validation, mesh)

@@ -19,9 +19,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
 from pgolf_jax.quantize.artifact.reader import describe, split
+from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings.load import from_dict
@@ -136,7 +138,11 @@ def build(
 
 
 def _fill(folder: Path, data: bytes, contents: Contents) -> Account:
-  config, code = read(data).config, bundle.code()
+  whole, code = read(data), bundle.code()
+  config = whole.config
+  if contents.tokenizer:
+    model = Tokenizer.load(contents.tokenizer)
+    require_tokenizer(whole.origin, "the artifact", model.sha256, model.vocab_size, str(contents.tokenizer))
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0
   account = count(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)
@@ -234,8 +240,7 @@ def _readme(account: Account, contents: Contents) -> str:
     python -I evaluate.py --data FOLDER --ttt    # with test-time training and hints
 
 FOLDER holds `fineweb_val_*.bin` and `fineweb_val_bytes_*.bin`. Needed are Python 3.11 or newer, the packages in
-requirements.txt, and a C compiler for fast hints. For an accelerator, install JAX with its extra, such as
-`jax[cuda13]`.
+requirements.txt, and a C compiler for the hints. For an accelerator, install JAX with its extra, such as `jax[cuda13]`.
 
 ```
 {table(account)}

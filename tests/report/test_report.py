@@ -154,7 +154,7 @@ def test_numbers_of_training(data):
   assert step_flops(run)[0] == pytest.approx(
     3 * 512 * (one_token + attention + head)
   )  # 512 tokens on each of 2 devices
-  assert figures.schedule([run]).caption == "Segments grow from 32 to 64 tokens; layers loop from step 21."
+  assert figures.schedule([run]).caption.startswith("Segments grow from 32 to 64 tokens; layers loop from step 21. At")
   assert [row[2] for row in figures.schedule([run]).table.rows] == [32] * 20 + [64] * 20
   unknown = dataclasses.replace(run, device="cpu")
   assert "the peak rate of cpu is not known" in figures.throughput([unknown]).caption
@@ -209,6 +209,14 @@ def test_scores_that_belong_to_other_files_are_said_to(folder, tmp_path):
   with pytest.raises(Absent, match="not kept by target"):
     documents.gain([found])
   assert dict(page.plots([found])[1])["Bytes by tensor"].startswith("The artifact's checksum does not match")
+
+
+def test_results_of_another_version_are_left_out(folder, tmp_path):
+  run = run_case.write_run(tmp_path / "run", run_case.settings_of(folder / "data"), until="plain")
+  run.finish("artifact", {"bpb": 1.5, "loss": 2.0}, {})
+  found = gather(run)
+  text = page.render([found], *page.plots([found]))
+  assert "its results lack bytes, seconds, targets" in text and found.final_stage == "plain"
 
 
 def test_damage_is_one_sentence(folder, tmp_path, capsys):
@@ -266,6 +274,9 @@ def test_the_last_step_of_a_run_writes_its_report_and_never_fails(folder, tmp_pa
   numbers = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
   assert numbers["runs"][0]["results"]["ttt"]["bpb"] == before["ttt"]["bpb"] and "loss" in numbers["figures"]
   assert run.results() == before and all(run.changes(stage, before[stage]["made_from"]) == [] for stage in before)
+  written = page_path.stat().st_mtime_ns
+  assert report.after_run(run) == page_path and page_path.stat().st_mtime_ns == written  # nothing is new
+  page_path.unlink()
   monkeypatch.setattr(page, "write", lambda *args, **options: 1 / 0)
   assert report.after_run(run) is None and "the report could not be written" in caplog.text
   monkeypatch.setattr(report, "_PACKAGES", ("no_such_package",))

@@ -31,7 +31,7 @@ import zstandard
 from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from artifact_samples import sample_tensors, sealed, with_header
+from artifact_samples import ORIGIN, TOKENIZER, sample_tensors, sealed, with_header
 
 from pgolf_jax.data.corpus import JsonLines, Position, open_corpus
 from pgolf_jax.data.manifest import MANIFEST, File, Manifest, Split
@@ -39,12 +39,13 @@ from pgolf_jax.data.shards import load_validation, read_shard, write_shard
 from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
-from pgolf_jax.quantize.artifact import load, read, reader
+from pgolf_jax.quantize.artifact import load, read, read_origin, reader
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, unbank
 from pgolf_jax.quantize.artifact.writer import write
 from pgolf_jax.settings import ModelConfig, Settings, check
 from pgolf_jax.settings.load import flattened, from_toml, to_dict
 
+VECTORS = Path(__file__).parents[1] / "quantize" / "vectors"
 SECONDS = 60  # a case that takes longer hangs
 BATCH = 200  # cases of a child process
 ADDRESS_SPACE = 3 << 30  # bytes that a child may have beside what it starts with
@@ -169,7 +170,8 @@ class Artifacts:
       q = np.clip(np.rint(rng.standard_normal(view.shape) * 9), -31, 31).astype(np.int8) if is_grid else None
       tensors[name] = Grid(q, np.abs(half)) if is_grid else Half(np.reshape(half, view.shape))
     self._whole = [write(to_dict(self._settings), tensors, codec) for codec in ("zstd", "entropy")]
-    self._whole += [write({"note": 1}, sample_tensors(), codec) for codec in ("zstd", "entropy")]
+    self._whole += [write({"note": 1}, sample_tensors(), codec, ORIGIN, TOKENIZER) for codec in ("zstd", "entropy")]
+    self._whole += [path.read_bytes() for path in sorted(VECTORS.glob("*.pgolf"))]  # of version 1 too
 
   def case(self, rng: random.Random) -> str:
     original = rng.choice(self._whole)
@@ -186,6 +188,7 @@ class Artifacts:
     error, params = None, {}
     with Memory() as memory:
       try:
+        read_origin(self._path)
         params = load(self._path)[1] if rng.random() < 0.5 else read(data).params()
       except UserError as refusal:
         error = refusal
@@ -205,8 +208,9 @@ class Artifacts:
     for name, value in matrices.items():
       require(value.shape == shapes[name], f"{name} has another shape than the table's")
       require(np.array_equal(value, artifact.tensors[name].dequantize()), f"{name} differs between two readings")
-    again = read(write(artifact.config, artifact.tensors, artifact.codec))
+    again = read(write(artifact.config, artifact.tensors, artifact.codec, artifact.origin, artifact.tokenizer))
     require(again.config == artifact.config, "the config does not come back")
+    require((again.origin, again.tokenizer) == (artifact.origin, artifact.tokenizer), "the origin does not come back")
     for name, tensor in artifact.tensors.items():
       require(np.array_equal(tensor.dequantize(), again.tensors[name].dequantize()), f"{name} does not come back")
     return "read"
@@ -224,7 +228,8 @@ class Artifacts:
       case 4 | 5:
         return with_header(whole, lambda header: mutate_json(header, rng).encode())
       case 6:
-        return with_header(whole, lambda header: self._claiming(header, rng))[: streams + rng.randrange(400)]
+        forged = with_header(whole, lambda header: self._claiming(header, rng) | rng.choice([{}, {"tokenizer": 0}]))
+        return forged[: streams + rng.randrange(400)]
       case 7:
         return self._zstd_streams(whole, rng)
       case 8:
@@ -251,8 +256,8 @@ class Artifacts:
     with contextlib.suppress(Exception):
       count = len(reader.split(table))
       lengths = [4 * rng.randrange(20) for _ in range(count)]
-      return {"config": rng.choice([header["config"], {}]), "streams": lengths, "tensors": table}
-    return {"config": {}, "streams": [], "tensors": table}
+      return header | {"config": rng.choice([header["config"], {}]), "streams": lengths, "tensors": table}
+    return header | {"config": {}, "streams": [], "tensors": table}
 
   def _zstd_streams(self, whole: bytes, rng: random.Random) -> bytes:
     """Streams whose contents are mutated under frames that are right again, or replaced by bombs."""
@@ -266,7 +271,8 @@ class Artifacts:
           raw[rng.randrange(len(raw))] = rng.choice([0, 0x7C, 0x7F, 0xFC, 0xFF, rng.randrange(256)])
         stream = rng.choice([zstandard.ZstdCompressor().compress(bytes(raw)), self._frame(rng)])
       parts.append(stream)
-    header = frame.header | {"streams": [len(part) for part in parts]}
+    parts.append(bytes(frame.streams[at:]))  # the tokenizer
+    header = frame.header | {"streams": [len(part) for part in parts[:-1]]}
     packed = zstandard.ZstdCompressor().compress(json.dumps(header).encode())
     prefix = reader.PREFIX.pack(reader.MAGIC, reader.VERSION, 0, len(packed))
     return prefix + bytes(16) + packed + b"".join(parts)
