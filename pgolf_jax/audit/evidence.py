@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from pgolf_jax.audit.verdict import rules
 from pgolf_jax.data.loader import Loader
 from pgolf_jax.data.verify import verify
-from pgolf_jax.errors import Check, UserError
+from pgolf_jax.errors import Check, UserError, shown
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
@@ -83,7 +83,7 @@ def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
       continue
     seconds, faults = result.get("seconds"), result.get("recompilations_in_clock", 0)
     if not _is_time(seconds):
-      yield Check(name, False, f"results.json says {seconds!r} seconds")
+      yield Check(name, False, f"results.json says {shown(seconds)} seconds")
       continue
     # Training stops after the first step that ends past the cap.
     late = seconds > limit * (1.01 if what == "training" else 1)
@@ -116,7 +116,7 @@ def training_log(run: RunFolder) -> Check:
   except UserError as error:
     return Check(name, False, str(error))
   except (KeyError, TypeError) as error:
-    return Check(name, False, f"metrics.jsonl is damaged ({error!r})")
+    return Check(name, False, f"metrics.jsonl is damaged ({shown(str(error))})")
 
 
 def _training_log(settings: Settings, lines: Sequence[dict], train: dict) -> tuple[bool, str]:

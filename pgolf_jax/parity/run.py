@@ -167,7 +167,7 @@ def run(case: Case, mesh: Mesh | None = None) -> Outputs:
     UserError: the kind of the case is not known, its settings cannot work, or something that it needs is missing.
   """
   if case.kind not in KINDS:
-    raise UserError(f"{case.folder}: the kind {case.kind!r} is not known; choose one of {', '.join(KINDS)}.")
+    raise UserError(f"{case.folder}: the kind {case.kind} is not known; choose one of {', '.join(KINDS)}.")
   if case.kind != "caseops":
     check.check(case.settings)
   mesh = data_mesh(jax.local_devices()[:1]) if mesh is None else mesh
