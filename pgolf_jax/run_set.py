@@ -7,9 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
-import shutil
 import statistics
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from pgolf_jax.runtime.files import write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import changed, env_names, flattened, to_dict
+from pgolf_jax.tables import Table, line_width
 
 SCORES = {"plain": "averaged", "artifact": "artifact", "ttt": "ttt"}
 """Stage with a score in bits per byte → its name in tables and JSON."""
@@ -229,7 +228,7 @@ def table(found: dict, width: int | None = None) -> str:
 
   Args:
     found: what `summary` returns.
-    width: columns of the terminal, as it is if not given.
+    width: columns of a line, as many as there are if not given.
   """
   configurations = found["configurations"]
   labels = _labels(configurations[0]["settings"] if configurations else ())
@@ -245,47 +244,7 @@ def table(found: dict, width: int | None = None) -> str:
       rows.append([name, score, str(s["n"]), f"{s['mean']:.5f}", deviation, f"{s['best']:.5f}", s["best_run"]])
     if not group["scores"]:
       rows.append([name, "no score yet", *[""] * 5])
-  text = folded(["configuration", "bits per byte", "n", "mean", "deviation", "best", "best run"], rows, width)
+  head = ["configuration", "bits per byte", ">n", ">mean", ">deviation", ">best", "best run"]
+  text = Table(head, rows).text(line_width() if width is None else width)
   failures = [f"failed: {name}: {reason}" for name, reason in found.get("failed", {}).items()]
   return "\n".join([text, *failures])
-
-
-def folded(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None, spare: Sequence[str] = ()):
-  """Returns a table that fits the terminal, where need be without spare columns, else with a block for each row.
-
-  Args:
-    headings: of the columns; columns without any value are left out.
-    rows: a cell for each heading.
-    width: columns of the terminal, as it is if not given.
-    spare: headings of columns that may be left out, the first to go first; a last line names those that went.
-  """
-  width = shutil.get_terminal_size().columns if width is None else width
-  kept = [i for i in range(len(headings)) if any(row[i] for row in rows)] or list(range(len(headings)))
-  shown, left_out = list(kept), []
-  widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-  for name in [*spare, None]:
-    if sum(widths[i] + 2 for i in shown) - 2 <= width:
-      note = [f"not shown, for want of room: {', '.join(left_out)}"] if left_out else []
-      return "\n".join([*(_line(cells, shown, widths, rows) for cells in (headings, *rows)), *note])
-    if name is not None and headings.index(name) in shown:
-      shown.remove(headings.index(name))
-      left_out.append(name)
-  longest = max((len(headings[i]) for i in kept[1:]), default=0)
-  lines = []
-  for row in rows:
-    lines += textwrap.wrap(row[kept[0]], width, break_on_hyphens=False) or ["-"]
-    for i in filter(row.__getitem__, kept[1:]):
-      begin = f"  {headings[i]:<{longest}}  "
-      room = max(width, len(begin) + 8)
-      lines += textwrap.wrap(begin + row[i], room, subsequent_indent=" " * len(begin), break_on_hyphens=False)
-  return "\n".join(lines)
-
-
-def _line(cells: Sequence[str], shown: Sequence[int], widths: Sequence[int], rows: Sequence[Sequence[str]]) -> str:
-  """A line of a table; columns of numbers are set to the right."""
-
-  def aligned(i: int) -> str:
-    is_number = all(re.fullmatch(r"[-±+\d., ]*", row[i]) for row in rows)
-    return cells[i].rjust(widths[i]) if is_number else cells[i].ljust(widths[i])
-
-  return "  ".join(map(aligned, shown)).rstrip()

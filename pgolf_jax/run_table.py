@@ -12,11 +12,12 @@ from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.run_set import SCORES, folded, full_name, written
+from pgolf_jax.run_set import SCORES, full_name, written
 from pgolf_jax.runtime.files import json_hash, read_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import builtin
 from pgolf_jax.settings.load import from_toml
+from pgolf_jax.tables import Table, line_width
 
 COLUMNS = {
   "name": "run",
@@ -188,11 +189,37 @@ def as_json(rows: Sequence[dict]) -> str:
 
 
 def text(rows: Sequence[dict], width: int | None = None) -> str:
-  """Returns the rows as a table for a terminal of so many columns, of this one if not given."""
-  forms = {"averaged": ".5f", "artifact": ".5f", "ttt": ".5f", "bytes": ",", "seconds": ",.0f", "steps": ","}
+  """Returns the rows as a table for lines of so many columns, of as many as there are if not given.
+
+  Where it is too wide, spare columns are left out, and a last line names them; where it still is, rows become lines.
+  """
+  width = line_width() if width is None else width
+  kept = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+  for count in range(len(_SPARE) + 1):
+    left_out = [key for key in _SPARE[:count] if key in kept]
+    lines = str(_table(rows, [key for key in kept if key not in left_out]).text(_WIDE)).splitlines()
+    if max(map(len, lines)) <= width:
+      return "\n".join([*lines, *[f"not shown, for want of room: {', '.join(left_out)}"] * bool(left_out)])
+  return _table(rows, kept).text(width)
+
+
+_SPARE = ("seed", "config", "seconds", "bytes", "when", "averaged")  # the first goes first
+_WIDE = 10_000
+
+
+def _table(rows: Sequence[dict], keys: Sequence[str]) -> Table:
+  forms = {
+    "averaged": ".5f",
+    "artifact": ".5f",
+    "ttt": ".5f",
+    "bytes": ",",
+    "seconds": ",.0f",
+    "steps": ",",
+    "seed": "",
+  }
 
   def cell(row: dict, key: str) -> str:
     return "" if row[key] is None else format(row[key], forms.get(key, ""))
 
-  cells = [[cell(row, key) for key in COLUMNS] for row in rows]
-  return folded(list(COLUMNS.values()), cells, width, ("seed", "config", "seconds", "bytes", "when", "averaged"))
+  head = [f">{COLUMNS[key]}" if key in forms else COLUMNS[key] for key in keys]
+  return Table(head, [[cell(row, key) for key in keys] for row in rows])

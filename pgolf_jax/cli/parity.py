@@ -163,7 +163,7 @@ def dump(
       .safetensors; else the script's initial weights.
     base: settings that the environment leaves open: a tiny model's, the record's, or the script's own defaults; with
       a checkpoint the script's, else tiny ones.
-    set: settings by environment name, as in MODEL_DIM=64; given several times, one each.
+    set: a setting by its environment name, as in MODEL_DIM=64; may be given several times.
     tokens: tokens of the packed row, or of the stream (train: of the validation stream).
     documents: documents of mixed length in it.
     max_doc_len: longest segment that attention sees of a document, in a packed row; by default the mean length.

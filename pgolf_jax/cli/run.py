@@ -19,19 +19,17 @@ def run(
 ) -> int:
   """Train, score, quantise and score again, in one run folder. Stages that are complete are skipped.
 
-  With --seeds or --set it makes a set: a run for each seed and combination of values, each in a folder of its own, in
-  one process that compiles once for all that differ in numbers alone. A run that fails does not hold up the others.
+  With --seeds or --set it makes a set: a run for each seed and combination of values, in a folder of its own.
 
   Example: pgolf run demo --out runs/demo --train.iterations 500
-
   Example: pgolf run demo --seeds 42,0,314 --set matrix_lr=0.02,0.03
 
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
-    out: run folder, or folder of the set; runs/NAME-OF-CONFIG, or runs/NAME-OF-CONFIG-set, if not given.
-    seeds: seeds of a set, as in 42,0,314.
-    set: a setting and its values, as in matrix_lr=0.02,0.03; given several times, a grid. Schedules are separated by ;.
-    wandb: a project of Weights & Biases that the figures are sent to as well.
+    out: run folder; runs/NAME-OF-CONFIG if not given, with -set behind it for a set.
+    seeds: as in 42,0,314.
+    set: values of a setting, as in matrix_lr=0.02,0.03; again for a grid.
+    wandb: project of Weights & Biases to send the figures to.
   """
   from pgolf_jax import stages
 
@@ -54,10 +52,10 @@ def train(
 
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
-    out: run folder, or folder of the set; runs/NAME-OF-CONFIG, or runs/NAME-OF-CONFIG-set, if not given.
-    seeds: seeds of a set, as in 42,0,314.
-    set: a setting and its values, as in matrix_lr=0.02,0.03; given several times, a grid. Schedules are separated by ;.
-    wandb: a project of Weights & Biases that the figures are sent to as well.
+    out: run folder; runs/NAME-OF-CONFIG if not given, with -set behind it for a set.
+    seeds: as in 42,0,314.
+    set: values of a setting, as in matrix_lr=0.02,0.03; again for a grid.
+    wandb: project of Weights & Biases to send the figures to.
   """
   return _run(config, out, ["train", "plain"], Sweep(seeds, set, wandb), settings)
 
@@ -72,15 +70,18 @@ class Sweep(NamedTuple):
 
 def _run(config: Path, out: Path | None, names: list[str], sweep: Sweep, settings: Settings) -> int:
   from pgolf_jax import run_set, stages
-  from pgolf_jax.stages import Tracking
 
   seeds, grid, project = sweep
+
+  def one(settings: Settings, folder: Path, group: str = "") -> int:
+    tracking = {"tracking": stages.Tracking(project, group)} if project else {}
+    return stages.run(settings, folder, names, **tracking)
+
   if not seeds and not grid:
-    return stages.run(settings, out or Path("runs") / config.stem, names, Tracking(project) if project else None)
+    return one(settings, out or Path("runs") / config.stem)
   folder = out or Path("runs") / f"{config.stem}-set"
-  tracking = Tracking(project, folder.name) if project else None
   made = run_set.members(settings, seeds, grid)
-  return run_set.run(folder, made, lambda settings, path: stages.run(settings, path, names, tracking))
+  return run_set.run(folder, made, lambda settings, path: one(settings, path, folder.name))
 
 
 def plan(

@@ -267,6 +267,10 @@ def _draw_losses(axes, c: Comparison) -> None:
     marker = "o" if len(steps) < 60 else None
     axes.plot(steps, losses, color=color, linewidth=1.1, alpha=0.85, label=name, marker=marker, markersize=3)
   axes.set(xscale="log", yscale="log", xlabel="step", ylabel="nats per token")
+  axes.xaxis.set_major_formatter("{x:,.0f}")
+  for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+    set_formatter("{x:g}")
+  axes.tick_params(which="minor", labelsize=8)
   axes.set_title("Training loss", fontsize=10, loc="left")
   axes.legend(frameon=False, fontsize=9)
 

@@ -241,6 +241,7 @@ def _read_run(path: Path, which: str) -> Read:
   run = RunFolder(path if step is None else path.absolute().parents[1])
   if not run.checkpoints.is_dir():
     raise UserError(f"{run.path} has no checkpoints; `pgolf train CONFIG --out {run.path}` makes some.")
+  weights.silence_orbax()
   checkpoints = _checkpoints(run, writes=False)
   try:
     there = checkpoints.steps()

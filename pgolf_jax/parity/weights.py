@@ -5,10 +5,12 @@ Nothing in a file is ever executed: PyTorch's are read with `weights_only`, and 
 memory is taken for it. Writing keeps every bit.
 """
 
+import logging
 import re
+import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,6 +216,7 @@ def read_orbax(path: Path) -> Read:
   Raises:
     UserError: it is damaged, or holds anything but floating-point arrays.
   """
+  silence_orbax()
   try:
     with ocp.PyTreeCheckpointer() as checkpointer:
       metadata = checkpointer.metadata(path.absolute())
@@ -229,6 +232,8 @@ def read_orbax(path: Path) -> Read:
   except UserError:
     raise
   except Exception as error:  # what a damaged file makes Orbax raise is any of a dozen types
+    if array := re.search(r'"([^"/]{1,80})/\.zarray"', str(error)):
+      raise UserError(f"{path} is damaged: {_short(array[1])} cannot be read.") from None
     raise UserError(f"{path} is not a readable Orbax checkpoint of weights ({_first_line(error)}).") from None
   tensors = {name: np.asarray(value) for name, value in _named(restored)}
   if about.get("weights", content_hash(tensors)) != content_hash(tensors):
@@ -247,6 +252,25 @@ def write_orbax(path: Path, tensors: Tensors, settings: str | None) -> None:
   about = {"weights": content_hash(tensors)} | ({} if settings is None else {_SETTINGS: settings})
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path.absolute(), {k: np.array(v) for k, v in tensors.items()}, custom_metadata=about)
+
+
+def silence_orbax() -> None:
+  """Keeps off the terminal what Orbax says of a damaged checkpoint beside the error that it raises.
+
+  It warns, and threads that were still reading then report to an event loop that is closed, once an array.
+  """
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  if sys.unraisablehook is not _unraisable:
+    _hooks.append(sys.unraisablehook)
+    sys.unraisablehook = _unraisable
+
+
+_hooks: list[Callable] = []
+
+
+def _unraisable(fault) -> None:
+  if not (isinstance(fault.exc_value, RuntimeError) and "Event loop is closed" in str(fault.exc_value)):
+    _hooks[-1](fault)
 
 
 def _named(tree) -> list[tuple[str, object]]:

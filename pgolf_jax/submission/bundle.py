@@ -117,7 +117,7 @@ def archive(modules: Iterable[str]) -> tuple[bytes, int]:
 def minified(text: str, name: str) -> str:
   """Returns Python source without docstrings, with short local names, and with annotations of class fields only.
 
-  Settings are read by the annotations of their dataclasses.
+  Settings are read by the annotations of their dataclasses; what is told of each to a reader of help stays behind.
   """
   from python_minifier import RemoveAnnotationsOptions, minify  # only packaging needs it, and it takes long to import
 
@@ -127,7 +127,11 @@ def minified(text: str, name: str) -> str:
     remove_argument_annotations=True,
     remove_class_attribute_annotations=False,
   )
-  return minify(text, filename=name, remove_literal_statements=True, remove_annotations=annotations)
+  tree = ast.parse(text, name)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting":
+      node.args[3] = ast.Constant("")
+  return minify(ast.unparse(tree), filename=name, remove_literal_statements=True, remove_annotations=annotations)
 
 
 def minified_c(text: str) -> str:

@@ -240,8 +240,7 @@ def _readme(account: Account, contents: Contents) -> str:
     python -I evaluate.py --data FOLDER --ttt    # with test-time training and hints
 
 FOLDER holds `fineweb_val_*.bin` and `fineweb_val_bytes_*.bin`. Needed are Python 3.11 or newer, the packages in
-requirements.txt, and a C compiler for fast hints. For an accelerator, install JAX with its extra, such as
-`jax[cuda13]`.
+requirements.txt, and a C compiler for the hints. For an accelerator, install JAX with its extra, such as `jax[cuda13]`.
 
 ```
 {table(account)}

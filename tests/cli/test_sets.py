@@ -42,7 +42,7 @@ def tags(folder) -> dict[str, dict[int, float]]:
   return found
 
 
-def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path, monkeypatch, capsys):
+def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path, capsys):
   out = tmp_path / "set"
   command = ["train", str(config), "--out", str(out), "--seeds", "1,2", "--set", "matrix_lr=0.02,0.05"]
   RunFolder(out / "matrix_lr=0.02_seed=2", changed(from_toml(config), {"train.iterations": 9}))
@@ -92,10 +92,9 @@ def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path,
   assert [row["settings"]["optimizer.matrix_lr"] for row in rows] == [0.05, 0.05]
   assert rows[0]["averaged"] <= rows[1]["averaged"] and {row["steps"] for row in rows} == {3}
   assert "not readable: set/broken: " in captured.err and rows[0]["verdict"] == "not audited"
+  found, _ = run_table.find(tmp_path)
   for width in (40, 80, 200):
-    monkeypatch.setenv("COLUMNS", str(width))
-    assert main(["runs", str(tmp_path), "--sort", "name"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = run_table.text(run_table.chosen(found, "", "name"), width).splitlines()
     assert max(map(len, lines)) <= width and sum("seed=" in line for line in lines) == 4
 
 
@@ -139,7 +138,7 @@ def test_a_signal_ends_the_set_and_a_run_is_no_set(tmp_path):
 
 def test_wandb_is_asked_for_by_name_alone(monkeypatch, tmp_path):
   given = []
-  monkeypatch.setattr(stages, "run", lambda *arguments: given.append(arguments[3]) or 0)
+  monkeypatch.setattr(stages, "run", lambda *_, tracking=None: given.append(tracking) or 0)
   assert main(["run", "configs/demo.toml"]) == 0
   assert main(["run", "configs/demo.toml", "--wandb", "golf"]) == 0
   assert main(["train", "configs/demo.toml", "--wandb", "golf", "--seeds", "1,2", "--out", str(tmp_path / "s")]) == 0
@@ -153,10 +152,9 @@ def test_a_folder_without_runs_says_so(tmp_path, capsys):
 
 
 def test_columns_go_before_rows_are_folded():
-  rows = [["a long name of a run", "1.25000", "7", "x"], ["b", "", "8", ""]]
-  headings = ["run", "ttt", "steps", "note"]
-  assert run_table.folded(headings, rows, 80, ("steps",)).splitlines()[1] == "a long name of a run  1.25000      7  x"
-  narrow = run_table.folded(headings, rows, 36, ("steps",)).splitlines()
-  assert narrow[1] == "a long name of a run  1.25000  x" and narrow[-1].endswith("steps")
-  assert run_table.folded(headings, rows, 20, ("steps",)).splitlines()[:3] == [
-    "a long name of a run", "  ttt    1.25000", "  steps  7"]  # fmt: skip
+  row = dict.fromkeys(run_table.COLUMNS)
+  rows = [row | {"name": "a long name of a run", "ttt": 1.25, "seed": 42}, row | {"name": "b", "steps": 8, "seed": 0}]
+  assert run_table.text(rows, 80).splitlines()[1] == "a long name of a run    42         1.25000"
+  narrow = run_table.text(rows, 36).splitlines()
+  assert narrow[1] == "a long name of a run         1.25000" and narrow[-1] == "not shown, for want of room: seed"
+  assert run_table.text(rows, 20).splitlines()[:3] == ["a long name of a run", "  seed: 42", "  ttt: 1.25000"]

@@ -356,7 +356,7 @@ def write_hostile(folder: Path, kind: str) -> Path:
     ("deep settings", "damaged"),
     ("int8", "a is I8"),
     ("folder", "neither a run folder"),
-    ("orbax", "Orbax checkpoint"),
+    ("orbax", "cannot be read"),
   ],
 )
 def test_a_hostile_file_is_one_sentence_and_does_nothing(tmp_path, kind, message, capsys):

@@ -112,7 +112,7 @@ class Layers(TorchGPT):
 class GPT(nn.Module):
   def __init__(self, h):
     super().__init__()
-    fields = {field.name: field.metadata.get("env", "").lower() for field in dataclasses.fields(ModelConfig)}
+    fields = {field.name: (field.metadata.get("env") or "").lower() for field in dataclasses.fields(ModelConfig)}
     given = {name: getattr(h, env) for name, env in fields.items() if hasattr(h, env)}
     self.config = ModelConfig(**given, asym_logit_rescale=os.environ.get("ASYM_LOGIT_RESCALE") == "1")
     self.fused_ce_enabled = h.fused_ce_enabled

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 LATE = re.compile(r"pgolf_jax\.kernels\.(\w+\.(reference|xla|mosaic_gpu|mosaic_tpu|vjp)|hopper|numerics)")
 
 NOT_FOR_EVALUATION = (
+  "pgolf_jax.kernels.ngram.in_numpy",
   "pgolf_jax.kernels.ngram.reference",
   "pgolf_jax.kernels.polar_express",
   "pgolf_jax.model.generate",
@@ -36,6 +37,7 @@ NOT_FOR_EVALUATION = (
   "pgolf_jax.submission.package",
 )
 EVALUATION_ROOMS = {"data", "errors", "kernels", "model", "quantize", "runtime", "scoring", "settings", "submission"}
+EVALUATION_ROOMS |= {"tables"}
 
 
 @pytest.fixture(scope="module")

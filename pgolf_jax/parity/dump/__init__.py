@@ -9,6 +9,7 @@ and the hashes of script and checkpoint.
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from pgolf_jax.parity.dump.script import FORCED, Script, as_environment, environ
 from pgolf_jax.parity.dump.stand_ins import Places
 from pgolf_jax.parity.tolerances import PERTURBATION
 from pgolf_jax.runtime.files import remove, write_json, write_text
+from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.load import changed, env_names, from_env
 
@@ -149,11 +151,19 @@ def dump(request: Request) -> Case:
 
 
 def _write(request: Request, folder: Path) -> None:
-  places, kind = Places(request.device), KINDS[request.kind]
-  with environment(_environment(request)), places.in_float32(), _one_thread(request.base == "tiny"):
+  """Writes the files of the case."""
+  places = Places(request.device)
+  with_floor = request.floor and request.kind != "ngram"
+  with (
+    environment(_environment(request)),
+    places.in_float32(),
+    _one_thread(request.base == "tiny"),
+    progress(f"dumping {request.kind}", total=2 + with_floor, unit="parts") as bar,
+  ):
+    bar.note("importing the script")
     script = Script.load(request.script, places)
     _refuse_missing(script, request.kind)
-    with contextlib.redirect_stdout(script.printed):
+    with contextlib.redirect_stdout(script.printed), _errors_of(script, request.kind):
       np.random.seed(request.seed)
       model = script.make_model(request.seed, request.checkpoint, request.noise)
       values, silent = script.resolved(model)
@@ -161,18 +171,39 @@ def _write(request: Request, folder: Path) -> None:
       check.check(settings)
       shapes = {name: np.empty(p.shape, np.bool_) for name, p in model.named_parameters()}
       parameters.check(settings.model, shapes, f"The model of {request.script}")
-      job = _job(request, script, model, folder, settings)
+      job, kind = _job(request, script, model, folder, settings), KINDS[request.kind]
+      bar.note("inputs")
       inputs = kind.draw(job)
+      bar.note("outputs")
+      bar.advance()
       expected = kind.compute(job, inputs)
+      bar.note("outputs, weights moved" if with_floor else "files")
+      bar.advance()
       write_outputs(folder / "inputs.safetensors", inputs)
       write_outputs(folder / "expected.safetensors", expected)
       assumed = [name for name in silent if env_names().get(name, "").split(".")[0] in kind.sections]
       about = _about(request, script, values, assumed) | job.about
       write_json(folder / "case.json", about)
-      if request.floor and request.kind != "ngram":
+      if with_floor:
         write_json(folder / "case.json", about | {"floor": _floor(job, expected)})
+        bar.advance()
   if script.printed.getvalue():
     write_text(folder / "script.log", script.printed.getvalue())
+
+
+@contextlib.contextmanager
+def _errors_of(script: Script, kind: str) -> Iterator[None]:
+  """Turns an error in the script's own code into a sentence that names the script."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:
+    said = str(e).splitlines()[0] if str(e) else "no message"
+    raise UserError(
+      f"{script.path} failed while a case of the kind {kind} was made: {type(e).__name__}: {said} (pgolf --debug … "
+      "shows where)."
+    ) from e
 
 
 @contextlib.contextmanager
@@ -191,9 +222,9 @@ def _floor(job: Job, expected: Arrays) -> dict[str, float]:
   case = Case.load(job.folder)
   moved = dataclasses.replace(case, perturbation=PERTURBATION).inputs
   job.restart(moved)
-  return {
-    name: float(f"{d:.3e}") for name, d in distances(case, KINDS[case.kind].compute(job, moved), expected).items()
-  }
+  found = distances(case, KINDS[case.kind].compute(job, moved), expected)
+  # A tensor that does not move at all is infinitely far from any that does.
+  return {name: float(f"{distance:.3e}") if math.isfinite(distance) else 0.0 for name, distance in found.items()}
 
 
 def _environment(request: Request) -> dict[str, str]:

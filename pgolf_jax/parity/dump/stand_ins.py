@@ -284,7 +284,8 @@ def recorded(model: torch.nn.Module, layers: list[int]) -> Iterator[dict[str, to
       found.setdefault("embedding", args[1][0].detach())
 
   handles = []
-  for block in getattr(model, "blocks", ()):
+  blocks = getattr(model, "blocks", None)
+  for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
     handles.append(block.register_forward_pre_hook(begun))
     handles.append(block.register_forward_hook(hook("x")))
     handles += [

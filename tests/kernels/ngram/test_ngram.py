@@ -187,7 +187,7 @@ def test_a_long_stream_has_the_same_hints_in_both_languages(mode):
 
 
 def test_without_the_compiled_counts_one_sentence_says_so(caplog):
-  ngram._say_that_it_is_slow.cache_clear()
+  ngram._in_numpy.cache_clear()
   with counting_in("NumPy"), caplog.at_level("WARNING", "pgolf"):
     NgramState(2, threshold=0.8), NgramState(2, threshold=0.8)
   [line] = caplog.messages
