@@ -15,8 +15,6 @@ checked against each other, against the model of the settings in it (`load`) and
 memory is taken for them. Whatever the bytes, reading holds at most twice what the file and its fp32 weights take, and
 `WORKING_BYTES`. Weights are computed with NumPy alone, so that they do not depend on JAX's version or backend.
 
-The table says which tensors there are, and with that which of their arrays lie together in a stream.
-
 A table entry is [form, name, shape, …]:
 
   ["half", name, shape]                      fp16 of any shape
@@ -239,11 +237,6 @@ def load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   Raises:
     UserError: there is no such file, it is not an artifact, or its parameters do not match its settings.
   """
-  with progress("reading the artifact"):
-    return _load(path)
-
-
-def _load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   frame = _unpack(_bytes_of(path))
   settings = from_dict(frame.header["config"], where=f"the config in {path}")
   try:
@@ -251,7 +244,8 @@ def _load(path: Path) -> tuple[Settings, dict[str, np.ndarray]]:
   except UserError as error:
     raise UserError(f"The config in {path} cannot work: {error}") from error
   _check_shapes(settings.model, frame.header["tensors"], path)
-  return settings, _decode(frame).params()
+  with progress("reading the artifact"):
+    return settings, _decode(frame).params()
 
 
 def _bytes_of(path: Path) -> bytes:
