@@ -49,8 +49,8 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence, values: Sequence) -> list:
   known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(_widened, consts), *values], strict=True))
 
   def read(var):
-    if isinstance(var, core.Literal):
-      return np.asarray(var.val, np.float64) if _is_single(var.aval.dtype) else var.val
+    if isinstance(var, core.Literal):  # a bare number would be 64 bits wide, integers too
+      return np.asarray(var.val, np.float64 if _is_single(var.aval.dtype) else var.aval.dtype)
     return known[var]
 
   for equation in jaxpr.eqns:
