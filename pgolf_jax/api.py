@@ -18,7 +18,7 @@ from pgolf_jax import stages as run_stages
 from pgolf_jax.data.corpus import Position, RawBatch, RawDocument
 from pgolf_jax.data.encode import Encoder
 from pgolf_jax.data.folder import Sources, locate, locate_prepared, prepare_files
-from pgolf_jax.data.manifest import TOKENIZER, Manifest
+from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
@@ -61,7 +61,7 @@ def prepare(out: str | Path, train: str | Path | None = None, **options: Any) ->
   """
   known = [field.name for field in dataclasses.fields(Sources)]
   if unknown := [name for name in options if name not in known]:
-    raise UserError(f"prepare has no option {unknown[0]!r}; its options are {', '.join(known[1:])}.")
+    raise UserError(f"prepare has no option {unknown[0]}; its options are {', '.join(known[1:])}.")
   paths = {name: Path(options[name]) for name in ("val", "tokenizer") if options.get(name) is not None}
   with quietly():
     return prepare_files(Path(out), Sources(**{**options, **paths, "train": None if train is None else Path(train)}))
@@ -87,7 +87,7 @@ def train(
     UserError: an unknown stage, settings that cannot work, or the folder holds a run of other settings.
   """
   if wrong := [name for name in stages if name not in run_stages.STAGES]:
-    raise UserError(f"There is no stage {wrong[0]!r}; choose among {', '.join(run_stages.STAGES)}.")
+    raise UserError(f"There is no stage {wrong[0]}; choose among {', '.join(run_stages.STAGES)}.")
   with quietly():
     run_stages.run(settings(config), Path(out), [name for name in run_stages.STAGES if name in stages])
     return RunFolder(out).results()
@@ -132,7 +132,9 @@ class Subject(NamedTuple):
     if given is not None:
       return given
     if self.run is None:
-      made = f"; it was made with {self.origin.data}" if self.origin.data else ""
+      made, speeches = f"; it was made with {self.origin.data}" if self.origin.data else "", locate(self.settings)
+      if self.origin.manifest and (speeches / MANIFEST).is_file():
+        made += f", which lies in {speeches}" if sha256_of(speeches / MANIFEST) == self.origin.manifest else ""
       raise UserError(
         f"{self.name} is an artifact without its run: say which prepared text it is to be scored on, as in --data "
         f"data/web{made}."
