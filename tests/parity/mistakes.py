@@ -303,17 +303,21 @@ def momentum_lost_between_steps(patch, case):
 
 @mistake("optimizer", "params/0/kv_bank")
 def weight_decay_coupled_to_the_gradient(patch, case):
-  def coupled(original, inner, lr, decay):
-    return optax.chain(optax.add_decayed_weights(decay), original(inner, lr, 0.0))
+  decay = case.settings.optimizer.muon_wd
+  change(case, optimizer__muon_wd=0.0)
 
-  around(patch, optimizers, "_with_decay", coupled)
+  def coupled(original, **options):
+    return optax.chain(optax.add_decayed_weights(decay), original(**options))
+
+  around(patch, optimizers, "scale_by_muon", coupled)
 
 
 @mistake("optimizer", "params/1/kv_bank")
 def weight_decay_without_the_schedule(patch, case):
   def step(lr, decay):
-    def update(directions, state, params, *, lr_scale, **extra):
-      return jax.tree.map(lambda d, w: -lr * (decay * w + lr_scale * d), directions, params), state
+    def update(directions, state, params, *, lr_scale, hyper, **extra):
+      rate, share = getattr(hyper, lr), getattr(hyper, decay)
+      return jax.tree.map(lambda d, w: -rate * (share * w + lr_scale * d), directions, params), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -322,7 +326,8 @@ def weight_decay_without_the_schedule(patch, case):
 
 @mistake("optimizer", "params/0/blocks.0.attn.attn_gate_w")
 def no_bias_correction_in_Adam(patch, case):
-  patch.setattr(optimizers, "_adam", lambda c: optax.scale_by_rms(c.beta2, c.adam_eps, eps_in_sqrt=False))
+  c = case.settings.optimizer
+  patch.setattr(optimizers, "scale_by_adam", lambda: optax.scale_by_rms(c.beta2, c.adam_eps, eps_in_sqrt=False))
 
 
 # Training.
@@ -358,7 +363,7 @@ def the_average_takes_the_weights_before_the_step(patch, case):
 
   def step(self, mean_loss, state, inputs):
     after, metrics = original(self, mean_loss, state, inputs)
-    late = optax.incremental_update(state.params, state.average, 1 - self.settings.train.ema_decay)
+    late = optax.incremental_update(state.params, state.average, inputs.ema_rest)
     return after._replace(average=late), metrics
 
   patch.setattr(steps.TrainStep, "_step", step)

@@ -12,6 +12,7 @@ from pgolf_jax.parity import Case
 from pgolf_jax.parity import run as parity_run
 from pgolf_jax.parity.check import Row, check
 from pgolf_jax.quantize.gptq import gptq
+from pgolf_jax.training.step import forget_programs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAGE = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
@@ -33,6 +34,7 @@ def _programs_are_made_anew(monkeypatch):
 
 def _forget_programs() -> None:
   gptq.clear_cache()
+  forget_programs()
   for cached in (parity_run._forward_program, parity_run._optimizer_program, parity_run._ttt_programs):
     cached.cache_clear()
 
