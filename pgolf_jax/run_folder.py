@@ -120,7 +120,7 @@ class RunFolder:
     """Deletes what a start left that came to nothing, and the folder if nothing else is in it."""
     if self.has_work():
       return
-    for name in ("config.toml", PATHS, ".lock", "metrics.jsonl", "run.log", "tensorboard", "checkpoints"):
+    for name in ("config.toml", PATHS, ".lock", "metrics.jsonl", "run.log", "tensorboard", "wandb", "checkpoints"):
       remove(self.path / name)
     with contextlib.suppress(OSError):  # something of another's is in it
       self.path.rmdir()

@@ -45,7 +45,8 @@ def tags(folder) -> dict[str, dict[int, float]]:
 def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path, capsys):
   out = tmp_path / "set"
   command = ["train", str(config), "--out", str(out), "--seeds", "1,2", "--set", "matrix_lr=0.02,0.05"]
-  RunFolder(out / "matrix_lr=0.02_seed=2", changed(from_toml(config), {"train.iterations": 9}))
+  other = RunFolder(out / "matrix_lr=0.02_seed=2", changed(from_toml(config), {"train.iterations": 9}))
+  (other.path / "results.json").write_text("{}")
   assert main(command) == 1
   said = capsys.readouterr().out
   assert "matrix_lr=0.02_seed=2 failed:" in said and "was made with other settings" in said
