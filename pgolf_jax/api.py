@@ -61,7 +61,7 @@ def prepare(out: str | Path, train: str | Path | None = None, **options: Any) ->
   """
   known = [field.name for field in dataclasses.fields(Sources)]
   if unknown := [name for name in options if name not in known]:
-    raise UserError(f"prepare has no option {unknown[0]!r}; its options are {', '.join(known[1:])}.")
+    raise UserError(f"prepare has no option {unknown[0]}; its options are {', '.join(known[1:])}.")
   paths = {name: Path(options[name]) for name in ("val", "tokenizer") if options.get(name) is not None}
   with quietly():
     return prepare_files(Path(out), Sources(**{**options, **paths, "train": None if train is None else Path(train)}))
@@ -87,7 +87,7 @@ def train(
     UserError: an unknown stage, settings that cannot work, or the folder holds a run of other settings.
   """
   if wrong := [name for name in stages if name not in run_stages.STAGES]:
-    raise UserError(f"There is no stage {wrong[0]!r}; choose among {', '.join(run_stages.STAGES)}.")
+    raise UserError(f"There is no stage {wrong[0]}; choose among {', '.join(run_stages.STAGES)}.")
   with quietly():
     run_stages.run(settings(config), Path(out), [name for name in run_stages.STAGES if name in stages])
     return RunFolder(out).results()

@@ -305,7 +305,7 @@ def devices(said: Mapping[str, object], cards: list[Card] | str | None, seconds:
   finding = f"{said['count']} × {said['kind']} ({said['platform']}){memory}"
   if isinstance(cards, list) and cards and said["platform"] == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
     finding = f"JAX computes on the CPU, though there is a {cards[0].name}: {_last_line(str(said['warnings']))}"
-    yield Finding("devices", "JAX's devices", "fail", finding, "mend the lines under drivers")
+    yield Finding("devices", "JAX's devices", "fail", finding, "follow the lines under drivers")
   else:
     yield Finding("devices", "JAX's devices", "ok", finding)
   right = said["error"] < _LARGEST_ERROR

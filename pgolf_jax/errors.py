@@ -35,7 +35,7 @@ _OF_THE_SYSTEM = {
   errno.EACCES: "may not be read or written; choose another place, or change its permissions",
   errno.EPERM: "may not be changed; choose another place, or change its permissions",
   errno.EROFS: "lies on a disk that cannot be written; choose another place",
-  errno.ENOENT: "does not exist",
+  errno.ENOENT: "does not exist, or the folder that it belongs in does not",
   errno.ENOTDIR: "leads through a file where a folder is needed; move that file, or choose another place",
   errno.EEXIST: "is a file where a folder is needed; move that file, or choose another place",
   errno.EISDIR: "is a folder where a file is needed; name a file, or move the folder",

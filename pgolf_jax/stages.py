@@ -123,7 +123,7 @@ def replace_artifact(run: RunFolder, mesh: Mesh, made: Made) -> None:
   if distributed.is_leader():
     run.finish("artifact", result | {"stage_seconds": time.perf_counter() - began}, inputs)
     if later := [name for name in ("ttt", "audit") if name in run.results()]:
-      log.info("%s: will be done again by `pgolf run`, for %s is another now", ", ".join(later), run.artifact)
+      log.info("%s: `pgolf run` will do this again, because %s has changed", ", ".join(later), run.artifact)
   distributed.barrier("artifact complete")
 
 
@@ -138,7 +138,7 @@ def _ttt(run: RunFolder, mesh: Mesh) -> dict:
   try:
     evaluation = ttt.evaluate(run.settings, params, data, mesh, options)
   except OtherEvaluation as other:
-    log.info("%s The run scores anew what it has now.", other)
+    log.info("%s The run scores again from the beginning.", other)
     with distributed.leader_first("scores removed"):
       if distributed.is_leader():
         remove(run.scores)
@@ -285,7 +285,7 @@ def _is_complete(run: RunFolder, name: str, inputs: dict[str, str]) -> bool:
   changed = run.changes(name, inputs)
   if changed:
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    log.info("%s: done again, for %s%s changed since", name, changed[0], more)
+    log.info("%s: done again, because %s%s changed", name, changed[0], more)
   return not changed
 
 

@@ -168,7 +168,7 @@ def test_devices_must_fit_the_ranks():
   with pytest.raises(UserError, match="number of ranks, 3, must divide train"):
     check.check(Settings(), device_count=3)
   ranks = dataclasses.replace(Settings(), train=dataclasses.replace(Settings().train, world_size=2))
-  with pytest.raises(UserError, match="clip_scope='global'"):
+  with pytest.raises(UserError, match="clip_scope=global"):
     check.check(ranks, device_count=8)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from pgolf_jax.audit.verdict import rules
 from pgolf_jax.data.loader import Loader
 from pgolf_jax.data.verify import verify
-from pgolf_jax.errors import Check, UserError
+from pgolf_jax.errors import Check, UserError, shown
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
@@ -78,9 +78,12 @@ def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
     if result is None:
       yield Check(name, None, f"not checked: results.json has no stage {stage}; `pgolf run` makes it")
       continue
+    if "converted_from" in result:
+      yield Check(name, None, _ELSEWHERE)
+      continue
     seconds, faults = result.get("seconds"), result.get("recompilations_in_clock", 0)
     if not _is_time(seconds):
-      yield Check(name, False, f"results.json says {seconds!r} seconds")
+      yield Check(name, False, f"results.json says {shown(seconds)} seconds")
       continue
     # Training stops after the first step that ends past the cap.
     late = seconds > limit * (1.01 if what == "training" else 1)
@@ -92,6 +95,9 @@ def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
       yield Check(name, not late and not faults, text)
 
 
+_ELSEWHERE = "not checked: the weights were trained elsewhere, and converted; their own log says what is known of it"
+
+
 def _is_time(seconds: object) -> bool:
   return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf
 
@@ -101,6 +107,8 @@ def training_log(run: RunFolder) -> Check:
   name, train = "training log", run.results().get("train")
   if train is None:
     return Check(name, None, "not checked: results.json says nothing of training; `pgolf run` trains")
+  if "converted_from" in train:
+    return Check(name, None, _ELSEWHERE)
   try:
     if not (lines := read_metrics(run.metrics)):
       return Check(name, None, "not checked: there is no metrics.jsonl; train the run again")
@@ -108,7 +116,7 @@ def training_log(run: RunFolder) -> Check:
   except UserError as error:
     return Check(name, False, str(error))
   except (KeyError, TypeError) as error:
-    return Check(name, False, f"metrics.jsonl is damaged ({error!r})")
+    return Check(name, False, f"metrics.jsonl is damaged ({shown(str(error))})")
 
 
 def _training_log(settings: Settings, lines: Sequence[dict], train: dict) -> tuple[bool, str]:

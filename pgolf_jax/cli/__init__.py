@@ -163,6 +163,7 @@ def _choose(given: str, valid) -> str:
 
 def _fail(message: str, status: int) -> int:
   log.started()
+  message = message if message.endswith((".", "?", "!", ")")) else f"{message}."
   with contextlib.suppress(OSError):
     print(f"pgolf: {message}", file=sys.stderr)
   return status

@@ -25,8 +25,10 @@ def quantize(
   """
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.files import locked
+  from pgolf_jax.runtime.files import locked, require_room
 
+  if out is not None:
+    require_room(out)
   distributed.start()
   folder = RunFolder(run)
   with locked(folder.path):
@@ -103,7 +105,9 @@ def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
   results, sha256 = folder.results(), file_hash(folder.artifact)
   made, scored = results.get("artifact", {}), results.get("ttt", {})
   if made.get("made", {}).get(folder.artifact.name) != sha256:
-    raise UserError(f"{folder.artifact} is of no finished stage; `pgolf quantize {folder.path}` makes it anew.")
+    raise UserError(
+      f"{folder.artifact} was not made by a finished stage of this run; `pgolf quantize {folder.path}` makes it again."
+    )
   if scored.get("made_from", {}).get(folder.artifact.name) != sha256:
     scored = {}  # of another artifact
   data = data or locate_prepared(folder.settings)

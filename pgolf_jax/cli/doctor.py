@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 def doctor(seconds: float = 60.0, json: bool = False) -> int:
-  """Show what is here of all that pgolf needs: versions, devices, drivers, caches, data; and how to mend what is not.
+  """Show what is here of all that pgolf needs: versions, devices, drivers, caches, data; and how to repair what is not.
 
   Exit status 1 if something does not work; warnings and what is optional do not count. Devices are asked in a process
   of their own, so a broken one costs the seconds given here and no more.
@@ -65,7 +65,7 @@ def _summary(findings: Iterable) -> str:
   failed, warned = states.count("fail"), states.count("warn")
   if failed:
     badly = f", {warned} could be better" if warned else ""
-    return f"{failed} of {len(states)} do not work{badly}; the lines after → mend them."
+    return f"{failed} of {len(states)} do not work{badly}; the lines after → say what to do."
   if warned:
     return f"Everything works; {warned} of {len(states)} could be better."
   return f"Everything works ({len(states)} looked at)."

@@ -130,11 +130,12 @@ def judge(submission: Positional[Path], data: Path, out: Path | None = None, cut
   from pgolf_jax.judge import Terms, page, summary
   from pgolf_jax.judge import judge as judge_folder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.files import write_text
+  from pgolf_jax.runtime.files import require_room, write_text
 
+  path = out or Path("verdict.md")
+  require_room(path)
   distributed.leave_devices()
   judgement = judge_folder(submission, data, Terms(cuts=cuts))
-  path = out or Path("verdict.md")
   write_text(path, page(judgement))
   print(f"{summary(judgement)}\n{path}: the page")
   return int(not judgement.is_proved)

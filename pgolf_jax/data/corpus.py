@@ -10,15 +10,13 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
-import zstandard
-
+from pgolf_jax.data.zstd_stream import ZstdStream
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.log import progress
 
 MAX_DOCUMENT_BYTES = 1 << 26  # of a line or file, where nothing else is asked for
-_MAX_WINDOW = 1 << 27  # of zstd, as --long makes them; a frame that asks for more is refused before memory is taken
 _MAX_BLANK = 1 << 20  # bytes of blank lines one after the other
 BATCH_BYTES = 1 << 20  # of raw documents; sending so large a batch to a worker costs little beside its encoding
 
@@ -129,7 +127,7 @@ def open_corpus(path: Path, max_document: int = MAX_DOCUMENT_BYTES) -> Corpus:
   if not path.is_file():
     raise UserError(f"{path}: no such file or folder; give documents as .jsonl, .jsonl.zst or a folder of .txt files")
   if not path.name.endswith((".jsonl", ".jsonl.zst")):
-    raise UserError(f"{path}: of no known kind; give documents as .jsonl, .jsonl.zst or a folder of .txt files")
+    raise UserError(f"{path}: its kind is unknown; give documents as .jsonl, .jsonl.zst or a folder of .txt files")
   return JsonLines(path, max_document)
 
 
@@ -169,8 +167,9 @@ class Holdout:
   every: int = 1
 
   def __post_init__(self):
-    if self.every < 1 or (self.count is not None and self.count < 1):
-      raise UserError(f"validation of {self.count} documents, one in {self.every}: both must be at least 1")
+    for name, number in (("--val-docs", self.count), ("--val-every", self.every)):
+      if number is not None and number < 1:
+        raise UserError(f"{name} {number} must be 1 or more")
 
   def includes(self, document: int) -> bool:
     """Tells whether the document of this number, from 0, is held out."""
@@ -317,7 +316,7 @@ class JsonLines:
     with self._path.open("rb") as file:
       stream = file
       if self._path.suffix == ".zst":
-        stream = io.BufferedReader(_ZstdStream(file, self._path), 1 << 20)
+        stream = io.BufferedReader(ZstdStream(file, self._path), 1 << 20)
         for left in range(offset, 0, -(1 << 20)):
           stream.read(min(left, 1 << 20))
       else:
@@ -338,7 +337,7 @@ class JsonLines:
 
 def _checked_length(max_document: int) -> int:
   if max_document < 1:
-    raise UserError(f"documents of at most {max_document} bytes: give at least 1")
+    raise UserError(f"--max-document {max_document} must be 1 or more")
   return max_document
 
 
@@ -346,55 +345,3 @@ def _too_long(place: str, document: int, most: int) -> UserError:
   return UserError(
     f"{place}: document {document + 1} has more than {most} bytes; cut it, remove it, or raise --max-document"
   )
-
-
-class _ZstdStream(io.RawIOBase):
-  """Reads consecutive zstd frames and, unlike the library's reader, refuses a file that ends inside one.
-
-  The file is decompressed a few bytes at a time, since a hundred kilobytes of it can stand for gigabytes of text.
-  """
-
-  PIECE = 1 << 8  # bytes decompressed at a time, to 8 MiB at most: zstd makes a block of 128 KiB of four bytes
-
-  def __init__(self, file: BinaryIO, path: Path):
-    self._file, self._path = file, path
-    self._packed, self._at = b"", 0  # what was read of the file, and how much of it is decompressed
-    self._start_frame()
-    self._ready = memoryview(b"")
-
-  def _start_frame(self) -> None:
-    self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
-    self._is_inside = False
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer) -> int:
-    while not self._ready and self._decompress_more():
-      pass
-    n = min(len(buffer), len(self._ready))
-    buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-    return n
-
-  def _decompress_more(self) -> bool:
-    """Decompresses the next stretch of the file; returns false at its end."""
-    if self._at == len(self._packed):
-      self._packed, self._at = self._file.read(1 << 17), 0
-    packed = self._packed[self._at : self._at + self.PIECE]
-    if not packed:
-      if self._is_inside:
-        raise UserError(f"{self._path}: the file ends in the middle of its zstd data; fetch it again")
-      return False
-    self._is_inside = True
-    try:
-      self._ready = memoryview(self._frame.decompress(packed))
-    except zstandard.ZstdError as error:
-      place = self._file.tell() - len(self._packed) + self._at + len(packed)
-      if "too much memory" in str(error):
-        raise UserError(f"{self._path}: made with a window of zstd above {_MAX_WINDOW} bytes; use --long=27") from error
-      raise UserError(f"{self._path}: damaged zstd data before byte {place} ({error}); fetch the file again") from error
-    self._at += len(packed)
-    if self._frame.eof:
-      self._at -= len(self._frame.unused_data)
-      self._start_frame()
-    return True

@@ -97,7 +97,7 @@ def download(name: str, folder: Path, train_shards: int = ALL_SHARDS) -> list[Pa
       not what the hub announced.
   """
   if name not in PUBLISHED:
-    raise UserError(f"no published data set {name!r}; choose one of {', '.join(PUBLISHED)}")
+    raise UserError(f"there is no published data set {name}; choose one of {', '.join(PUBLISHED)}")
   published, folder = PUBLISHED[name], Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   remote = _listing(published.repo)

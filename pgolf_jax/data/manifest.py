@@ -187,10 +187,19 @@ class Journal:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(f"{journal._path}: damaged ({error}); delete {folder} and prepare it again") from error
     if recorded != (settings, modified):
-      raise UserError(
-        f"{folder}: holds an unfinished preparation of other text or settings; choose another folder or delete this one"
-      )
+      if any(Path(folder).glob("fineweb_*.bin")):
+        raise UserError(
+          f"{folder}: holds an unfinished preparation of other text or settings; choose another folder or delete it"
+        )
+      journal.discard()
+      return cls.open(folder, settings, modified)
     return journal
+
+  def discard(self) -> None:
+    """Removes what a preparation left that has not come to its first shard: there is nothing to go on from."""
+    if not any(self._path.parent.glob("fineweb_*.bin")):
+      self._path.with_name(TOKENIZER).unlink(missing_ok=True)
+      self._path.unlink(missing_ok=True)
 
   def save(self) -> None:
     """Writes the journal into the folder."""

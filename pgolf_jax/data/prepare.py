@@ -32,7 +32,7 @@ from pgolf_jax.data.shards import read_count, shard_path, write_shard
 from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import remove_partials, replacing
-from pgolf_jax.runtime.log import progress
+from pgolf_jax.runtime.log import log, progress
 
 SHARD_TOKENS = 100_000_000  # as published
 TOKENIZER_BYTES = 100_000_000  # of text to train a tokenizer on; more text changes few pieces
@@ -62,7 +62,7 @@ class Preparation:
 
   def __post_init__(self):
     if self.shard_tokens < 1:
-      raise UserError(f"shards of {self.shard_tokens} tokens: give at least 1")
+      raise UserError(f"--shard-tokens {self.shard_tokens} must be 1 or more")
     if self.tokenizer is not None and self.tokenizer.vocab_size != self.vocab_size:
       raise UserError(
         f"a tokenizer of {self.tokenizer.vocab_size} pieces where {self.vocab_size} were asked for; "
@@ -118,27 +118,38 @@ def prepare(folder: Path, preparation: Preparation, workers: int | None = None) 
     remove_partials(folder)
     modified = max(corpus.modified() for corpus in (preparation.train, preparation.held_out_from))
     journal = Journal.open(folder, settings, modified)
-    held_out = HeldOutDocuments.collect(preparation.held_out_from, preparation.holdout)
-    tokenizer = _tokenizer(folder, preparation, held_out, journal)
-    encoding = _Encoding(folder, preparation, tokenizer, held_out, workers or len(os.sched_getaffinity(0)))
-    for split in ("val", "train"):
-      if not journal.splits[split].finished:
-        _write_split(split, encoding, journal)
-    manifest = Manifest(
-      text_transform=TRANSFORMS[preparation.is_caseops],
-      tokenizer_sha256=tokenizer.sha256,
-      tokenizer_kind=tokenizer.kind,
-      vocab_size=tokenizer.vocab_size,
-      tokenizer_text_bytes=journal.tokenizer_text_bytes,
-      validation=f"{preparation.holdout.describe()} of {preparation.held_out_from.name}",
-      validation_sha256=held_out.sha256,
-      train=journal.splits["train"].done,
-      val=journal.splits["val"].done,
-      settings=settings,
-    )
-    manifest.write(folder)
-    journal.delete()
-    return manifest
+    try:
+      return _prepare(folder, preparation, journal, workers or len(os.sched_getaffinity(0)))
+    except Exception:
+      journal.discard()  # so that the corrected command finds nothing in its way
+      with contextlib.suppress(OSError):  # something is in it
+        folder.rmdir()
+      raise
+
+
+def _prepare(folder: Path, preparation: Preparation, journal: Journal, workers: int) -> Manifest:
+  settings = preparation.settings()
+  held_out = HeldOutDocuments.collect(preparation.held_out_from, preparation.holdout)
+  tokenizer = _tokenizer(folder, preparation, held_out, journal)
+  encoding = _Encoding(folder, preparation, tokenizer, held_out, workers)
+  for split in ("val", "train"):
+    if not journal.splits[split].finished:
+      _write_split(split, encoding, journal)
+  manifest = Manifest(
+    text_transform=TRANSFORMS[preparation.is_caseops],
+    tokenizer_sha256=tokenizer.sha256,
+    tokenizer_kind=tokenizer.kind,
+    vocab_size=tokenizer.vocab_size,
+    tokenizer_text_bytes=journal.tokenizer_text_bytes,
+    validation=f"{preparation.holdout.describe()} of {preparation.held_out_from.name}",
+    validation_sha256=held_out.sha256,
+    train=journal.splits["train"].done,
+    val=journal.splits["val"].done,
+    settings=settings,
+  )
+  manifest.write(folder)
+  journal.delete()
+  return manifest
 
 
 def _tokenizer(folder: Path, preparation: Preparation, held_out: HeldOutDocuments, journal: Journal) -> Tokenizer:
@@ -280,7 +291,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
   """Waits until no other process prepares `folder`, and makes others wait during the block."""
   handle = os.open(folder, os.O_RDONLY)
   try:
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      log.info("%s: another process prepares this folder; waiting for it", folder)
+      with progress("waiting for another process"):
+        fcntl.flock(handle, fcntl.LOCK_EX)
     yield
   finally:
     os.close(handle)

@@ -43,6 +43,8 @@ def list_shards(folder: Path, split: str) -> list[Path]:
   """
   folder = Path(folder)
   if not folder.is_dir():
+    if folder.exists():
+      raise UserError(f"{folder} is a file, but data are a folder of shards; name that folder.")
     raise UserError(f"{folder}: no such folder; `pgolf data prepare` or `pgolf data download` makes one.")
   name = re.compile(rf"fineweb_{_checked(split)}_\d+\.bin")
   paths = sorted(path for path in folder.iterdir() if name.fullmatch(path.name))
@@ -154,7 +156,7 @@ def iter_documents(paths: Sequence[Path]) -> Iterator[TokenizedDocument]:
 
 def _checked(split: str) -> str:
   if split not in SPLITS:
-    raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    raise UserError(f"unknown split {split}; choose one of {', '.join(SPLITS)}")
   return split
 
 

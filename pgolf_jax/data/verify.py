@@ -58,6 +58,8 @@ def inspect(folder: Path) -> Contents:
   """
   folder = Path(folder)
   present = [split for split in SPLITS if folder.is_dir() and any(folder.glob(f"fineweb_{split}_[0-9]*.bin"))]
+  if not folder.is_dir():
+    raise UserError(f"{folder} is not a folder; name the folder of shards.")
   if not present:
     raise UserError(f"{folder}: no shards in it; `pgolf data prepare` or `pgolf data download` makes them")
   splits = [_split(folder, split) for split in present if split != "val_bytes"]

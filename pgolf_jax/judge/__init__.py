@@ -122,6 +122,8 @@ def judge(submission: Path, data_folder: Path, terms: Terms | None = None) -> Ju
   """
   if not submission.is_dir():
     raise UserError(f"{submission}: no such folder; give the folder of a submission.")
+  if not (submission / COUNTED[0]).is_file() or not any((submission / name).is_file() for name in COUNTED[1:]):
+    raise UserError(f"{submission} is not a submission folder; `pgolf package RUN` makes one.")
   terms, data = terms or Terms(), load_validation(data_folder)
   _require_tokenizer(submission / COUNTED[0], data_folder)
   judgement = Judgement(submission, _machine())

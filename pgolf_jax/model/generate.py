@@ -16,6 +16,7 @@ from pgolf_jax.model import segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.settings import ModelConfig, Settings
+from pgolf_jax.settings.fields import INDEX, NOT_NEGATIVE, PROPER_SHARE
 
 _SMALLEST_BUCKET = 64  # tokens
 _EOS = 2
@@ -32,11 +33,11 @@ class Sampling:
   seed: int = 0  # the same seed gives the same text
 
   def __post_init__(self):
-    if self.temperature < 0 or not 0 < self.top_p <= 1 or self.tokens < 0:
-      raise UserError(
-        f"temperature={self.temperature} must be at least 0, top_p={self.top_p} above 0 and at most 1, and "
-        f"tokens={self.tokens} at least 0; change the one that is not."
-      )
+    ranges = {"tokens": INDEX, "temperature": NOT_NEGATIVE, "top_p": PROPER_SHARE}
+    for name, within in ranges.items():
+      number = getattr(self, name)
+      if not within.holds(number):
+        raise UserError(f"{name}={number} must be {within}.")
 
 
 def generate(

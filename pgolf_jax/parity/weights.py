@@ -141,7 +141,7 @@ def _state_dict(path: Path, loaded: object, key: str | None) -> tuple[dict[str, 
   if key is not None:
     if key not in inner:
       there = ", ".join(map(_short, inner)) or "none"
-      raise UserError(f"{path} has no state dict under {key!r}; those there are: {there}.")
+      raise UserError(f"{path} has no state dict under {key}; those there are: {there}.")
     return dict(inner[key]), f"the entry {key!r}; "
   if any(isinstance(value, torch.Tensor) for value in loaded.values()) or not inner:
     return dict(loaded), ""

@@ -88,7 +88,7 @@ def topology(name: str) -> Topology:
   if not re.fullmatch(r"(v\d\w*|tpu7x):\d+(x\d+){1,2}", name.lower()):
     near = difflib.get_close_matches(name.lower(), _EXAMPLES, n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(GPUS)}, or TPUs such as v5e:2x4."
-    raise UserError(f"Unknown topology {name!r}; {hint}")
+    raise UserError(f"Unknown topology {name}; {hint}")
   return _tpu(name.lower())
 
 

@@ -61,6 +61,16 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def require_room(path: Path) -> None:
+  """Raises UserError if a file cannot be written at `path`; asked before the work whose result it will hold."""
+  if path.is_dir():
+    raise UserError(f"{path} is a folder where a file is to be written; name a file in it.")
+  if not path.parent.is_dir():
+    raise UserError(f"{path} cannot be written: there is no folder {path.parent}; make it, or name another place.")
+  if not os.access(path.parent, os.W_OK):
+    raise UserError(f"{path} cannot be written: {path.parent} may not be changed; name another place.")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
   """Writes `data` as the whole file."""
   with replacing(path) as partial:

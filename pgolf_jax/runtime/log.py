@@ -66,7 +66,7 @@ def log_to(path: Path) -> None:
   try:
     to_file = _LogFile(path, encoding="utf-8")
   except OSError as error:
-    log.warning("%s cannot be written (%s); what is said goes to the terminal alone.", path, error.strerror)
+    log.warning("%s cannot be written (%s); log lines go to the terminal only.", path, error.strerror)
     return
   formatter = _WideFormatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
   formatter.converter = time.gmtime
@@ -110,9 +110,7 @@ class _LogFile(logging.FileHandler):
       return
     log.handlers = [handler for handler in log.handlers if handler is not self]
     self.stream = None  # closing it would write again
-    log.warning(
-      "%s cannot be written (%s); what is said goes to the terminal alone.", self.baseFilename, error.strerror
-    )
+    log.warning("%s cannot be written (%s); log lines go to the terminal only.", self.baseFilename, error.strerror)
 
 
 _APPEAR_AFTER = 0.5  # seconds; shorter work shows nothing

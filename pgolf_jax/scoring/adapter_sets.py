@@ -69,6 +69,8 @@ class AdapterSets:
     self._carried: dict[bool, AdapterSet] = {}  # by "short documents"
     self._mean: Adapters | None = None  # over documents and batches, on the host, without rows
     self._made = 0
+    # Where no batch is full, the first set is made while the clock runs: its key's program is compiled here.
+    jax.block_until_ready(jax.random.fold_in(self._key, 0))
     self.renew()
 
   def renew(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings, builtin, load
+from pgolf_jax.settings import Settings, builtin, check, load
 from pgolf_jax.settings.options import (
   HELP,
   HELP_ALL,
@@ -129,6 +129,9 @@ def _with_settings(defaults: dict[str, Any], given: Mapping[str, Any]) -> dict[s
   """Parameter → its section or all settings, with the given options over the defaults."""
   changes = {name.removeprefix(SETTING): value for name, value in given.items() if name.startswith(SETTING)}
   made = {name: load.changed(_whole(part, name), changes) for name, part in defaults.items()}
+  for name, part in defaults.items():
+    if isinstance(part, Settings):
+      check.check(made[name])  # before JAX is loaded, which takes seconds
   return {name: whole if isinstance(defaults[name], Settings) else getattr(whole, name) for name, whole in made.items()}
 
 

@@ -34,13 +34,13 @@ def find(config: str | Path) -> Path:
     UserError: a bare name that is neither a built-in config's nor a file's, with the nearest name.
   """
   path, name = Path(config), str(config)
-  if path.suffix or len(path.parts) != 1 or path.exists():
+  if path.suffix or len(path.parts) != 1 or path.is_file():
     return path
   if name in names():
     return folder() / f"{name}.toml"
   near = difflib.get_close_matches(name, names(), n=1)
   hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}, and a path to a TOML file works too."
-  raise UserError(f"There is no built-in config {name!r}; {hint}")
+  raise UserError(f"There is no built-in config {name}; {hint}")
 
 
 @dataclasses.dataclass(frozen=True)

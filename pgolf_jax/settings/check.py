@@ -122,8 +122,8 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
     )
     _require(
       settings.optimizer.clip_scope == "global" or world == 1 or world % device_count == 0,
-      f"optimizer.clip_scope='rank' needs each of the {world} ranks on one device, but there are {device_count}; "
-      "use clip_scope='global'.",
+      f"optimizer.clip_scope=rank needs each of the {world} ranks on one device, but there are {device_count}; "
+      "set optimizer.clip_scope=global.",
     )
 
 

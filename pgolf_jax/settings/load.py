@@ -38,6 +38,8 @@ def from_toml(path: str | Path) -> Settings:
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else "."
     raise UserError(f"There is no config file {path}{hint}") from None
+  except IsADirectoryError:
+    raise UserError(f"{path} is a folder, but a config is a TOML file.") from None
   except OSError as e:
     raise UserError(f"{path} cannot be read ({e.strerror}).") from None
   except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -172,7 +174,8 @@ def _collect(section: type, table: Mapping[str, object], where: str, path: tuple
       changes[here[key].path] = _checked(f"{where}: {name}", value, here[key])
     elif key not in hints:
       what = "setting" if path else "section or setting"
-      raise UserError(f"{where}: unknown {what} {name[:100]}{_nearest(key, hints)}")
+      below = {entry.path[-1]: entry.name for entry in entries}
+      raise UserError(f"{where}: unknown {what} {name[:100]}{_nearest(key, {name: name for name in hints} | below)}")
     elif not isinstance(value, Mapping):
       raise UserError(f"{where}: {name} is a section, so it needs [{name}] and names under it.")
     else:
@@ -188,9 +191,11 @@ def _replaced(section, changes: Changes):
   return dataclasses.replace(section, **here)
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
-  """The end of an error's sentence: the valid name that is most like the given one."""
+def _nearest(name: str, valid: Iterable[str] | Mapping[str, str]) -> str:
+  """The end of an error's sentence: the valid name that is most like the given one, or what it stands for."""
   near = difflib.get_close_matches(name[:100], list(valid), n=1, cutoff=0.5)
+  if near and isinstance(valid, Mapping):
+    near = [valid[near[0]]]
   return f"; did you mean {near[0]}?" if near else "; `pgolf help settings` and docs/settings.md list those there are."
 
 

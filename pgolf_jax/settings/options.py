@@ -272,9 +272,8 @@ class Options:
       group.add_argument(p.name, metavar=p.label, type=p.read, nargs="*" if p.is_many else "?", help=meaning)
     elif p.kind is bool:
       off = f"--no-{p.flag[2:]}"
-      group.add_argument(
-        *([p.flag] if p.default is False else [p.flag, off]), dest=p.name, action=_Switch, help=meaning
-      )
+      flags = [p.flag] if p.default is False else [p.flag, off]
+      group.add_argument(*flags, dest=p.name, action=_Switch, help=meaning)
       if p.default is False:
         group.add_argument(off, dest=p.name, action=_Switch, help=argparse.SUPPRESS)
     else:

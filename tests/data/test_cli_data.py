@@ -95,3 +95,12 @@ def test_bench_prints_a_rate_for_each_part(docs, model, capsys):
   printed = capsys.readouterr().out
   for what in ("prepare", "floor", "CaseOps", "tokenize", "SentencePiece, batch", "sidecar"):
     assert what in printed
+
+
+def test_a_preparation_that_fails_leaves_nothing_in_the_way_of_the_corrected_command(docs, tmp_path):
+  out = tmp_path / "out"
+  with pytest.raises(UserError, match="no tokenizer of 60000 pieces"):
+    run("prepare", "--train", docs, "--val-docs", 4, "--vocab-size", 60000, "--workers", 1, "--out", out)
+  assert not out.exists()
+  run("prepare", "--train", docs, "--val-docs", 4, "--vocab-size", 290, "--workers", 1, "--out", out)
+  assert (out / "manifest.json").exists()

@@ -54,6 +54,15 @@ def test_every_target_is_scored_once(in_a_folder):
   assert found.recompilations == 0
 
 
+def test_nothing_is_compiled_inside_the_clock_where_no_batch_is_full():
+  """As with `pgolf eval --documents`."""
+  settings = changed(SETTINGS, batch_size=7, phase__prefix_docs=7)
+  params = random_params()
+  jax.clear_caches()  # of what other tests, and these parameters, have compiled
+  programs = ttt.Programs(settings, data_mesh(jax.devices()[:1]))
+  assert evaluate(settings, random_documents([20, 37, 31]), programs=programs, params=params).recompilations == 0
+
+
 def document_means(found, data):
   documents = find_documents(data.tokens, SETTINGS.model.bos_id)
   return [found.model_nll_N[d.target_slice].mean(dtype=np.float64) for d in documents]
