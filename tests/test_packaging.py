@@ -95,7 +95,7 @@ def distributions(tmp_path_factory) -> Path:
 
 
 def install(distribution: Path, place: Path, compiler: str = "cc") -> tuple[Path, Path]:
-  """An environment with a distribution and the dependencies of this one: its folder of programs, and an empty folder."""
+  """An environment with a distribution and the dependencies of this one: its programs, and an empty folder."""
   venv.create(place / "env", with_pip=True)
   programs, work = place / "env" / "bin", place / "work"
   work.mkdir()
