@@ -118,7 +118,7 @@ def test_wheel_and_sdist_work_without_the_tree(distributions, tmp_path, what, co
   said = subprocess.run([programs / "pgolf", "configs"], check=True, cwd=work, capture_output=True, text=True).stdout
   assert all(name in said for name in builtin.names())
   refused = subprocess.run([programs / "pgolf", "run", "dmo"], cwd=work, capture_output=True, text=True)
-  assert refused.stderr == "pgolf: There is no built-in config 'dmo'; did you mean demo?\n" and refused.returncode == 1
+  assert "did you mean demo?" in refused.stderr and refused.stderr.count("\n") == 1 and refused.returncode == 1
   assert list(work.iterdir()) == []
 
 
