@@ -120,7 +120,7 @@ def test_off_values_of_what_is_not_built_are_accepted():
   "table, part",
   [
     ({"modle": {}}, "did you mean model"),
-    ({"model": {"num_layer": 3}}, "did you mean num_layers"),
+    ({"model": {"num_layer": 3}}, "did you mean model.num_layers"),
     ({"model": {"num_layers": "3"}}, "whole number"),
     ({"model": {"num_layers": True}}, "whole number"),
     ({"optimizer": {"clip_scope": "ranks"}}, "clip_scope=ranks must be one of rank, global; did you mean rank"),

@@ -111,7 +111,7 @@ def changed(settings: Settings, changes: Mapping[str, object]) -> Settings:
   by_path: Changes = {}
   for name, value in changes.items():
     if name not in entries:
-      raise UserError(f"Unknown setting {name}{_nearest(name, entries)}")
+      raise UserError(f"Unknown setting {name}{_nearest(name, list(entries))}")
     as_it_is = isinstance(value, tuple) or value is None
     by_path[entries[name].path] = value if as_it_is else _checked(name, value, entries[name])
   return _replaced(settings, by_path)

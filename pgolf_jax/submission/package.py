@@ -98,7 +98,8 @@ def table(account: Account) -> Table:
   rows = [(names.get(name, name), f"{size:,}") for name, size in by_size]
   rows += [("artifact", f"{account.artifact:,}"), (f"code ({account.code_files} files)", f"{account.code:,}")]
   rows += [("total", f"{account.total:,}"), ("budget", f"{account.budget:,}"), ("left", f"{-account.over:,}")]
-  rows += [("tokenizer's file, not counted", f"{account.tokenizer:,}")]
+  if account.tokenizer:
+    rows.append(("tokenizer's file, not counted", f"{account.tokenizer:,}"))
   return Table(("", ">bytes"), rows)
 
 
