@@ -18,7 +18,7 @@ from pgolf_jax import stages as run_stages
 from pgolf_jax.data.corpus import Position, RawBatch, RawDocument
 from pgolf_jax.data.encode import Encoder
 from pgolf_jax.data.folder import Sources, locate, locate_prepared, prepare_files
-from pgolf_jax.data.manifest import TOKENIZER, Manifest
+from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
@@ -132,7 +132,9 @@ class Subject(NamedTuple):
     if given is not None:
       return given
     if self.run is None:
-      made = f"; it was made with {self.origin.data}" if self.origin.data else ""
+      made, speeches = f"; it was made with {self.origin.data}" if self.origin.data else "", locate(self.settings)
+      if self.origin.manifest and (speeches / MANIFEST).is_file():
+        made += f", which lies in {speeches}" if sha256_of(speeches / MANIFEST) == self.origin.manifest else ""
       raise UserError(
         f"{self.name} is an artifact without its run: say which prepared text it is to be scored on, as in --data "
         f"data/web{made}."

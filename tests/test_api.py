@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,14 @@ import pgolf_jax
 from pgolf_jax import UserError
 from pgolf_jax.cli import main
 from pgolf_jax.data.shards import load_validation
+from pgolf_jax.judge import judge
 from pgolf_jax.quantize import provenance
 from pgolf_jax.quantize.artifact import read, read_origin, writer
 from pgolf_jax.quantize.artifact.origin import UNKNOWN
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.settings import LoRAConfig, PhaseConfig, ShortConfig, TTTConfig
+from pgolf_jax.submission import package
 
 ROOT = Path(__file__).parents[1]
 CAPS = ["We meet AGAIN in Paris, mes AMIS – naïve café.", "The Union is strong; THE Union is STRONG."]
@@ -200,6 +203,13 @@ def test_an_artifact_says_where_it_comes_from(place):
   assert tokenizer == (place / "data" / "tokenizer.model").read_bytes()
 
 
+def test_no_artifact_is_made_with_another_tokenizer_than_its_data(place, tmp_path):
+  shutil.copytree(place / "data", tmp_path / "data")
+  (tmp_path / "data" / "tokenizer.model").write_bytes(b"another")
+  with pytest.raises(UserError, match=r"\(sha256 .{8}\) is not the tokenizer that .* was prepared with \(.{8}\)"):
+    provenance.origin_of(RunFolder(place / "run").settings, tmp_path / "data")
+
+
 def test_the_bytes_of_an_artifact_are_the_same_each_time_and_in_each_folder(place, tmp_path):
   settings = RunFolder(place / "run").settings
   (tmp_path / "elsewhere").symlink_to(place / "data")
@@ -256,6 +266,11 @@ def test_another_tokenizer_is_refused_by_both_names(place, tmp_path, capsys):
     assert main(command) == 1
     said = capsys.readouterr().err
     assert own in said and other in said and "320 pieces" in said
+  with pytest.raises(UserError, match="was made with a tokenizer of 320 pieces"):
+    judge(path.parent, tmp_path / "other")
+  contents = package.Contents("other", tokenizer=tmp_path / "other" / "tokenizer.model")
+  with pytest.raises(UserError, match="the artifact was made with one of 320 pieces"):
+    package.build(tmp_path / "submission", path.read_bytes(), contents)
   model = pgolf_jax.load(path)  # its weights can be read without a tokenizer
   assert model.params["tok_emb.weight"].shape == (MODEL.vocab_size, MODEL.model_dim)
   with pytest.raises(UserError, match=f"no tokenizer in .* its own of 320 pieces .*{own}"):

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"torch", "libtpu", "triton", "tensorflow", "matplotlib", "jinja2", "markupsafe", "PIL"}  # of extras
+OPTIONAL = {
+  "torch",
+  "libtpu",
+  "triton",
+  "tensorflow",
+  "matplotlib",
+  "jinja2",
+  "markupsafe",
+  "PIL",
+  "flash_attn_interface",
+}
 FILES = sorted(path for top in ("pgolf_jax", "kernels", "tests") for path in (ROOT / top).rglob("*.py"))
 MODULE_NAMES = {"__file__", "__name__", "__doc__", "__path__", "__spec__", "__package__"}
 

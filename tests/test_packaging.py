@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 from pathlib import Path
@@ -103,10 +102,10 @@ def test_wheel_and_sdist_work_without_the_tree(distributions, tmp_path, what, co
   venv.create(tmp_path / "env", with_pip=True)
   python, work = tmp_path / "env" / "bin" / "python", tmp_path / "work"
   work.mkdir()
-  [site] = (tmp_path / "env" / "lib").glob("python*/site-packages")
-  (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
   install = [python, "-m", "pip", "install", "--quiet", "--no-deps", made]
   subprocess.run(install, check=True, cwd=work, env=os.environ | {"CC": compiler})
+  [site] = (tmp_path / "env" / "lib").glob("python*/site-packages")
+  (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
   done = subprocess.run([python, "-c", CHECK], check=True, cwd=work, capture_output=True, text=True)
   assert done.stdout == f"1024 {compiler == 'cc'}\n"
   assert ("install a C compiler" in done.stderr) == (compiler != "cc")

@@ -78,6 +78,9 @@ def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
     if result is None:
       yield Check(name, None, f"not checked: results.json has no stage {stage}; `pgolf run` makes it")
       continue
+    if "converted_from" in result:
+      yield Check(name, None, _ELSEWHERE)
+      continue
     seconds, faults = result.get("seconds"), result.get("recompilations_in_clock", 0)
     if not _is_time(seconds):
       yield Check(name, False, f"results.json says {shown(seconds)} seconds")
@@ -92,6 +95,9 @@ def clocks(results: dict[str, dict], settings: Settings) -> Iterator[Check]:
       yield Check(name, not late and not faults, text)
 
 
+_ELSEWHERE = "not checked: the weights were trained elsewhere, and converted; their own log says what is known of it"
+
+
 def _is_time(seconds: object) -> bool:
   return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < math.inf
 
@@ -101,6 +107,8 @@ def training_log(run: RunFolder) -> Check:
   name, train = "training log", run.results().get("train")
   if train is None:
     return Check(name, None, "not checked: results.json says nothing of training; `pgolf run` trains")
+  if "converted_from" in train:
+    return Check(name, None, _ELSEWHERE)
   try:
     if not (lines := read_metrics(run.metrics)):
       return Check(name, None, "not checked: there is no metrics.jsonl; train the run again")

@@ -217,14 +217,14 @@ def convert(
 
   Every bit is kept, and names are the recipe's, so that the PyTorch script's own model loads what is written. Shapes
   are checked against the config, or against each other where there is none. Nothing in a PyTorch file is executed. An
-  artifact's weights come out dequantised.
+  artifact's weights come out dequantised. From a run folder `pgolf eval --weights averaged`, `pgolf quantize` and
+  `pgolf run` go on.
 
   Example: pgolf convert final_model.pt runs/torch --config configs/record_8xh100.toml
 
   Args:
     source: .pt, .safetensors, artifact, Orbax checkpoint, run folder, or one of its checkpoints/STEP.
-    target: file or folder to make: .pt, .safetensors or .orbax (a bare Orbax checkpoint) by its name, else a run
-      folder, which `pgolf eval --weights averaged`, `pgolf quantize` and `pgolf run` go on from.
+    target: file or folder to make: .pt, .safetensors, .orbax (a bare Orbax checkpoint), or else a run folder.
     config: settings of the model; needed for a run folder unless they lie beside the weights.
     weights: of a run: its moving average, or the weights of the last step.
     key: entry of a PyTorch file that is the state dict, where it holds several.

@@ -141,7 +141,8 @@ def _require_tokenizer(artifact: Path, data_folder: Path) -> None:
   with contextlib.suppress(ArtifactError):  # one that cannot be read is judged further on
     if manifest is not None and artifact.is_file():
       known, _ = read_origin(artifact)
-      require_tokenizer(known, str(artifact), manifest.tokenizer_sha256, manifest.vocab_size, str(data_folder))
+      made = f"The text in {data_folder} was made with"
+      require_tokenizer(known, str(artifact), manifest.tokenizer_sha256, manifest.vocab_size, made)
 
 
 def _checks(judgement: Judgement, data: ValidationData, terms: Terms, work: Path) -> Iterator[Check]:

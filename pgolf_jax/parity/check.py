@@ -15,7 +15,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from pgolf_jax.errors import UserError
 from pgolf_jax.parity import Arrays, Case, Outputs
+from pgolf_jax.parity.double import KINDS as DOUBLE_KINDS
 from pgolf_jax.parity.double import has_double
 from pgolf_jax.parity.run import run
 from pgolf_jax.parity.tolerances import PERTURBATION, Floor, Pair, coarser, entrywise, tolerance_for
@@ -104,11 +106,20 @@ def examine(case: Case, dtype: str | None = None, ours: Outputs | None = None) -
   Raises:
     UserError: as `run`.
   """
+  if dtype == "float64" and not has_double(case.kind):
+    raise UserError(
+      f"{case.folder}: float64 is for cases of the kinds {' and '.join(DOUBLE_KINDS)}, on CPUs and GPUs; this is "
+      f"{case.kind!r} on a {jax.default_backend()}. Leave out --dtype float64."
+    )
   began = time.monotonic()
   types = [dtype] if dtype or ours is not None else types_of(case)
   cases = [dataclasses.replace(case, dtype=name) for name in types]
+  single = dataclasses.replace(case, dtype="float32")
   wants_floors = case.kind not in _EXACT and (any(map(needs_floors, cases)) or (ours is None and case.kind != "e2e"))
-  with progress(f"checking {case.folder.name}", total=len(cases) + wants_floors, unit="runs") as bar:
+  moved = case.floor if wants_floors else {}
+  is_held = wants_floors and moved.keys() >= {name for name in case.expected if tolerance_for(case, name)}
+  runs = (len(cases) if ours is None else 0) + (wants_floors and not is_held)
+  with progress(f"checking {case.folder.name}", total=runs, unit="runs") as bar:
 
     def computed(this: Case) -> Outputs:
       bar.note(f"{type_name(this)}, weights moved" if this.perturbation else type_name(this))
@@ -117,20 +128,18 @@ def examine(case: Case, dtype: str | None = None, ours: Outputs | None = None) -
       return outputs
 
     outputs = [ours] if ours is not None else list(map(computed, cases))
-    floors, floor_of = None, None
+    floors = None
     if wants_floors:
-      exact = [o for this, o in zip(cases, outputs, strict=True) if set(this.types) == {"float32"} and ours is None]
-      base = exact[0] if exact else computed(dataclasses.replace(case, dtype="float32"))
-      single, floor_of = dataclasses.replace(case, dtype="float32"), "the reference"
-      moved = case.floor
-      if not moved.keys() >= {name for name in case.expected if tolerance_for(case, name)}:
+      in_single = [o for this, o in zip(cases, outputs, strict=True) if set(this.types) == {"float32"} and ours is None]
+      base = in_single[0] if in_single else case.expected if is_held else computed(single)
+      if not is_held:
         moved = distances(single, computed(dataclasses.replace(single, perturbation=PERTURBATION)), base)
-        floor_of = "ours"
       floors = with_storing(single, moved, base)
   columns = [
     Column(type_name(this), check(this, given, floors), distributions(given, case.expected))
     for this, given in zip(cases, outputs, strict=True)
   ]
+  floor_of = None if floors is None else "the reference" if is_held else "ours"
   return Report(case, columns, floor_of, time.monotonic() - began)
 
 
@@ -139,11 +148,11 @@ _EXACT = ("ngram", "caseops")
 
 
 def types_of(case: Case) -> list[str | None]:
-  """The types that show something in a case: the reference's own (None), then others.
+  """The types that a case is computed in unless one is named: the reference's own (None), then others.
 
-  A whole run takes minutes, and the quantiser always works in float32.
+  Training and test-time training are left to the reference's type: they compile for a minute in each.
   """
-  if case.kind not in ("forward", "optimizer", "train", "ttt"):
+  if case.kind not in ("forward", "optimizer"):
     return [None]
   others = [name for name in ("float32", "bfloat16") if name != coarser(*case.reference_types)]
   return [None, *others, *(["float64"] if has_double(case.kind) else [])]
@@ -252,7 +261,7 @@ _WITHIN_A_LAYER = ("q", "k", "v", "attend", "attn", "mlp", "x", "lane0", "lane1"
 
 def forward_order(kind: str, name: str) -> tuple:
   """A key that sorts the tensors of a case by when they are computed; gradients run from the loss backwards."""
-  stage = next((i for i, pattern in enumerate(_ORDER.get(kind, ())) if fnmatchcase(name, pattern)), len(name))
+  stage = next((i for i, pattern in enumerate(_ORDER.get(kind, ())) if fnmatchcase(name, pattern)), 0)
   parts = name.split("/")
   if kind == "forward":  # the pass without the loop, then that with it
     return parts[0], stage, *_place_in_pass(parts[1], parts[-1])

@@ -32,6 +32,9 @@ from pgolf_jax.settings.load import FIXED, changed, env_names, flattened, from_e
 
 _MOST_BYTES = 1 << 28
 _FALSE_ALARM = 0.002
+BLOCKS = 20
+"""Into which a series is cut for the error of its mean."""
+
 _LEAST_STEPS = 8  # common steps below which no noise is estimated
 
 _STAGES = {"plain": AVERAGED, "artifact": ARTIFACT, "ttt": TTT}
@@ -147,11 +150,11 @@ def paired(difference_N: np.ndarray) -> Paired:
   return Paired(mean, error, count, p)
 
 
-def paired_blocks(difference_N: np.ndarray, blocks: int = 20) -> Paired:
+def paired_blocks(difference_N: np.ndarray) -> Paired:
   """Returns the mean of a series; its error comes from the means of blocks, since neighbours are not independent."""
-  if len(difference_N) < 2 * blocks:
+  if len(difference_N) < 2 * BLOCKS:
     return paired(difference_N)
-  block_means = np.array([part.mean() for part in np.array_split(difference_N, blocks)])
+  block_means = np.array([part.mean() for part in np.array_split(difference_N, BLOCKS)])
   return paired(block_means)._replace(mean=float(difference_N.mean()))
 
 
@@ -378,8 +381,10 @@ class Comparison:
     """Which steps → the mean difference of the losses there."""
     if self.curves is None:
       return {}
-    last = max(len(self.curves.step) // 4, 1)
-    parts = {"all common steps": self.curves.difference, "the last quarter of them": self.curves.difference[-last:]}
+    steps = len(self.curves.step)
+    last = max(steps // 4, 1)
+    counts = {f"all {steps} common steps": steps, f"the last {last} of them": last}
+    parts = {name: self.curves.difference[-count:] for name, count in counts.items()}
     return {name: paired_blocks(part) for name, part in parts.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.parity.compare import Comparison, Curves, Documents, Paired
+from pgolf_jax.parity.compare import BLOCKS, Comparison, Curves, Documents, Paired
 from pgolf_jax.runtime.files import replacing, write_text
 
 _FIGURES = {
@@ -70,7 +70,7 @@ def verdict(comparison: Comparison) -> list[str]:
   if curves.floor is not None and len(curves.step) < 50:
     said.append("Few steps are common to both; a script prints more with TRAIN_LOG_EVERY=10.")
   for name, paired in comparison.losses.items():
-    said.append(f"Mean difference of the loss, {name}: {_paired(paired)}.")
+    said.append(f"Mean difference of the loss, {name}: {_paired(paired, ' blocks' if paired.count == BLOCKS else '')}.")
   return said
 
 
@@ -82,11 +82,11 @@ def _signed(value: float) -> str:
   return f"{value:+.2g}"
 
 
-def _paired(paired: Paired, digits: int = 5) -> str:
+def _paired(paired: Paired, unit: str = "") -> str:
   if paired.error is None:
-    return f"{paired.mean:+.{digits}f} (one pair)"
+    return f"{paired.mean:+.5f} (one pair)"
   p = "p < 0.0001" if paired.p < 1e-4 else f"p = {paired.p:.2g}"
-  return f"{paired.mean:+.{digits}f} ± {paired.error:.{digits}f} (n = {paired.count}, {p})"
+  return f"{paired.mean:+.5f} ± {paired.error:.5f} (n = {paired.count}{unit}, {p})"
 
 
 def _stages(c: Comparison) -> str:

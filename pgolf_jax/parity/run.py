@@ -185,7 +185,8 @@ def _forward(case: Case, mesh: Mesh) -> Arrays:
   outputs: Arrays = {}
   for looping in (False, True):
     prefix = f"loop{int(looping)}/"
-    program = _forward_program(config, looping=looping, **segment)
+    # Without loops both passes are one program.
+    program = _forward_program(config, looping=looping and config.num_loops > 0, **segment)
     value, grads, logits_TxV, activations = _call(case, program, params, tokens_BxT1)
     outputs |= {f"{prefix}activations/{name}": x for name, x in activations.items()}
     outputs |= {f"{prefix}logits": logits_TxV, f"{prefix}loss": np.asarray(value)[None]}
@@ -206,16 +207,29 @@ def _forward_program(config: ModelConfig, *, looping: bool, seq_len: int, dtype:
 
   @jax.jit
   def program(params, tokens_BxT1):
-    model, activations = bind(config, params), {}
-
-    def keep(name: str, x_Bx: jax.Array) -> None:
-      activations[name] = x_Bx[0]
-
-    context = packed(tokens_BxT1[:, :-1], bos_id=config.bos_id, **segment)._replace(tap=keep)
-    logits_BxTxV = model.evaluation_logits(model(tokens_BxT1[:, :-1], context).hidden)
-    return *jax.value_and_grad(loss)(params, tokens_BxT1), logits_BxTxV[0], activations
+    return *jax.value_and_grad(loss)(params, tokens_BxT1), *forward_pass(config, params, tokens_BxT1, **segment)
 
   return program
+
+
+def forward_pass(
+  config: ModelConfig, params: Params, tokens_BxT1: jax.Array, *, seq_len: int, looping: bool, dtype
+) -> tuple[jax.Array, Arrays]:
+  """Returns the evaluation logits of a packed row, [T, V], and its activations by name, each [T, …].
+
+  Args:
+    tokens_BxT1: one row of T + 1 tokens.
+    seq_len: longest segment.
+  """
+  model, activations = bind(config, params), {}
+
+  def keep(name: str, x_Bx: jax.Array) -> None:
+    activations[name] = x_Bx[0]
+
+  tokens_BxT = tokens_BxT1[:, :-1]
+  context = packed(tokens_BxT, bos_id=config.bos_id, seq_len=seq_len, looping=looping, dtype=dtype)
+  hidden_BxTxD = model(tokens_BxT, context._replace(tap=keep)).hidden
+  return model.evaluation_logits(hidden_BxTxD)[0], activations
 
 
 def _call(case: Case, program, *arguments):

@@ -74,6 +74,8 @@ def text(report: Report, *, tensors: bool = False) -> str:
   count = len(columns[0].rows)
   types = ", ".join(column.dtype for column in columns)
   title = f"{case.folder.resolve().name}: {case.kind}, {count} tensors, {types}, {report.seconds:.1f} s"
+  if report.floor_of:
+    title += f"; the floor is {report.floor_of if report.floor_of == 'ours' else 'the reference’s'}"
   parts = [_folded(title), _table(report, tensors=tensors)]
   parts += [_folded(line, 2) for column in columns for line in map(_distribution_line(column), column.distributions)]
   parts += [_outcome(column) for column in columns]

@@ -32,10 +32,16 @@ def origin_of(settings: Settings, folder: Path) -> Origin:
   """Returns what tells of the tokenizer and the data of a data folder, with the versions that run here.
 
   Raises:
-    UserError: the folder has no validation split, or a file of it is damaged.
+    UserError: a file of the folder is damaged, or the tokenizer is not the one that it was prepared with.
   """
   manifest, path = Manifest.read(folder), tokenizer_file(settings, folder)
-  tokenizer = sha256_of(path) if path.is_file() else manifest.tokenizer_sha256 if manifest else ""
+  made_with = manifest.tokenizer_sha256 if manifest else ""
+  tokenizer = sha256_of(path) if path.is_file() else made_with
+  if made_with and tokenizer != made_with:
+    raise UserError(
+      f"{path} (sha256 {tokenizer[:8]}) is not the tokenizer that {folder} was prepared with ({made_with[:8]}); give "
+      "that one as data.tokenizer, or prepare the text again."
+    )
   return Origin(
     pgolf_jax=__version__,
     jax=importlib.metadata.version("jax"),
@@ -71,12 +77,12 @@ def require_tokenizer(origin: Origin, artifact: str, sha256: str, pieces: int, w
     artifact: its name, for the message.
     sha256: of the tokenizer; empty if it is not known.
     pieces: of the tokenizer.
-    where: it is, for the message.
+    where: beginning of the message: what has the tokenizer, and a verb.
   """
   has_other_size = origin.pieces > 0 and pieces != origin.pieces
   if has_other_size or ("" not in (sha256, origin.tokenizer) and sha256 != origin.tokenizer):
     raise UserError(
-      f"{where} has a tokenizer of {_pieces(pieces, sha256)}, but {artifact} was made with one of "
+      f"{where} a tokenizer of {_pieces(pieces, sha256)}, but {artifact} was made with one of "
       f"{_pieces(origin.pieces, origin.tokenizer)}; a model knows its own tokens alone, so give that one."
     )
 
@@ -102,7 +108,7 @@ def require_data(
   sha256 = manifest.tokenizer_sha256 if manifest else sha256_of(own) if own.is_file() else ""
   pieces = manifest.vocab_size if manifest else size
   known = origin if origin.pieces else Origin(pieces=size)
-  require_tokenizer(known, artifact, sha256, pieces, str(folder))
+  require_tokenizer(known, artifact, sha256, pieces, f"The text in {folder} was made with")
   if (highest := int(data.tokens.max())) >= size:
     raise UserError(f"{folder} holds token {highest}, but the model of {artifact} has {size:,}; give its own data.")
   if manifest and manifest.is_caseops != settings.data.caseops:
@@ -146,5 +152,5 @@ def find_tokenizer(name: str, artifact: Path | None, given: Path | None, beside:
     named = f" of {_pieces(origin.pieces, origin.tokenizer)}" if origin.tokenizer else ""
     raise NoTokenizer(f"There is no tokenizer in {name} or beside it; give its own{named} with --tokenizer.")
   tokenizer = Tokenizer.load(path)
-  require_tokenizer(origin, name, tokenizer.sha256, tokenizer.vocab_size, str(path))
+  require_tokenizer(origin, name, tokenizer.sha256, tokenizer.vocab_size, f"{path} is")
   return tokenizer

@@ -11,7 +11,7 @@ from pgolf_jax.report import statistics, style
 from pgolf_jax.report.documents import in_order_of
 from pgolf_jax.report.gather import Absent, RunData
 from pgolf_jax.report.statistics import REFERENCE, Difference, Rules, Summary
-from pgolf_jax.report.style import FULL, INK, MUTED, SERIES, SOFT, Plot, Table, canvas
+from pgolf_jax.report.style import FULL, INK, MUTED, SERIES, SOFT, Plot, Table, canvas, figure
 from pgolf_jax.settings.load import differences
 
 Runs = Sequence[RunData]
@@ -189,6 +189,7 @@ def document_scores(first: Group, second: Group) -> tuple[np.ndarray, np.ndarray
   return means[0], means[1]
 
 
+@figure("Seed by seed")
 def seeds(runs: Runs) -> Plot:
   """The last score of every run, with the mean of each group and its 95 % interval."""
   found = compare(runs)
@@ -197,7 +198,7 @@ def seeds(runs: Runs) -> Plot:
   ]
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 1.15 + 0.62 * len(found.groups))
+    drawing, (axes,) = canvas(width, 1.15 + 0.62 * len(found.groups))
     for row, (group, summary) in enumerate(zip(found.groups, found.summaries, strict=True)):
       color = SERIES[row % len(SERIES)]
       if summary.half_width is not None:
@@ -219,7 +220,7 @@ def seeds(runs: Runs) -> Plot:
     axes.margins(x=0.08)
     axes.set_xlabel(f"bits per byte {what}; the numbers are seeds")
     style.only_vertical_grid(axes)
-    return figure
+    return drawing
 
   best = min(zip(found.summaries, found.groups, strict=True), key=lambda both: both[0].mean)
   caption = f"{best[1].label}: {best[0].mean:.4f} bits per byte on average"
@@ -230,9 +231,10 @@ def seeds(runs: Runs) -> Plot:
     for group in found.groups
     for run in group.runs
   ]
-  return Plot("seeds", "Seed by seed", caption + ".", draw, Table(("run", "seed", "set", "bits per byte"), rows), True)
+  return Plot("seeds", caption + ".", draw, Table(("run", "seed", "set", "bits per byte"), rows), True)
 
 
+@figure("Document by document")
 def paired(runs: Runs) -> Plot:
   """Differences by document from the baseline."""
   groups = grouped(runs)
@@ -246,7 +248,7 @@ def paired(runs: Runs) -> Plot:
   count = len(order)
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.4)
+    drawing, (axes,) = canvas(width, 3.4)
     for (label, gap), color in zip(gaps.items(), SERIES[1:] * len(gaps), strict=False):
       if count <= 60:
         axes.plot(np.arange(count), gap[order], "o", color=color, ms=6, label=label)
@@ -266,11 +268,11 @@ def paired(runs: Runs) -> Plot:
     axes.set_ylabel(f"bits per byte, less {ordered[0].label}")
     style.only_horizontal_grid(axes)
     style.legend_above(axes)
-    return figure
+    return drawing
 
   said = "; ".join(
     f"{label} is better on {int((gap < 0).sum()):,} of {count:,} documents" for label, gap in gaps.items()
   )
   caption = f"Below zero is better than {ordered[0].label}: {said}."
   rows = [(int(base.index[k]), *(float(gap[k]) for gap in gaps.values())) for k in order][:1000]
-  return Plot("paired", "Document by document", caption, draw, Table(("document", *gaps), rows), True)
+  return Plot("paired", caption, draw, Table(("document", *gaps), rows), True)

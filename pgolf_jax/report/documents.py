@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from pgolf_jax.report import style
 from pgolf_jax.report.gather import Absent, Documents, RunData
-from pgolf_jax.report.style import FULL, INK, MUTED, SERIES, SOFT, Plot, Table, canvas
+from pgolf_jax.report.style import FULL, INK, MUTED, SERIES, SOFT, Plot, Table, canvas, figure
 
 Runs = Sequence[RunData]
 
@@ -43,6 +43,7 @@ def in_order_of(documents: Documents, index: np.ndarray) -> Documents | None:
   return Documents(*(None if column is None else column[order] for column in documents))
 
 
+@figure("By length of the document")
 def length(runs: Runs) -> Plot:
   """Bits per byte of each document by its length, or of many documents by bins of length."""
   documents = mean_documents(runs)
@@ -60,7 +61,7 @@ def length(runs: Runs) -> Plot:
     return [documents.bpb(nats)[bins == b] for b in used]
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.6)
+    drawing, (axes,) = canvas(width, 3.6)
     if is_few:
       if before is not None:
         axes.vlines(size, bpb, before, color=SOFT, lw=1.2)
@@ -87,7 +88,7 @@ def length(runs: Runs) -> Plot:
     style.only_horizontal_grid(axes)
     if before is not None or not is_few:
       style.legend_above(axes, columns=2)
-    return figure
+    return drawing
 
   hardest, easiest = int(bpb.argmax()), int(bpb.argmin())
   caption = (
@@ -97,9 +98,10 @@ def length(runs: Runs) -> Plot:
   rows = [(int(i), int(b), float(y), None if before is None else float(before[k]))
           for k, (i, b, y) in enumerate(zip(documents.index, size, bpb, strict=True))][:1000]  # fmt: skip
   head = ("document", "bytes", "bits per byte", "artifact alone")
-  return Plot("length", "By length of the document", caption, draw, Table(head, rows))
+  return Plot("length", caption, draw, Table(head, rows))
 
 
+@figure("By position in the document")
 def position(runs: Runs) -> Plot:
   """Bits per byte by the place in the document."""
   found = [run for run in runs if run.position is not None] or [runs[0].need("position")]
@@ -114,7 +116,7 @@ def position(runs: Runs) -> Plot:
   middle = np.sqrt(np.maximum(first.first, 8) * first.end)
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.6)
+    drawing, (axes,) = canvas(width, 3.6)
     for (label, y), color, marker in zip(
       curves.items(), (SERIES[1], SERIES[0], SERIES[2])[-len(curves) :], "sDo"[-len(curves) :], strict=True
     ):
@@ -125,7 +127,7 @@ def position(runs: Runs) -> Plot:
     axes.set_ylabel("bits per byte")
     style.only_horizontal_grid(axes)
     style.legend_above(axes, columns=3)
-    return figure
+    return drawing
 
   y = curves["learning and hints"]
   caption = f"The first {first.end[0]:,} tokens of a document cost {y[0]:.3f} bits per byte"
@@ -139,9 +141,10 @@ def position(runs: Runs) -> Plot:
     (int(a), int(b), *(float(c[k]) for c in curves.values()))
     for k, (a, b) in enumerate(zip(first.first, first.end, strict=True))
   ]
-  return Plot("position", "By position in the document", caption, draw, Table(("from token", "to", *curves), rows))
+  return Plot("position", caption, draw, Table(("from token", "to", *curves), rows))
 
 
+@figure("What test-time training brings")
 def gain(runs: Runs) -> Plot:
   """What learning and hints bring to each document over the artifact alone, the most first."""
   documents = mean_documents(runs)
@@ -156,7 +159,7 @@ def gain(runs: Runs) -> Plot:
   count = len(whole)
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.4)
+    drawing, (axes,) = canvas(width, 3.4)
     x = np.arange(count)
     if count <= _FEW:
       bottoms = np.where(np.sign(learning) == np.sign(hints), learning, 0.0)
@@ -187,7 +190,7 @@ def gain(runs: Runs) -> Plot:
     if count <= _FEW:
       axes.legend(axes.patches[:2], ["learning", "hints"], loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2,
                   borderaxespad=0.2, handlelength=1.0)  # fmt: skip
-    return figure
+    return drawing
 
   better = int((whole > 0).sum())
   bits = np.log(2) * documents.text_bytes.sum()
@@ -198,11 +201,10 @@ def gain(runs: Runs) -> Plot:
     f"{style.signed(mean)} over all bytes."
   )
   rows = [(int(n), float(a), float(b)) for n, a, b in zip(names, learning, hints, strict=True)][:1000]
-  return Plot(
-    "gain", "What test-time training brings", caption, draw, Table(("document", "learning", "hints"), rows), True
-  )
+  return Plot("gain", caption, draw, Table(("document", "learning", "hints"), rows), True)
 
 
+@figure("Hints and their hits")
 def hints(runs: Runs) -> Plot:
   """How many targets had a hint and how often it was right, in the order of scoring."""
   documents = mean_documents(runs)
@@ -219,7 +221,7 @@ def hints(runs: Runs) -> Plot:
   is_each = len(pieces) == len(documents.index)
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.1)
+    drawing, (axes,) = canvas(width, 3.1)
     x = np.arange(1, len(pieces) + 1)
     right_bars = axes.bar(x, hits / targets, 0.72, color=SERIES[2], label="right")
     wrong_bars = axes.bar(x, (some - hits) / targets, 0.72, bottom=hits / targets, color=SERIES[1], label="wrong")
@@ -233,7 +235,7 @@ def hints(runs: Runs) -> Plot:
     axes.tick_params(axis="x", labelcolor=INK)
     style.only_horizontal_grid(axes)
     style.legend_above(axes, columns=2)
-    return figure
+    return drawing
 
   saved = documents.nats_untilted.sum() - documents.nats.sum()
   bits = saved / np.log(2) / documents.text_bytes.sum()
@@ -243,4 +245,4 @@ def hints(runs: Runs) -> Plot:
   )
   rows = [(k + 1, int(t), float(n), float(h)) for k, (t, n, h) in enumerate(zip(targets, some, hits, strict=True))]
   head = ("document" if is_each else "part", "targets", "hints", "right")
-  return Plot("hints", "Hints and their hits", caption, draw, Table(head, rows), True)
+  return Plot("hints", caption, draw, Table(head, rows), True)

@@ -14,7 +14,7 @@ from pgolf_jax.report import style
 from pgolf_jax.report.compare import strokes
 from pgolf_jax.report.gather import Absent, RunData, step_flops, step_seconds
 from pgolf_jax.report.statistics import REFERENCE
-from pgolf_jax.report.style import FULL, INK, MUTED, SERIES, SOFT, Plot, Table, canvas
+from pgolf_jax.report.style import FULL, INK, MUTED, SERIES, SOFT, Plot, Table, canvas, figure
 
 Runs = Sequence[RunData]
 
@@ -41,6 +41,7 @@ def nats_to_bpb(runs: Runs) -> float | None:
   return known[0][0] / known[0][1] / math.log(2) if known else None
 
 
+@figure("Loss and bits per byte")
 def loss(runs: Runs) -> Plot:
   """Training loss by step, with the scores of the stages beside its end."""
   shown = having(runs, "curves")
@@ -53,7 +54,7 @@ def loss(runs: Runs) -> Plot:
   last = max(run.curves.step[-1] for run in shown)
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.9 if width == FULL else 3.4)
+    drawing, (axes,) = canvas(width, 3.9 if width == FULL else 3.4)
     for run, (color, name) in zip(shown, strokes(shown), strict=True):
       if len(shown) <= 3:
         axes.plot(_binned(run.curves.step, 900), _binned(run.curves.loss, 900), color=color, alpha=0.22, lw=0.9)
@@ -80,7 +81,7 @@ def loss(runs: Runs) -> Plot:
       right.set_ylabel("bits per byte")
       right.spines["right"].set_visible(False)
     style.legend_above(axes, columns=4 if width == FULL else 2)
-    return figure
+    return drawing
 
   first, end = shown[0].curves.loss[0], float(np.mean([smooth[run.name][1][-1] for run in shown]))
   caption = f"The training loss of {_many(shown, 'this run')} falls from {first:.2f} to {end:.2f} nats per token"
@@ -88,9 +89,7 @@ def loss(runs: Runs) -> Plot:
   if factor:
     whose = "its" if len(shown) == 1 else "their"
     caption += f"; the marks at the right are {whose} scores on the validation text, whose bytes the right axis counts"
-  return Plot(
-    "loss", "Loss and bits per byte", caption + ".", draw, Table(("run", "step", "nats per token"), rows), True
-  )
+  return Plot("loss", caption + ".", draw, Table(("run", "step", "nats per token"), rows), True)
 
 
 _STAGE_COLORS = {"plain": SERIES[3], "artifact": SERIES[1], "ttt": SERIES[2]}
@@ -100,6 +99,7 @@ def _many(runs: Runs, one: str) -> str:
   return one if len(runs) == 1 else f"the {len(runs)} runs"
 
 
+@figure("Learning rate and sequence length")
 def schedule(runs: Runs) -> Plot:
   """The factor on the learning rates, Muon's momentum, and the longest segment, by step."""
   run = having(runs, "curves")[0]
@@ -108,7 +108,7 @@ def schedule(runs: Runs) -> Plot:
   began = np.flatnonzero(curves.looping > 0)
 
   def draw(width: float):
-    figure, (top, bottom) = canvas(width, 3.6, rows=2, height_ratios=[3, 2])
+    drawing, (top, bottom) = canvas(width, 3.6, rows=2, height_ratios=[3, 2])
     top.plot(curves.step, curves.lr_scale, color=SERIES[0], label="factor on the learning rates")
     if np.isfinite(curves.momentum).any():
       top.plot(curves.step, curves.momentum, color=SERIES[3], lw=1.2, label="Muon’s momentum")
@@ -129,7 +129,7 @@ def schedule(runs: Runs) -> Plot:
     style.legend_above(top, columns=2)
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     style.short_ticks(bottom.xaxis)
-    return figure
+    return drawing
 
   lengths = " to ".join(f"{int(curves.seq_len[i]):,}" for i in changes)
   loops = f"; layers loop from step {int(curves.step[began[0]]):,}" if len(began) else ""
@@ -137,14 +137,14 @@ def schedule(runs: Runs) -> Plot:
     f"Segments grow from {lengths} tokens{loops}." if len(changes) > 1 else f"Segments of {lengths} tokens{loops}."
   )
   rates = run.settings.optimizer
-  caption += f" At factor 1 matrices learn at {rates.matrix_lr:g}, embeddings at {rates.embed_lr:g}, scalars at "
-  caption += f"{rates.scalar_lr:g}."
+  caption += f" At factor 1: matrices {rates.matrix_lr:g}, embeddings {rates.embed_lr:g}, scalars {rates.scalar_lr:g}."
   rows = [(int(curves.step[i]), float(curves.lr_scale[i]), int(curves.seq_len[i]), bool(curves.looping[i]))
           for i in np.unique(np.linspace(0, len(curves.step) - 1, min(60, len(curves.step))).astype(int))]  # fmt: skip
   head = ("step", "factor on the learning rates", "longest segment", "looping")
-  return Plot("schedule", "Learning rate and sequence length", caption, draw, Table(head, rows))
+  return Plot("schedule", caption, draw, Table(head, rows))
 
 
+@figure("Tokens per second and MFU")
 def throughput(runs: Runs) -> Plot:
   """Tokens per second of the training clock, and the model's operations against the device's peak."""
   shown = having(runs, "curves")
@@ -163,7 +163,7 @@ def throughput(runs: Runs) -> Plot:
   unit = peak.flops_per_s if peak else 1.0
 
   def draw(width: float):
-    figure, (top, bottom) = canvas(width, 3.6, rows=2)
+    drawing, (top, bottom) = canvas(width, 3.6, rows=2)
     for run, (color, _) in zip(shown, strokes(shown), strict=True):
       step, rate, work = lines[run.name]
       top.plot(step, rate, color=color)
@@ -181,7 +181,7 @@ def throughput(runs: Runs) -> Plot:
       bottom.set_title("the model’s FLOP/s on one device", color=MUTED)
     bottom.set_xlabel("step")
     style.short_ticks(bottom.xaxis)
-    return figure
+    return drawing
 
   mean = float(np.mean([run.settings.train.batch_tokens / np.nanmean(step_seconds(run.curves)) for run in shown]))
   work = float(np.mean([_mean_rate(run) for run in shown]))
@@ -194,7 +194,7 @@ def throughput(runs: Runs) -> Plot:
     caption += f"{rate} of the model on one device; the peak rate of {device} is not known, so that no MFU is given."
   caption += " A step counts as three forward passes: two operations a multiply-add of matrices, head and attention."
   head = ("run", "step", "tokens per second", "model FLOP/s of one device")
-  return Plot("throughput", "Tokens per second and MFU", caption, draw, Table(head, rows))
+  return Plot("throughput", caption, draw, Table(head, rows))
 
 
 def _mean_rate(run: RunData) -> float:
@@ -204,6 +204,7 @@ def _mean_rate(run: RunData) -> float:
   return float(work[known].sum() / seconds[known].sum())
 
 
+@figure("The score, stage by stage")
 def stages(runs: Runs) -> Plot:
   """Bits per byte from stage to stage."""
   shown = [run for run in runs if run.final_stage]
@@ -219,7 +220,7 @@ def stages(runs: Runs) -> Plot:
   rungs = [name for name in names if any(name in ladder for ladder in scores.values())]
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 3.9)
+    drawing, (axes,) = canvas(width, 3.9)
     for run, (color, name) in zip(shown, strokes(shown), strict=True):
       ladder = scores[run.name]
       x = [rungs.index(name) for name in ladder]
@@ -241,7 +242,7 @@ def stages(runs: Runs) -> Plot:
     style.only_horizontal_grid(axes)
     if len(shown) > 1:
       style.legend_above(axes, columns=2)
-    return figure
+    return drawing
 
   means = {name: float(np.mean([ladder[name] for ladder in scores.values() if name in ladder])) for name in rungs}
   parts = []
@@ -254,7 +255,7 @@ def stages(runs: Runs) -> Plot:
   said = (", ".join(parts) + " bits per byte.") if parts else f"{means[rungs[0]]:.4f} bits per byte so far."
   rows = [(run.name, *(scores[run.name].get(name) for name in rungs)) for run in shown]
   head = ("run", *(names[name].replace("\n", " ") for name in rungs))
-  return Plot("stages", "The score, stage by stage", said[0].upper() + said[1:], draw, Table(head, rows))
+  return Plot("stages", said[0].upper() + said[1:], draw, Table(head, rows))
 
 
 def _ladder(run: RunData) -> dict[str, float]:
@@ -292,6 +293,7 @@ def periods(run: RunData) -> list[tuple[str, float, str]]:
   return found
 
 
+@figure("Where the time went")
 def times(runs: Runs) -> Plot:
   """What took how long, one bar after the other as they ran."""
   done = {run.name: periods(run) for run in runs if periods(run)}
@@ -305,7 +307,7 @@ def times(runs: Runs) -> Plot:
   total = sum(mean.values())
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 0.62 + 0.29 * len(names))
+    drawing, (axes,) = canvas(width, 0.62 + 0.29 * len(names))
     began = 0.0
     for row, name in enumerate(names):
       bars = axes.barh(row, mean[name], left=began, height=0.66, color=colors[clocks[name]])
@@ -324,7 +326,7 @@ def times(runs: Runs) -> Plot:
     used = [clock for clock in colors if clock in clocks.values()]
     axes.legend([Patch(color=colors[clock]) for clock in used], used, loc="lower left", bbox_to_anchor=(-0.01, 1.0),
                 ncols=len(used) if width == FULL else 2, borderaxespad=0.2, handlelength=1.0)  # fmt: skip
-    return figure
+    return drawing
 
   longest = max(mean, key=mean.get)
   inside = {clock: sum(mean[name] for name in names if clocks[name] == clock) for clock in (TRAINING, EVALUATION)}
@@ -332,7 +334,7 @@ def times(runs: Runs) -> Plot:
   average = " (means of the runs)" if len(done) > 1 else ""
   caption = f"{style.duration(total)} in all{average}, most of it to {longest}; {counted or 'none on a clock'}."
   rows = [(run, name, seconds, clock) for run, parts in done.items() for name, seconds, clock in parts]
-  return Plot("times", "Where the time went", caption, draw, Table(("run", "what", "seconds", "clock"), rows), True)
+  return Plot("times", caption, draw, Table(("run", "what", "seconds", "clock"), rows), True)
 
 
 _WORDS = {
@@ -345,6 +347,7 @@ _WORDS = {
 _FORMS = {"grid": (SERIES[0], "quantised"), "half": (SERIES[3], "fp16")}
 
 
+@figure("Bytes by tensor")
 def sizes(runs: Runs) -> Plot:
   """Bytes of the artifact by kind of tensor, with bits per value."""
   shown = having(runs, "streams")
@@ -371,7 +374,7 @@ def sizes(runs: Runs) -> Plot:
   bars += [("code", code, None, SERIES[4])] if code else []
 
   def draw(width: float):
-    figure, (axes,) = canvas(width, 0.95 + 0.3 * len(bars))
+    drawing, (axes,) = canvas(width, 0.95 + 0.3 * len(bars))
     for row, (name, size, bits, color) in enumerate(bars):
       bar = axes.barh(row, size, height=0.66, color=color)
       style.tip(bar[0], f"{name}: {size:,} bytes" + (f", {bits:.2f} bits a value" if bits else ""))
@@ -387,11 +390,11 @@ def sizes(runs: Runs) -> Plot:
     forms = [form for form in _FORMS.values() if form[0] in {color for *_, color in bars}]
     axes.legend([Patch(color=color) for color, _ in forms], [name for _, name in forms], loc="lower left",
                 bbox_to_anchor=(-0.01, 1.0), ncols=2, borderaxespad=0.2, handlelength=1.0)  # fmt: skip
-    return figure
+    return drawing
 
   budget = run.settings.quantize.budget_bytes
   whose = f" ({run.name})" if len(runs) > 1 else ""
   caption = f"{total:,} bytes of artifact{whose}" + (f" and {code:,} of code" if code else "")
   caption += f" take {100 * (total + code) / budget:.1f} % of the {budget:,} allowed; “bits” are per stored value."
   rows = [(stream.name, stream.num_bytes, stream.values) for stream in streams] + ([("code", code, 0)] if code else [])
-  return Plot("bytes", "Bytes by tensor", caption, draw, Table(("stream", "bytes", "values"), rows))
+  return Plot("bytes", caption, draw, Table(("stream", "bytes", "values"), rows))

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from pgolf_jax.audit.verdict import rules
-from pgolf_jax.errors import UserError
+from pgolf_jax.errors import UserError, checks_summary
 from pgolf_jax.report import PAGE, compare, documents, figures, statistics, style
 from pgolf_jax.report.compare import Comparison
 from pgolf_jax.report.gather import Absent, RunData, gather
@@ -26,20 +26,6 @@ from pgolf_jax.settings.load import differences
 MOST_BYTES = 2_000_000
 """Of the page."""
 
-_TITLES = {
-  compare.seeds: "Seed by seed",
-  compare.paired: "Document by document",
-  figures.loss: "Loss and bits per byte",
-  figures.schedule: "Learning rate and sequence length",
-  figures.throughput: "Tokens per second and MFU",
-  figures.stages: "The score, stage by stage",
-  figures.sizes: "Bytes by tensor",
-  figures.times: "Where the time went",
-  documents.gain: "What test-time training brings",
-  documents.length: "By length of the document",
-  documents.position: "By position in the document",
-  documents.hints: "Hints and their hits",
-}
 _SECTIONS = (
   ("Score", (figures.stages, figures.sizes)),
   ("Training", (figures.loss, figures.schedule, figures.throughput)),
@@ -89,7 +75,7 @@ def plots(runs: Sequence[RunData]) -> tuple[list[tuple[str, list[Plot]]], list[t
       try:
         members.append(function(runs))
       except Absent as reason:
-        left_out.setdefault(_sentence(str(reason).removeprefix(known)), []).append(_TITLES[function])
+        left_out.setdefault(_sentence(str(reason).removeprefix(known)), []).append(function.title)
     if members:
       sections.append((title, members))
   return sections, [("; ".join(titles), reason) for reason, titles in left_out.items()]
@@ -224,10 +210,8 @@ def verdict_of(runs: Sequence[RunData]) -> VerdictWords:
   if unproved := list({name: None for one in reached for name in one.unproved}):
     more = f" and {len(unproved) - 3} more" if len(unproved) > 3 else ""
     return VerdictWords("unproved", "Not proved", f"the audit could not prove {', '.join(unproved[:3])}{more}")
-  count = sum(len(run.checks) for run in runs)
-  return VerdictWords(
-    "legal", "Legal", f"all {count} checks of the audit hold: everything that the rules require is proved"
-  )
+  summary = checks_summary([check for run in runs for check in run.checks])
+  return VerdictWords("legal", "Legal", f"{summary}; everything that the rules require is proved")
 
 
 def lead(runs: Sequence[RunData]) -> str:

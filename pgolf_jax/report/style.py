@@ -1,5 +1,6 @@
 """How figures look: their colours, which follow the page from light to dark, their sizes, and their SVG and PNG."""
 
+import functools
 import html
 import io
 import re
@@ -44,14 +45,29 @@ class Plot(NamedTuple):
     draw: draws it at a width in inches; returns the figure.
     table: its numbers.
     is_full: whether it takes the page's whole width; it is then drawn for a phone too.
+    title: as `figure` gives it.
   """
 
   name: str
-  title: str
   caption: str
   draw: Callable[[float], Figure]
   table: Table
   is_full: bool = False
+  title: str = ""
+
+
+def figure(title: str) -> Callable[[Callable[..., Plot]], Callable[..., Plot]]:
+  """Gives a function that makes a plot its title, which the page names where the plot is left out."""
+
+  def entitled(function: Callable[..., Plot]) -> Callable[..., Plot]:
+    @functools.wraps(function)
+    def make(runs: Sequence) -> Plot:
+      return function(runs)._replace(title=title)
+
+    make.title = title
+    return make
+
+  return entitled
 
 
 def settings() -> dict:

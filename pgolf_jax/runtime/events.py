@@ -11,10 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
-
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.log import log
 
@@ -81,6 +77,11 @@ class Events(Sink):
     super().__init__(folder, "TensorBoard events")
 
   def _write_all(self) -> None:
+    # The package loads PyTorch where that is installed, which takes longer than the rest of a verb's start.
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter
+    from tensorboardX.summary import scalar
+
     self._folder.mkdir(parents=True, exist_ok=True)
     path = self._folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
     writer = RecordWriter(str(path))

@@ -138,11 +138,11 @@ def build(
 
 
 def _fill(folder: Path, data: bytes, contents: Contents) -> Account:
-  whole, code = read(data), bundle.code()
-  config = whole.config
+  whole = read(data)
   if contents.tokenizer:
     model = Tokenizer.load(contents.tokenizer)
-    require_tokenizer(whole.origin, "the artifact", model.sha256, model.vocab_size, str(contents.tokenizer))
+    require_tokenizer(whole.origin, "the artifact", model.sha256, model.vocab_size, f"{contents.tokenizer} is")
+  config, code = whole.config, bundle.code()
   settings = from_dict(config, where="the artifact's config")
   tokenizer = contents.tokenizer.stat().st_size if contents.tokenizer else 0
   account = count(data, code, budget=settings.quantize.budget_bytes, tokenizer=tokenizer)

@@ -7,6 +7,7 @@ G ranks of a device, M micro-batches of a rank.
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -157,7 +158,8 @@ class TrainStep:
   @property
   def shared(self) -> "TrainStep":
     """The step of all runs of this process whose settings have one `structure`; it keeps what is compiled."""
-    return _shared(structure(self.settings), self.mesh)
+    with _sharing:  # programs are compiled by several threads at once
+      return _shared(structure(self.settings), self.mesh)
 
   @functools.cached_property
   def _programs(self) -> dict[tuple[int, bool], jax.stages.Compiled]:
@@ -225,6 +227,9 @@ def structure(settings: Settings) -> Settings:
     optimizer=kept(settings.optimizer, ["muon_steps", "muon_row_normalize", "muon_dtype", "clip_scope"]),
     train=kept(settings.train, ["batch_tokens", "micro_batches", "world_size", "compute_dtype"]),
   )
+
+
+_sharing = threading.Lock()
 
 
 @functools.lru_cache(maxsize=4)

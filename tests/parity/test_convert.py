@@ -14,6 +14,7 @@ import ttt_case
 from ttt_case import random_documents, random_params
 
 from pgolf_jax import stages
+from pgolf_jax.audit import evidence
 from pgolf_jax.cli import main
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
@@ -180,6 +181,12 @@ def test_a_run_folder_has_the_weights_in_float32(run, tmp_path):
   torch.save(state_dict(parameters.SOFTCAPS), tmp_path / "as-it-was.pt")
   assert_same(tmp_path / "back.pt", tmp_path / "as-it-was.pt")
   assert sorted(p.name for p in run.path.parent.iterdir()) == ["a.pt", "data", "run"]
+
+
+def test_an_audit_says_that_the_training_was_elsewhere(run):
+  clock = next(check for check in evidence.clocks(run.results(), run.settings) if check.name == "clock: training")
+  for check in (clock, evidence.training_log(run)):
+    assert check.passed is None and "trained elsewhere" in check.finding
 
 
 def test_a_run_folder_is_scored_and_quantised(run, capsys):

@@ -78,6 +78,9 @@ class Layers(TorchGPT):
   def __init__(self, config: ModelConfig, params: dict[str, nn.Parameter]):
     self.config, self.dtype, self.params = config, torch.bfloat16, params
 
+  def _angles(self, lengths):
+    return super()._angles((sum(lengths),))  # positions count from the beginning of the row
+
   def _attention(self, p, n, layer, angles, lengths):
     m = self.config
     n = n.bfloat16()

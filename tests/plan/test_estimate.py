@@ -12,7 +12,6 @@ from pgolf_jax.settings.load import changed, from_toml
 
 NO_TTT = {"ttt.enabled": False}
 RECORD, ONE, DEMO = "record_8xh100", "record_1xgpu", "demo"
-EXACT = {"ttt.method": "exact"}
 PHASE = {"ttt.phase.prefix_docs": 7, "ttt.phase.chunk_tokens": 4096}
 
 
@@ -21,16 +20,16 @@ def kind_of_tpu(count, kind="TPU v5 lite"):
 
 
 # Config, further settings, topology → GiB of a device that each program took, compiled for it (docs/log.md; H100s by
-# jax 0.12.0.1, the RTX 4090 by 0.10.2).
+# jax 0.12.0.1, T4 and RTX 4090 by 0.10.2).
 COMPILED = [
   (RECORD, NO_TTT, "h100:8", [34.8]),
-  (DEMO, PHASE, "rtx4090", [0.17, 0.29, 0.32]),
   ("gpu_16gb", NO_TTT, "t4", [4.63]),
-  ("gpu_24gb", NO_TTT, "rtx4090", [10.35]),
 ]
 SLOW = [
   (RECORD, {}, "h100:8", [34.8, 2.7, 2.7]),
   (ONE, {}, "h100:1", [35.1, 19.2, 18.7]),
+  (DEMO, PHASE, "rtx4090", [0.17, 0.29, 0.32]),
+  ("gpu_24gb", NO_TTT, "rtx4090", [10.35]),
 ]
 ON_TPUS = [("v5e_8", NO_TTT, kind_of_tpu(8), [10.3]), (RECORD, NO_TTT, kind_of_tpu(4, "TPU v5"), [72.2])]
 

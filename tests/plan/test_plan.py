@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pgolf_jax import plan
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import peaks
@@ -257,17 +258,14 @@ def test_an_estimate_is_said_to_be_one_and_memory_decides(no_cuda_plugin):
   found = examine(step, topology)
   text = report(found, topology)
   assert found.fits and "of 14.9 GiB a device, fits" in text and "estimated from the trace" in text
-  size = sum(found.memory.values())
-  for memory, fits, words in (
-    (2 * size, True, "fits"),
-    (size, None, "may not fit"),
-    (size // 2, False, "DOES NOT FIT"),
-  ):
-    chip = dataclasses.replace(topology.chip, memory=memory)
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setitem(hardware.CHIPS, topology.kind, chip)
-      found = examine(step, topology)
-      assert found.fits is fits and f"a device, {words} (" in report(found, topology)
+  size = topology.chip.memory
+  for estimated, fits, words in ((size // 2, True, "fits"), (size, None, "may not fit"), (2 * size, False, "DOES NOT")):
+    assert plan._may_fit(estimated, topology) is fits
+    changed = dataclasses.replace(found, memory={"temporaries": estimated}, fits=fits)
+    assert f"a device, {words}" in report(changed, topology)
+  assert "set XLA_CLIENT_MEM_FRACTION=0.95" in report(
+    dataclasses.replace(found, memory={"temporaries": int(0.8 * size)}, fits=True), topology
+  )
 
 
 def test_the_verb_prints_a_table(no_cuda_plugin, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib", reason="reports need matplotlib (pip install '
 pytest.importorskip("jinja2", reason="reports need Jinja2 (pip install 'pgolf_jax[report]')")
 
 from pgolf_jax import report
+from pgolf_jax.audit.verdict import rules
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.report import compare, documents, figures, page
@@ -139,6 +140,23 @@ def test_each_stage_adds_its_figures(folder, data, tmp_path, until, missing):
   ]
 
 
+def test_the_verdict_is_that_of_the_rules_whatever_the_results_say(data):
+  run = data("seed42")[0]
+  assert page.verdict_of([run]).state == "unproved"  # most checks were not made
+
+  def audited(*checks):
+    made = [{"name": name, "passed": passed, "finding": "as found"} for name, passed in checks]
+    return dataclasses.replace(run, results={**run.results, "audit": {"checks": made, "is_legal": True}})
+
+  required = [(name, True) for name in rules().required]
+  assert page.verdict_of([audited(*required)]).state == "legal"
+  extra = page.verdict_of([audited(*required, ("the printed table", None))])
+  assert extra.state == "legal" and f"{len(required)} of {len(required) + 1} checks hold; 1 not proved" in extra.text
+  broken = audited(*required[1:], (required[0][0], False))
+  found = page.verdict_of([audited(*required), broken])
+  assert found.state == "broken" and required[0][0] in found.text
+
+
 def test_numbers_of_training(data):
   run = data("seed42")[0]
   rows = figures.throughput([run]).table.rows
@@ -154,7 +172,9 @@ def test_numbers_of_training(data):
   assert step_flops(run)[0] == pytest.approx(
     3 * 512 * (one_token + attention + head)
   )  # 512 tokens on each of 2 devices
-  assert figures.schedule([run]).caption.startswith("Segments grow from 32 to 64 tokens; layers loop from step 21. At")
+  assert figures.schedule([run]).caption.startswith(
+    "Segments grow from 32 to 64 tokens; layers loop from step 21. Matrices"
+  )
   assert [row[2] for row in figures.schedule([run]).table.rows] == [32] * 20 + [64] * 20
   unknown = dataclasses.replace(run, device="cpu")
   assert "the peak rate of cpu is not known" in figures.throughput([unknown]).caption

@@ -68,12 +68,14 @@ def test_what_a_program_is_made_from_is_not_shared(mesh, name, value):
 
 
 def test_a_sweep_compiles_once(tmp_path, data, mesh):  # noqa: F811
+  """Two programs, which two threads compile at once."""
+  two_lengths = changed(ONE, {"train.seq_schedule": (LengthStage(16, 0.4), LengthStage(32, 1.0))})
   forget_programs()
   losses, counts = [], []
   # The first values are drawn by a program of their own.
   numbers = {name: value for name, value in NUMBERS.items() if not name.startswith("model.")}
   for number, changes in enumerate([{}, numbers, {"optimizer.matrix_lr": 0.05}]):
-    run = RunFolder(tmp_path / str(number), changed(ONE, changes))
+    run = RunFolder(tmp_path / str(number), changed(two_lengths, changes))
     before = compilations()
     state, result = Trainer(run, mesh, data).train()
     jax.block_until_ready(state)
