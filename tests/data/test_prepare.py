@@ -343,9 +343,9 @@ def test_too_few_documents(docs, lossless, tmp_path):
 def test_settings_that_make_no_sense(docs, lossless, train_other):
   with pytest.raises(UserError, match="600 pieces where 8192"):
     Preparation(docs, None, Holdout(1), lossless, 8192)
-  with pytest.raises(UserError, match="at least 1"):
+  with pytest.raises(UserError, match="--shard-tokens 0 must be 1 or more"):
     plan(docs, lossless, shard_tokens=0)
-  with pytest.raises(UserError, match="at least 1"):
+  with pytest.raises(UserError, match="--val-docs 0 must be 1 or more"):
     Holdout(0)
   with pytest.raises(UserError, match="no pieces for the CaseOps markers"):
     plan(docs, train_other(model_type="bpe", byte_fallback=True))
