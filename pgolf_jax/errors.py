@@ -46,6 +46,16 @@ _OF_THE_SYSTEM = {
 }
 
 
+def no_device() -> str:
+  """Returns the sentence for a device that JAX cannot find."""
+  wanted = os.environ.get("JAX_PLATFORMS", "")
+  asked = f"JAX_PLATFORMS={wanted} asks for a device that is not here" if wanted else "JAX finds no device"
+  return (
+    f"{asked}; unset JAX_PLATFORMS to take what there is, or install what the device needs "
+    "(pip install 'pgolf_jax[cuda13]' or 'pgolf_jax[tpu]'); `pgolf doctor` says what is missing."
+  )
+
+
 def of_the_system(error: BaseException | None) -> str | None:
   """Returns the sentence for an error of the operating system or of the device; None for any other error.
 
@@ -65,12 +75,7 @@ def of_the_system(error: BaseException | None) -> str | None:
         "(`pgolf plan CONFIG` says what a config needs)."
       )
     if "nable to initialize backend" in text or "nknown backend" in text:
-      wanted = os.environ.get("JAX_PLATFORMS", "")
-      asked = f"JAX_PLATFORMS={wanted} asks for a device that is not here" if wanted else "JAX finds no device"
-      return (
-        f"{asked}; unset JAX_PLATFORMS to take what there is, or install what the device needs "
-        "(pip install 'pgolf_jax[cuda13]' or 'pgolf_jax[tpu]')."
-      )
+      return no_device()
     error = error.__cause__ or error.__context__
   return None
 

@@ -44,7 +44,7 @@ from pgolf_jax.runtime.files import (
   write_json_lines,
   write_text,
 )
-from pgolf_jax.runtime.log import log
+from pgolf_jax.runtime.log import log, progress
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import differences, from_toml, to_dict
 
@@ -282,8 +282,12 @@ def _hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
   """Returns path below `folder` (or name) → SHA-256, for those paths that are files; several are read at once."""
   paths = [path for path in paths if path.is_file()]
   names = [str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name for path in paths]
-  with ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(_file_hash, paths), strict=True))
+  hashes = {}
+  with progress("looking at what is there", total=len(paths), unit="files") as bar, ThreadPoolExecutor() as pool:
+    for name, found in zip(names, pool.map(_file_hash, paths), strict=True):
+      hashes[name] = found
+      bar.advance()
+  return hashes
 
 
 def _file_hash(path: Path) -> str:

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pgolf_jax.errors import UserError
+from pgolf_jax.errors import UserError, no_device
 from pgolf_jax.runtime import jax_setup, log
 from pgolf_jax.settings import Settings
 
@@ -31,13 +31,17 @@ def start() -> None:
   Every verb that computes calls it before its first look at a device. Afterwards only the leader prints.
 
   Raises:
-    UserError: as `initialize`.
+    UserError: JAX finds no device of the kind that it is told to use, or as `initialize`.
   """
   jax_setup.set_xla_options()
   initialize()
   jax_setup.use_compile_cache()
   log.started()
-  if jax.process_count() > 1 and not is_leader():
+  try:
+    several = jax.process_count() > 1
+  except (RuntimeError, AssertionError) as error:
+    raise UserError(no_device()) from error
+  if several and not is_leader():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 

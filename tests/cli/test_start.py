@@ -103,3 +103,16 @@ def test_a_process_that_leaves_the_devices_sees_cpus_alone():
   environment = os.environ | {"JAX_PLATFORMS": "tpu,cpu"}
   said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
   assert said.stdout.split() == ["cpu", "cpu", "tpu,cpu"]
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda'")])
+def test_a_device_that_is_not_there_is_one_sentence(error, monkeypatch, capsys, run):
+  def no_backend():
+    raise error
+
+  monkeypatch.setattr(distributed, "initialize", lambda: None)
+  monkeypatch.setattr(jax, "process_count", no_backend)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  assert main(["eval", str(run)]) == 1
+  said = capsys.readouterr().err
+  assert said.startswith("pgolf: JAX_PLATFORMS=cuda asks for a device that is not here") and said.count("\n") == 1

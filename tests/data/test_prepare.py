@@ -266,8 +266,25 @@ def test_a_folder_of_something_else_is_left_alone(docs, lossless, tmp_path):
     prepare(folder, plan(docs, lossless), workers=1)
 
 
+def test_a_preparation_killed_before_its_first_shard_is_in_nobodys_way(docs, lossless, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare_module, "_write_split", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      prepare(tmp_path / "out", plan(docs, lossless), workers=1)
+  assert (tmp_path / "out" / JOURNAL).exists()
+  prepare(tmp_path / "out", plan(docs, lossless, holdout=Holdout(6)), workers=1)
+  assert (tmp_path / "out" / MANIFEST).exists()
+
+
 def test_an_unfinished_preparation_of_something_else_is_left_alone(docs, lossless, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare_module, "_tokenizer", lambda *_: (_ for _ in ()).throw(KilledError))
+  write_split = prepare_module._write_split
+
+  def write_one_split(split, *arguments):
+    if split == "train":
+      raise KilledError
+    write_split(split, *arguments)
+
+  monkeypatch.setattr(prepare_module, "_write_split", write_one_split)
   with pytest.raises(KilledError):
     prepare(tmp_path / "out", plan(docs, lossless), workers=1)
   with pytest.raises(UserError, match="unfinished preparation of other text"):
@@ -326,9 +343,9 @@ def test_too_few_documents(docs, lossless, tmp_path):
 def test_settings_that_make_no_sense(docs, lossless, train_other):
   with pytest.raises(UserError, match="600 pieces where 8192"):
     Preparation(docs, None, Holdout(1), lossless, 8192)
-  with pytest.raises(UserError, match="at least 1"):
+  with pytest.raises(UserError, match="--shard-tokens 0 must be 1 or more"):
     plan(docs, lossless, shard_tokens=0)
-  with pytest.raises(UserError, match="at least 1"):
+  with pytest.raises(UserError, match="--val-docs 0 must be 1 or more"):
     Holdout(0)
   with pytest.raises(UserError, match="no pieces for the CaseOps markers"):
     plan(docs, train_other(model_type="bpe", byte_fallback=True))
