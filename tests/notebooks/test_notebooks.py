@@ -17,7 +17,7 @@ TINY = {
   "train__compute_dtype": "float32", "train__iterations": 4, "train__max_wallclock_seconds": 0.0,
   "train__schedule_mode": "step", "train__batch_tokens": 1024, "train__micro_batches": 1, "train__world_size": 1,
   "train__seq_len": 128, "train__seq_schedule": "128@1.0", "train__warmup_steps": 1, "eval__batch_tokens": 8192,
-  "eval__micro_batches": 1, "eval__seq_len": 128, "quantize__calibration_batches": 1,
+  "eval__micro_batches": 1, "eval__seq_len": 128, "eval__doc_fraction": 0.1, "quantize__calibration_batches": 1,
   "quantize__calibration_micro_batches": 1, "quantize__reserve_seconds": 0.0, "ttt__method": "cached",
   "ttt__batch_size": 14, "ttt__seq_len": 256, "ttt__chunk_size": 256, "ttt__lora__rank": 2,
   "ttt__short__score_first": False, "ttt__phase__prefix_docs": 0,
