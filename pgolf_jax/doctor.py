@@ -24,6 +24,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from pgolf_jax.nvidia import Card, last_line, miscompiles, nvidia_cards
+
 GB = 10**9
 TESTED = {"jax": "0.12", "jaxlib": "0.12", "flax": "0.12", "orbax-checkpoint": "0.12", "numpy": "2.5"}
 """Newest release, up to the second number, with which the tests have passed."""
@@ -106,41 +108,6 @@ def _version(need: Requirement) -> Finding:
   return Finding("versions", name, "ok", f"{version}" + (f" (needs {need.specifier})" if need.specifier else ""))
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-  """An NVIDIA GPU as its driver reports it."""
-
-  name: str
-  driver: str
-  memory: int  # bytes
-  capability: float
-
-
-_DRIVER = Path("/dev/nvidiactl")
-_QUERY = ("--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader,nounits")
-_SECONDS_OF_A_QUERY = 15
-
-
-def nvidia_cards() -> list[Card] | str | None:
-  """Returns the cards that nvidia-smi lists, what went wrong, or None where there is no NVIDIA driver."""
-  program = shutil.which("nvidia-smi")
-  if program is None:
-    return f"{_DRIVER} is there, but nvidia-smi is not" if _DRIVER.exists() else None
-  try:
-    done = subprocess.run([program, *_QUERY], capture_output=True, text=True, timeout=_SECONDS_OF_A_QUERY)
-  except subprocess.TimeoutExpired:
-    return f"nvidia-smi gave no answer in {_SECONDS_OF_A_QUERY} s"
-  except OSError as error:
-    return f"nvidia-smi cannot be run ({error.strerror})"
-  if done.returncode != 0:
-    return f"nvidia-smi failed: {_last_line(done.stdout + done.stderr)}"
-  rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 3]
-  try:
-    return [Card(name, driver, int(mib) << 20, float(capability)) for name, driver, mib, capability in rows]
-  except ValueError:
-    return f"nvidia-smi gave an answer that cannot be read: {_last_line(done.stdout)}"
-
-
 # The oldest driver and the oldest compute capability for each of JAX's CUDA plugins: JAX's page on installation.
 _OLDEST_DRIVER = {12: 525, 13: 580}
 _OLDEST_CAPABILITY = {12: 5.2, 13: 7.5}
@@ -218,21 +185,6 @@ def _assembler(plugins: Mapping[int, str], cards: list[Card]) -> Iterator[Findin
     yield Finding("drivers", "jax on GPUs", "warn", finding, mend)
 
 
-def miscompiles(ptxas: str, *, hopper: bool) -> str:
-  """Returns what a version of ptxas is known to compile wrongly; nothing for a sound one.
-
-  Args:
-    ptxas: version of the package nvidia-cuda-nvcc: 12.8.61 is CUDA 12.8.0, 12.9.41 is 12.9.0, 12.9.86 is 12.9.1.
-    hopper: whether a card has compute capability 9 or newer.
-  """
-  release = Version(ptxas).release
-  if (12, 8) <= release < (12, 9, 86):
-    return f"ptxas {ptxas} is that of CUDA 12.8.0 to 12.9.0, which compile causal masks wrongly"
-  if hopper and (12, 0) <= release < (12, 6, 85):
-    return f"ptxas {ptxas} is older than CUDA 12.6.3 and compiles gathers wrongly on Hopper (jax-ml/jax#25091)"
-  return ""
-
-
 # Asked of JAX in another process: its devices, and a masked product that is known.
 _PROBE = """
 import json
@@ -279,12 +231,7 @@ def probe(seconds: float, program: str = _PROBE) -> Mapping[str, object]:
     said, wrong = out.read(), errors.read()
   if answer := re.search(r"^PGOLF (.*)$", said, re.M):
     return json.loads(answer[1]) | {"warnings": wrong}
-  return {"failure": f"JAX cannot use a device: {_last_line(wrong) or f'exit status {child.returncode}'}"}
-
-
-def _last_line(text: str) -> str:
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  return lines[-1][:300] if lines else ""
+  return {"failure": f"JAX cannot use a device: {last_line(wrong) or f'exit status {child.returncode}'}"}
 
 
 def devices(said: Mapping[str, object], cards: list[Card] | str | None, seconds: float) -> Iterator[Finding]:
@@ -304,7 +251,7 @@ def devices(said: Mapping[str, object], cards: list[Card] | str | None, seconds:
   memory = f", {said['memory'] / GB:.1f} GB for JAX" if said.get("memory") else ""
   finding = f"{said['count']} × {said['kind']} ({said['platform']}){memory}"
   if isinstance(cards, list) and cards and said["platform"] == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
-    finding = f"JAX computes on the CPU, though there is a {cards[0].name}: {_last_line(str(said['warnings']))}"
+    finding = f"JAX computes on the CPU, though there is a {cards[0].name}: {last_line(str(said['warnings']))}"
     yield Finding("devices", "JAX's devices", "fail", finding, "follow the lines under drivers")
   else:
     yield Finding("devices", "JAX's devices", "ok", finding)
@@ -351,7 +298,7 @@ def extension() -> Finding:
     try:
       importlib.util.module_from_spec(spec)
     except ImportError as error:
-      reason = _last_line(str(error))
+      reason = last_line(str(error))
     else:
       return Finding("storage", "n-grams in C", "ok", "the extension is there")
   mend = "apt-get install gcc (or another C compiler), then pip install pgolf_jax once more"

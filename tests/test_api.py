@@ -122,9 +122,9 @@ def test_settings_that_cannot_be_are_refused(config, overrides, says):
 
 
 def test_options_and_stages_that_do_not_exist_are_refused(tmp_path):
-  with pytest.raises(UserError, match="no option .?docs"):
+  with pytest.raises(UserError, match=r"no option .?docs"):
     pgolf_jax.prepare(tmp_path / "data", docs=3)
-  with pytest.raises(UserError, match="no stage .?trian"):
+  with pytest.raises(UserError, match=r"no stage .?trian"):
     pgolf_jax.train("demo", tmp_path / "run", ["trian"])
 
 
