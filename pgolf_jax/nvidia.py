@@ -59,5 +59,6 @@ def miscompiles(ptxas: str, *, hopper: bool) -> str:
 
 
 def last_line(text: str) -> str:
+  """Returns the last line of a program's output that says something."""
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   return lines[-1][:300] if lines else ""
