@@ -35,7 +35,7 @@ class Device(NamedTuple):
   @classmethod
   def of(cls, mesh: Mesh) -> "Device":
     """Returns the kind of a mesh's devices."""
-    first = mesh.devices.flat[0]
+    first = mesh.local_devices[0]  # another process's says nothing of its memory
     chip = CHIPS.get(first.device_kind)
     memory = chip.memory if chip else (first.memory_stats() or {}).get("bytes_limit")
     return cls(first.platform, first.device_kind, memory, mesh.size)
