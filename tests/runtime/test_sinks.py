@@ -144,5 +144,8 @@ def test_wandb_offline_keeps_the_figures_in_the_run_folder(tmp_path, monkeypatch
   for step in (1, 2):
     sink.write(step, {"bpb/artifact": 1.25})
   sink.close()
-  (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-  assert kept.read_bytes().count(b"bpb/artifact") >= 2
+  (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+  end = time.monotonic() + 30  # a process of wandb's own writes the file, and may still be at it
+  while written.read_bytes().count(b"bpb/artifact") < 2 and time.monotonic() < end:
+    time.sleep(0.1)
+  assert written.read_bytes().count(b"bpb/artifact") >= 2
