@@ -29,7 +29,8 @@ def in_double(function: Callable, *arguments) -> Any:
     arguments: trees of arrays; their float32 is widened.
   """
   program, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-  leaves = [_widened(np.asarray(leaf)) for leaf in jax.tree.leaves(arguments)]
+  inputs = zip(jax.tree.leaves(arguments), program.jaxpr.invars, strict=True)
+  leaves = [_widened(np.asarray(leaf, var.aval.dtype)) for leaf, var in inputs]  # NumPy's integers have 64 bits
   with jax.enable_x64(True):
     out = jax.jit(lambda *values: _evaluate(program.jaxpr, program.consts, values))(*leaves)
     out = [np.asarray(value) for value in out]

@@ -123,7 +123,7 @@ def test_a_missing_path_and_an_unknown_kind_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"no \.txt file"):
     open_corpus(tmp_path)
   (tmp_path / "docs.parquet").touch()
-  with pytest.raises(UserError, match=r"docs\.parquet: of no known kind"):
+  with pytest.raises(UserError, match=r"docs\.parquet: its kind is unknown"):
     open_corpus(tmp_path / "docs.parquet")
 
 

@@ -23,13 +23,12 @@ LONGER = [m for m in MISTAKES if m not in CHEAP]
 @pytest.fixture(autouse=True)
 def _programs_are_made_anew(monkeypatch):
   """A program that was compiled with a mistake is not used without it, nor the other way round."""
-  before = jax.config.jax_disable_most_optimizations
   jax.config.update("jax_disable_most_optimizations", True)
   _forget_programs()
   yield
   monkeypatch.undo()
   _forget_programs()
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _forget_programs() -> None:

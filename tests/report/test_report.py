@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_case
+import report_case
 
 pytest.importorskip("matplotlib", reason="reports need matplotlib (pip install 'pgolf_jax[report]')")
 pytest.importorskip("jinja2", reason="reports need Jinja2 (pip install 'pgolf_jax[report]')")
@@ -30,14 +30,14 @@ HOSTILE = "run <img src=x onerror=alert(1)> $x^2$ & “q”"
 def folder(tmp_path_factory):
   """Data, three audited seeds of one config, three of another, and one run that is still in training."""
   root = tmp_path_factory.mktemp("runs")
-  tokens = run_case.write_data(root / "data")
+  tokens = report_case.write_data(root / "data")
   assert len(tokens) > 1000
   for number, seed in enumerate((42, 0, 314)):
-    settings = run_case.settings_of(root / "data", seed)
-    run_case.write_run(root / f"seed{seed}", settings, seed=number)
+    settings = report_case.settings_of(root / "data", seed)
+    report_case.write_run(root / f"seed{seed}", settings, seed=number)
     other = dataclasses.replace(settings, ttt=dataclasses.replace(settings.ttt, chunk_size=32))
-    run_case.write_run(root / f"other{seed}", other, seed=10 + number)
-  run_case.write_run(root / HOSTILE, run_case.settings_of(root / "data"), until="none")
+    report_case.write_run(root / f"other{seed}", other, seed=10 + number)
+  report_case.write_run(root / HOSTILE, report_case.settings_of(root / "data"), until="none")
   return root
 
 
@@ -123,7 +123,7 @@ def test_a_run_in_training_shows_what_it_has(folder, data):
   "until, missing", [("train", "stages"), ("plain", "bytes"), ("artifact", "gain"), ("ttt", None)]
 )
 def test_each_stage_adds_its_figures(folder, data, tmp_path, until, missing):
-  run_case.write_run(tmp_path / "run", run_case.settings_of(folder / "data"), until=until)
+  report_case.write_run(tmp_path / "run", report_case.settings_of(folder / "data"), until=until)
   names = [plot.name for _, members in page.plots([gather(RunFolder(tmp_path / "run"))])[0] for plot in members]
   assert "times" in names and (missing is None or missing not in names)
   assert missing or names == [
@@ -221,7 +221,7 @@ def test_numbers_by_position(folder, data):
 def test_scores_that_belong_to_other_files_are_said_to(folder, tmp_path):
   shutil.copytree(folder / "seed42", tmp_path / "run")
   run = RunFolder(tmp_path / "run")
-  run_case.save(run.artifact_nll, np.load(run.artifact_nll) + np.float32(0.1))
+  report_case.save(run.artifact_nll, np.load(run.artifact_nll) + np.float32(0.1))
   run.artifact.write_bytes((folder / "seed42" / "artifact.pgolf").read_bytes() + b"!")
   found = gather(run)
   assert [sentence.split(" changed")[0] for sentence in found.stale] == ["artifact.pgolf"] * 2
@@ -232,7 +232,7 @@ def test_scores_that_belong_to_other_files_are_said_to(folder, tmp_path):
 
 
 def test_results_of_another_version_are_left_out(folder, tmp_path):
-  run = run_case.write_run(tmp_path / "run", run_case.settings_of(folder / "data"), until="plain")
+  run = report_case.write_run(tmp_path / "run", report_case.settings_of(folder / "data"), until="plain")
   run.finish("artifact", {"bpb": 1.5, "loss": 2.0}, {})
   found = gather(run)
   text = page.render([found], *page.plots([found]))
@@ -264,7 +264,9 @@ def test_wrong_folders_are_refused(folder, capsys, names, said):
 def test_a_set_stands_for_its_runs_and_names_tell_runs_apart(folder, tmp_path):
   for place in ("a", "b"):
     for seed in (42, 0):
-      run_case.write_run(tmp_path / place / f"seed={seed}", run_case.settings_of(folder / "data", seed), until="plain")
+      report_case.write_run(
+        tmp_path / place / f"seed={seed}", report_case.settings_of(folder / "data", seed), until="plain"
+      )
   (tmp_path / "a" / "set.json").write_text("{}")
   assert report.write([tmp_path / "a"], html=False, png=False) == []
   report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out", png=False)
@@ -331,8 +333,8 @@ def test_documents_are_paired_by_their_index(data, folder, tmp_path):
 
 
 def test_different_texts_are_not_compared(data, tmp_path):
-  run_case.write_data(tmp_path / "data", seed=5)
-  run_case.write_run(tmp_path / "run", run_case.settings_of(tmp_path / "data"))
+  report_case.write_data(tmp_path / "data", seed=5)
+  report_case.write_run(tmp_path / "run", report_case.settings_of(tmp_path / "data"))
   runs = [*data("seed42"), gather(RunFolder(tmp_path / "run"))]
   with pytest.raises(Absent, match="different validation texts"):
     compare.compare(runs)

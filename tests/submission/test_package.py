@@ -201,4 +201,4 @@ def test_an_artifact_that_no_finished_stage_reports_is_not_packaged(tmp_path, ca
   run = RunFolder(tmp_path / "run", Settings())
   run.artifact.write_bytes(b"made, and not yet scored")
   assert cli.main(["package", str(run.path)]) == 1
-  assert "is of no finished stage" in capsys.readouterr().err
+  assert "was not made by a finished stage" in capsys.readouterr().err

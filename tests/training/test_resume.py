@@ -188,8 +188,10 @@ def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
   assert trainer.train()[1]["recompilations_in_clock"] > 0
 
 
-def test_a_folder_made_with_other_settings_is_refused(tmp_path):
-  RunFolder(tmp_path / "run", SETTINGS)
+def test_a_folder_with_work_of_other_settings_is_refused(tmp_path):
+  RunFolder(tmp_path / "run", dataclasses.replace(SETTINGS, seed=5))
+  RunFolder(tmp_path / "run", SETTINGS)  # a start that came to nothing is in nobody's way
+  (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
   RunFolder(tmp_path / "run", SETTINGS)
   with pytest.raises(UserError, match="seed was 1337, now 7"):
     RunFolder(tmp_path / "run", dataclasses.replace(SETTINGS, seed=7))

@@ -68,7 +68,8 @@ class TestXla(Cases):
 
 class TestXlaFloat32(TestXla):
   dtype = jnp.float32
-  tolerance = 1e-5
+  # 1 − tanh² of logits far beyond a cap is a difference of nearly equal numbers: at a slope of 0.003 it has 2e-5.
+  tolerance = 3e-5
 
 
 class TestMosaicGpu(Cases):
