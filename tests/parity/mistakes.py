@@ -366,6 +366,17 @@ def momentum_not_reset_after_the_warm_up(patch, case):
   patch.setattr(steps.TrainStep, "init", lambda self, params: init(original, self, params))
 
 
+@mistake("train_schedule", "params_ema/blocks.0.attn.attn_gate_w")
+def the_average_takes_the_weights_before_the_step(patch, case):
+  original = steps.TrainStep._step
+
+  def step(self, mean_loss, state, inputs):
+    after, metrics = original(self, mean_loss, state, inputs)
+    return after._replace(average=optax.incremental_update(state.params, state.average, inputs.ema_rest)), metrics
+
+  patch.setattr(steps.TrainStep, "_step", step)
+
+
 # Quantising.
 
 
