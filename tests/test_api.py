@@ -308,6 +308,7 @@ def test_a_tokenizer_is_embedded_when_small_or_asked_for(place, monkeypatch):
     provenance.tokenizer_to_embed(always, folder / "nowhere")
 
 
+@pytest.mark.slow
 def test_training_prints_nothing_and_returns_the_figures(place, tmp_path, capfd):
   settings = pgolf_jax.settings(
     RunFolder(place / "run").settings, train__iterations=2, train__warmup_steps=1, train__max_wallclock_seconds=0.0

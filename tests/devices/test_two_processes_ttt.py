@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_two_processes import finish, start_two
 from two_process_ttt import evaluate
 
 SCRIPT = Path(__file__).with_name("two_process_ttt.py")
 
 
+@pytest.mark.slow
 def test_scores_and_saved_state_are_the_same(tmp_path):
   one = evaluate(tmp_path / "one")
   first, second = finish(start_two([sys.executable, str(SCRIPT), str(tmp_path / "two")]))

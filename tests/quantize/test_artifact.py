@@ -206,7 +206,7 @@ def test_oversized_headers_are_refused_before_they_are_unpacked():
 
 
 @both_codecs
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_damage_is_an_error(name, data):
   """Cuts, flips and insertions: unless the checksum matches, nothing else is read."""
@@ -228,7 +228,7 @@ def test_any_damage_is_an_error(name, data):
 
 
 @both_codecs
-@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
 @given(data=st.data())
 def test_damage_under_a_forged_checksum_is_an_error_or_other_weights(name, data):
   """Any bytes decode to some symbols, so other weights may result, but they have the declared shapes."""
@@ -255,7 +255,7 @@ json_values = st.recursive(
 
 
 @both_codecs
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_any_header_is_an_error_or_an_artifact(name, data):
   def change(header):
