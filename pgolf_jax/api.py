@@ -18,7 +18,7 @@ from pgolf_jax import stages as run_stages
 from pgolf_jax.data.corpus import Position, RawBatch, RawDocument
 from pgolf_jax.data.encode import Encoder
 from pgolf_jax.data.folder import Sources, locate, locate_prepared, prepare_files
-from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of
+from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of, tokenizer_file
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
@@ -27,7 +27,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact as artifacts
 from pgolf_jax.quantize.artifact import Origin
 from pgolf_jax.quantize.artifact.origin import UNKNOWN
-from pgolf_jax.quantize.provenance import NoTokenizer, find_tokenizer, origin_of, require_data, tokenizer_file
+from pgolf_jax.quantize.provenance import NoTokenizer, find_tokenizer, origin_of, require_data
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from pgolf_jax.nvidia import Card, last_line, miscompiles, nvidia_cards
+from pgolf_jax.runtime.versions import installed
 
 GB = 10**9
 TESTED = {"jax": "0.12", "jaxlib": "0.12", "flax": "0.12", "orbax-checkpoint": "0.12", "numpy": "2.5"}
@@ -69,34 +70,27 @@ def examine(*, seconds: float = 60.0) -> Iterator[Finding]:
   yield from extras()
 
 
-def _installed(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
-
-
 def versions() -> Iterator[Finding]:
   """Yields Python and every package that pgolf_jax requires, held against what it requires."""
-  needs = importlib.metadata.metadata("pgolf_jax").get("Requires-Python", ">=3.11") if _installed("pgolf_jax") else None
+  needs = importlib.metadata.metadata("pgolf_jax").get("Requires-Python", ">=3.11") if installed("pgolf_jax") else None
   if needs is None:
     mend = "pip install PATH_OF_THE_SOURCE_OR_WHEEL"
     yield Finding("versions", "pgolf_jax", "fail", "runs from a folder and is not installed", mend)
     return
   yield Finding("versions", "python", "ok", f"{platform.python_version()} (needs {needs})")
-  yield Finding("versions", "pgolf_jax", "ok", _installed("pgolf_jax"))
+  yield Finding("versions", "pgolf_jax", "ok", installed("pgolf_jax"))
   wanted = [Requirement(text) for text in importlib.metadata.requires("pgolf_jax") or []]
   wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
   for need in [Requirement("jaxlib"), *wanted]:
     yield _version(need)
-  jax, jaxlib = _installed("jax"), _installed("jaxlib")
+  jax, jaxlib = installed("jax"), installed("jaxlib")
   if jax and jaxlib and Version(jaxlib).release[:3] != Version(jax).release[:3]:
     finding = f"jaxlib {jaxlib} beside jax {jax}: they are made for each other's version"
     yield Finding("versions", "jax and jaxlib", "warn", finding, f"pip install 'jax=={jax}' 'jaxlib=={jax}'")
 
 
 def _version(need: Requirement) -> Finding:
-  name, version, wanted = need.name, _installed(need.name), f"{need.name}{need.specifier}"
+  name, version, wanted = need.name, installed(need.name), f"{need.name}{need.specifier}"
   if version is None:
     return Finding("versions", name, "fail", f"not installed (needs {wanted})", f"pip install '{wanted}'")
   if not need.specifier.contains(version, prereleases=True):
@@ -115,7 +109,7 @@ _OLDEST_CAPABILITY = {12: 5.2, 13: 7.5}
 
 def drivers(cards: list[Card] | str | None) -> Iterator[Finding]:
   """Yields how driver, cards, CUDA plugin and assembler fit together, and what is missing for a TPU."""
-  plugins = {cuda: version for cuda in (12, 13) if (version := _installed(f"jax-cuda{cuda}-plugin"))}
+  plugins = {cuda: version for cuda in (12, 13) if (version := installed(f"jax-cuda{cuda}-plugin"))}
   if isinstance(cards, str):
     yield Finding("drivers", "NVIDIA driver", "fail", cards, "reinstall or reload the NVIDIA driver; then `nvidia-smi`")
   elif cards:
@@ -129,7 +123,7 @@ def drivers(cards: list[Card] | str | None) -> Iterator[Finding]:
     )
   if plugins:
     yield from _assembler(plugins, cards if isinstance(cards, list) else [])
-  if any(Path("/dev").glob("accel*")) and _installed("libtpu") is None:
+  if any(Path("/dev").glob("accel*")) and installed("libtpu") is None:
     mend = "pip install 'pgolf_jax[tpu]'"
     yield Finding("drivers", "TPU", "fail", "there is a TPU, but libtpu is not installed", mend)
 
@@ -145,7 +139,7 @@ def _plugins(plugins: Mapping[int, str], cards: list[Card]) -> Iterator[Finding]
     other = 25 - best
     mend = f"pip uninstall jax-cuda{other}-plugin jax-cuda{other}-pjrt"
     yield Finding("drivers", "CUDA plugin", "warn", "JAX's plugins for CUDA 12 and 13 are both installed", mend)
-  jaxlib = _installed("jaxlib")
+  jaxlib = installed("jaxlib")
   for cuda, version in plugins.items():
     if driver < _OLDEST_DRIVER[cuda]:
       finding = f"driver {cards[0].driver} is too old for CUDA {cuda}, which needs {_OLDEST_DRIVER[cuda]}"
@@ -172,11 +166,11 @@ def _assembler(plugins: Mapping[int, str], cards: list[Card]) -> Iterator[Findin
   """Compilers that are known to make wrong programs."""
   for cuda in plugins:
     package = "nvidia-cuda-nvcc-cu12" if cuda == 12 else "nvidia-cuda-nvcc"
-    if version := _installed(package):
+    if version := installed(package):
       fault = miscompiles(version, hopper=any(card.capability >= 9.0 for card in cards))
       mend = f"pip install -U '{package}>=12.9.86'" if fault else ""
       yield Finding("drivers", "ptxas", "warn" if fault else "ok", fault or f"{version} ({package})", mend)
-  jax = _installed("jax")
+  jax = installed("jax")
   if cards and jax and Version(jax) < Version(_JAX_WITH_THE_FIX):
     finding = (
       f"jax {jax} can compile nested concatenations wrongly on GPUs (jax-ml/jax#40588); {_JAX_WITH_THE_FIX} does not"
@@ -349,12 +343,12 @@ def data() -> Iterator[Finding]:
 def extras() -> Iterator[Finding]:
   """Yields the optional parts, as the package names them, and which of them are installed."""
   wanted: dict[str, list[str]] = {}
-  for text in importlib.metadata.requires("pgolf_jax") or [] if _installed("pgolf_jax") else []:
+  for text in importlib.metadata.requires("pgolf_jax") or [] if installed("pgolf_jax") else []:
     need = Requirement(text)
     for extra in re.findall(r"""extra == ["']([\w-]+)["']""", str(need.marker)):
       wanted.setdefault(extra, []).append(_of_jax(need))
   for extra, packages in wanted.items():
-    missing = [package for package in packages if _installed(package) is None]
+    missing = [package for package in packages if installed(package) is None]
     if extra in _NEVER_NEEDED_TWICE:
       continue
     mend = f"pip install 'pgolf_jax[{extra}]'" if missing else ""

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import tomli_w
 
-from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, sha256_of
+from pgolf_jax.data.manifest import MANIFEST, sha256_of, tokenizer_file
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError, shown
 from pgolf_jax.runtime.events import Events, Sink
@@ -264,7 +264,7 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
   if stage == "train" and (run.path / CONVERTED).is_file():
     return _hashes(run.path, [run.path / CONVERTED])
   data_folder = Path(data_folder)
-  tokenizer = Path(run.settings.data.tokenizer or data_folder / TOKENIZER)
+  tokenizer = tokenizer_file(run.settings, data_folder)
   shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
   hashes = {"config": json_hash(to_dict(run.given))}
   hashes |= _hashes(data_folder, [data_folder / MANIFEST, tokenizer, *shards])
@@ -361,8 +361,9 @@ class MetricsWriter:
     self.lines.append(line)
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
+    figures = self._curves(line)
     for sink in self._sinks:
-      sink.write(line["step"], self._curves(line))
+      sink.write(line["step"], figures)
 
   def close(self) -> None:
     """Closes both files; the run's sinks stay open."""

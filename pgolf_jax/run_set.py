@@ -17,7 +17,7 @@ from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.files import write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import Settings, check
-from pgolf_jax.settings.load import changed, env_names, flattened, to_dict
+from pgolf_jax.settings.load import changed, env_names, flattened, written
 from pgolf_jax.tables import Table, line_width
 
 SCORES = {"plain": "averaged", "artifact": "artifact", "ttt": "ttt"}
@@ -129,18 +129,6 @@ def _labels(names: Iterable[str]) -> dict[str, str]:
   return {name: name if list(lasts.values()).count(last) > 1 else last for name, last in lasts.items()}
 
 
-def written(settings: Settings) -> dict[str, object]:
-  """Returns dotted name → value as files have it; a setting that is unset is left out."""
-
-  def flat(table: Mapping, before: str) -> dict[str, object]:
-    values = {}
-    for name, value in table.items():
-      values |= flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
-    return values
-
-  return flat(to_dict(settings), "")
-
-
 def run(folder: Path, made: Sequence[Member], one: Callable[[Settings, Path], int]) -> int:
   """Runs every member that is not complete, then prints and writes what the set comes to. Returns the exit status.
 
@@ -174,7 +162,7 @@ def run(folder: Path, made: Sequence[Member], one: Callable[[Settings, Path], in
   found["failed"] = failed
   if distributed.is_leader():
     write_json(folder / "set.json", found)
-  log.info("\\n%s", table(found))
+  log.info("\n%s", table(found))
   return 1 if failed else 0
 
 

@@ -6,17 +6,16 @@ import functools
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
-from pgolf_jax.run_set import SCORES, full_name, written
-from pgolf_jax.runtime.files import json_hash, read_json
+from pgolf_jax.run_set import SCORES, full_name
+from pgolf_jax.runtime.files import is_held, json_hash
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import builtin
-from pgolf_jax.settings.load import from_toml
+from pgolf_jax.settings.load import from_toml, written
 from pgolf_jax.tables import Table, line_width
 
 COLUMNS = {
@@ -135,26 +134,13 @@ def _hash(settings: dict[str, object]) -> str:
 
 
 def _verdict(path: Path, results: dict[str, dict]) -> str:
-  if _is_held(path):
+  if is_held(path):
     return "running"
   if "train" not in results:
     return "cut off"
   if (audit := results.get("audit")) is None:
     return "not audited"
   return "broken" if audit["broken"] else "legal" if audit["is_legal"] else "not proved"
-
-
-def _is_held(path: Path) -> bool:
-  """Whether a process has the run, as far as its lock file says."""
-  try:
-    holder = read_json(path / ".lock")
-    if holder["host"] == socket.gethostname():
-      os.kill(int(holder["pid"]), 0)
-  except PermissionError:
-    return True  # of another user
-  except (UserError, OSError, KeyError, ValueError, TypeError):
-    return False
-  return True
 
 
 def _changed(run: RunFolder) -> str:

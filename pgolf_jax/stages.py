@@ -24,7 +24,7 @@ from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import distributed, events
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
-from pgolf_jax.runtime.files import json_hash, locked, remove, replacing, write_bytes
+from pgolf_jax.runtime.files import json_hash, locked, remove, write_bytes, write_npy
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.versions import commit, versions
 from pgolf_jax.scoring import plain, ttt
@@ -56,8 +56,7 @@ def plain_score(
   began = time.perf_counter()
   score = plain.score(settings, params, data, mesh, description=description, nll_N=nll_N)
   if keep is not None and distributed.is_leader():
-    with replacing(keep) as partial, partial.open("wb") as file:
-      np.save(file, nll_N)
+    write_npy(keep, nll_N)
   return {
     "loss": score.loss,
     "bpb": score.bpb,

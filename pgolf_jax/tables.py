@@ -29,6 +29,11 @@ def line_width() -> int:
   return shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNFOLDED
 
 
+def page_width() -> int:
+  """Returns the columns of running text: the terminal's, but at least 40 and at most 120."""
+  return max(40, min(shutil.get_terminal_size().columns, 120))
+
+
 class Table:
   """Rows under a head, made into text when they are printed, for the width that there is then.
 

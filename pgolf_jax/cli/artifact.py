@@ -96,7 +96,7 @@ def package(run: Positional[Path], out: Path | None = None, data: Path | None = 
 
 def _package(folder, out: Path, data: Path | None, ttt: bool) -> None:
   from pgolf_jax.data.folder import locate, locate_prepared
-  from pgolf_jax.quantize.provenance import tokenizer_file
+  from pgolf_jax.data.manifest import tokenizer_file
   from pgolf_jax.runtime.files import file_hash
   from pgolf_jax.submission import package as packaging
 

@@ -1,6 +1,5 @@
 """The verb `pgolf configs`: the configs that come with the package."""
 
-import shutil
 import textwrap
 
 
@@ -13,11 +12,12 @@ def configs(name: str = "") -> None:
     name: a config to print whole, to start one of your own from.
   """
   from pgolf_jax.settings import builtin
+  from pgolf_jax.tables import page_width
 
   if name:
     print(builtin.find(name).read_text(encoding="utf-8"), end="")
     return
-  width = max(40, min(shutil.get_terminal_size().columns, 120))
+  width = page_width()
   for one in map(builtin.describe, map(builtin.find, builtin.names())):
     print("\n".join(textwrap.wrap(f"{one.name}: {one.title}", width, subsequent_indent="  ")))
     for what in ("hardware", "time", "score", "command"):

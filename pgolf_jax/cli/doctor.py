@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-import shutil
 import textwrap
 from collections.abc import Iterable
+
+from pgolf_jax.tables import page_width
 
 
 def doctor(seconds: float = 60.0, json: bool = False) -> int:
@@ -32,7 +33,7 @@ def doctor(seconds: float = 60.0, json: bool = False) -> int:
   if json:
     print(_as_json(findings))
   else:
-    print("\n" + "\n".join(textwrap.wrap(_summary(findings), _width())))
+    print("\n" + "\n".join(textwrap.wrap(_summary(findings), page_width())))
   return int(any(finding.state == "fail" for finding in findings))
 
 
@@ -40,13 +41,9 @@ _MARKS = {"ok": "ok", "note": "note", "warn": "WARN", "fail": "FAIL"}
 _NAME = 22
 
 
-def _width() -> int:
-  return max(40, min(shutil.get_terminal_size().columns, 120))
-
-
 def _show(finding, *, is_first: bool) -> None:
   """Prints one finding, folded to the terminal, under the heading of its part."""
-  width = _width()
+  width = page_width()
   if is_first:
     print(f"{finding.part}")
   wide = width >= 60

@@ -92,8 +92,6 @@ def audit(
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh
 
-  if not runs:
-    raise UserError("Name the folder of a run, such as runs/demo.")
   if cuts < 1:
     raise UserError(f"--cuts {cuts}: at least one cut is needed to prove anything.")
   distributed.start()

@@ -13,6 +13,7 @@ from typing import Any
 from pgolf_jax.data.corpus import Position
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import read_json, replacing
+from pgolf_jax.settings import Settings
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
@@ -216,6 +217,11 @@ class Journal:
   def delete(self) -> None:
     """Removes the journal of a finished preparation."""
     self._path.unlink()
+
+
+def tokenizer_file(settings: Settings, folder: Path) -> Path:
+  """Returns the path of a run's tokenizer, whether it is there or not."""
+  return Path(settings.data.tokenizer or folder / TOKENIZER)
 
 
 def sha256_of(path: Path) -> str:

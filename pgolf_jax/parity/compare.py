@@ -24,17 +24,15 @@ from scipy import stats
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.parity import torch_log
+from pgolf_jax.parity.paired import Paired, paired, paired_blocks, tested
 from pgolf_jax.parity.torch_log import ARTIFACT, AVERAGED, TTT, RunRecord, Scored, Stage
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.files import read_json_lines
-from pgolf_jax.settings import Settings, schedules
-from pgolf_jax.settings.load import FIXED, changed, env_names, flattened, from_env
+from pgolf_jax.settings import Settings
+from pgolf_jax.settings.load import FIXED, as_written, changed, env_names, flattened, from_env
 
 _MOST_BYTES = 1 << 28
 _FALSE_ALARM = 0.002
-BLOCKS = 20
-"""Into which a series is cut for the error of its mean."""
-
 _LEAST_STEPS = 8  # common steps below which no noise is estimated
 
 _STAGES = {"plain": AVERAGED, "artifact": ARTIFACT, "ttt": TTT}
@@ -131,33 +129,6 @@ def _finite(value: object) -> float | None:
   return value if is_number else None
 
 
-class Paired(NamedTuple):
-  """A mean of paired differences, B less A, with its standard error and Student's two-sided p; None for one pair."""
-
-  mean: float
-  error: float | None
-  count: int
-  p: float | None
-
-
-def paired(difference_N: np.ndarray) -> Paired:
-  """Returns the mean of at least one difference."""
-  count, mean = len(difference_N), float(np.mean(difference_N))
-  if count < 2:
-    return Paired(mean, None, count, None)
-  error = float(np.std(difference_N, ddof=1)) / math.sqrt(count)
-  p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else float(mean == 0)
-  return Paired(mean, error, count, p)
-
-
-def paired_blocks(difference_N: np.ndarray) -> Paired:
-  """Returns the mean of a series; its error comes from the means of blocks, since neighbours are not independent."""
-  if len(difference_N) < 2 * BLOCKS:
-    return paired(difference_N)
-  block_means = np.array([part.mean() for part in np.array_split(difference_N, BLOCKS)])
-  return paired(block_means)._replace(mean=float(difference_N.mean()))
-
-
 class Documents(NamedTuple):
   """Scores of the same documents, or batches of documents.
 
@@ -197,8 +168,7 @@ def documents(a: RunRecord, b: RunRecord) -> Documents | None:
     mean = float(((bpb_b - bpb_a) * bytes_N).sum() / total)
     residual_N = (bpb_b - bpb_a - mean) * bytes_N  # of a ratio of sums
     error = math.sqrt(n / (n - 1) * float(np.sum(residual_N**2))) / total
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
-    by_bytes = Paired(mean, error, n, p)
+    by_bytes = tested(mean, error, n)
   return Documents("batches" if is_batch else "documents", bpb_a, bpb_b, paired(bpb_b - bpb_a), by_bytes, of)
 
 
@@ -351,7 +321,7 @@ def _resolved(settings: Settings) -> dict[str, object]:
       values[f"ttt.short.{name}"] = getattr(lora, name)
   if lora.warm_start_mean_doc_len is None:
     values["ttt.lora.warm_start_mean_doc_len"] = short.doc_len
-  return {name: schedules.as_text(value) if isinstance(value, tuple) else value for name, value in values.items()}
+  return {name: as_written(value) for name, value in values.items()}
 
 
 def _plain(value: object) -> object:

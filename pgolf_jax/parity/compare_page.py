@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.parity.compare import BLOCKS, Comparison, Curves, Documents, Paired
+from pgolf_jax.parity.compare import Comparison, Curves, Documents
+from pgolf_jax.parity.paired import BLOCKS, Paired
 from pgolf_jax.runtime.files import replacing, write_text
 
 _FIGURES = {

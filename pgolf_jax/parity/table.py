@@ -6,11 +6,11 @@ import shutil
 import sys
 import textwrap
 from collections import defaultdict
-from importlib import metadata
 
 import jax
 
 from pgolf_jax.parity.check import Column, Distributions, Report, Row
+from pgolf_jax.runtime.versions import installed
 
 _WIDEST = 80
 _NAMED = 6
@@ -22,7 +22,10 @@ def environment() -> dict:
   packages = ("pgolf_jax", "jax", "jaxlib", "numpy", "optax", "flax")
   device = jax.devices()[0]
   return {
-    "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    "versions": {
+      "python": platform.python_version(),
+      **{name: installed(name) or "not installed" for name in packages},
+    },
     "device": {
       "platform": device.platform,
       "kind": device.device_kind,
@@ -37,13 +40,6 @@ def environment() -> dict:
       "threads": os.environ.get("PJRT_NPROC", "one per core"),
     },
   }
-
-
-def _version(package: str) -> str:
-  try:
-    return metadata.version(package)
-  except metadata.PackageNotFoundError:
-    return "not installed"
 
 
 def environment_text(found: dict) -> str:

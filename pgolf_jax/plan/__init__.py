@@ -83,7 +83,7 @@ def _ttt_scan(settings: Settings, mesh) -> Program:
 def _global_phase(settings: Settings, mesh) -> Program:
   phase = GlobalPhase(settings, mesh)
   rows = phase.world // mesh.size if phase.world % mesh.size == 0 else phase.world
-  work = 3 * flops.forward(settings.model, rows * phase.row_tokens, phase.seq_len, looping=True)
+  work = flops.forward_and_gradient(settings.model, rows * phase.row_tokens, phase.seq_len, looping=True)
   return Program(f"TTT, global phase, {phase.world} rows of {phase.row_tokens} tokens", phase.trace, work)
 
 

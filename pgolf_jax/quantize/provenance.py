@@ -8,7 +8,7 @@ import importlib.metadata
 from pathlib import Path
 
 from pgolf_jax import __version__
-from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of
+from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of, tokenizer_file
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
@@ -21,11 +21,6 @@ from pgolf_jax.settings import Settings
 SMALL_TOKENIZER = 1 << 14
 """Compressed bytes up to which a tokenizer is embedded unasked: a thousandth of the budget. One of 1,024 pieces has a
 third of it, the published one of 8,192 nine times as many."""
-
-
-def tokenizer_file(settings: Settings, folder: Path) -> Path:
-  """Returns the path of a run's tokenizer, whether it is there or not."""
-  return Path(settings.data.tokenizer or folder / TOKENIZER)
 
 
 def origin_of(settings: Settings, folder: Path) -> Origin:

@@ -323,9 +323,9 @@ def step_flops(run: RunData) -> np.ndarray:
   """Returns the model's operations of one device for each step: three forward passes of its share of the batch."""
   curves, train = run.need("curves"), run.settings.train
   devices = run.results.get("train", {}).get("devices", 1)
+  model, tokens = run.settings.model, train.batch_tokens / devices
   by_shape = {
-    (length, looping): 3
-    * flops.forward(run.settings.model, train.batch_tokens / devices, length, looping=bool(looping))
+    (length, looping): flops.forward_and_gradient(model, tokens, length, looping=bool(looping))
     for length, looping in {*zip(curves.seq_len, curves.looping, strict=True)}
   }
   return np.array([by_shape[shape] for shape in zip(curves.seq_len, curves.looping, strict=True)])

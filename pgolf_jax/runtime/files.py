@@ -309,21 +309,34 @@ def _refuse_holder(path: Path) -> None:
     UserError: another process has it, or may have it.
   """
   holder = _holder(path)
-  if holder is None or (holder["host"] == socket.gethostname() and not _is_alive(holder["pid"])):
+  if holder is None or not _may_live(holder) or (_is_here(holder) and holder["pid"] == os.getpid()):
     return
   raise UserError(
     f"{path.parent} is in use by {_named(holder)}; wait until it ends, or delete {path} if that process is gone."
   )
 
 
-def _is_alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
+def is_held(folder: Path) -> bool:
+  """Returns whether a process has a folder, as far as its lock file says."""
+  holder = _holder(folder / ".lock")
+  return holder is not None and _may_live(holder)
+
+
+def _is_here(holder: dict) -> bool:
+  return holder["host"] == socket.gethostname()
+
+
+def _may_live(holder: dict) -> bool:
+  """Whether a lock's holder may be at work; of other hosts nothing is known."""
+  if not _is_here(holder):
     return True
-  return pid != os.getpid()
+  try:
+    os.kill(holder["pid"], 0)
+  except PermissionError:
+    return True  # of another user
+  except (OSError, OverflowError):
+    return False
+  return True
 
 
 def _holder(path: Path) -> dict | None:

@@ -11,16 +11,20 @@ import pgolf_jax
 PACKAGES = ("pgolf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+def installed(package: str) -> str | None:
+  """Returns the version of an installed package; None for one that is not."""
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
+
+
 @functools.cache
 def versions() -> dict[str, str]:
   """Returns package → version, Python's last; a package that is not installed has none."""
-  found = {}
-  for name in PACKAGES:
-    try:
-      found[name] = metadata.version(name)
-    except metadata.PackageNotFoundError:  # such as pgolf_jax itself, run from its source tree
-      continue
-  return found | {"python": platform.python_version()}
+  # pgolf_jax itself has none where it is run from its source tree.
+  known = {name: version for name in PACKAGES if (version := installed(name)) is not None}
+  return known | {"python": platform.python_version()}
 
 
 @functools.cache

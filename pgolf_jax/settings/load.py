@@ -93,7 +93,7 @@ def to_dict(settings: Settings) -> dict[str, object]:
   def plain(section) -> dict[str, object]:
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return {
-      name: plain(value) if dataclasses.is_dataclass(value) else _as_text(value) if isinstance(value, tuple) else value
+      name: plain(value) if dataclasses.is_dataclass(value) else as_written(value)
       for name, value in values.items()
       if value is not None
     }
@@ -125,11 +125,16 @@ def flattened(settings: Settings) -> dict[str, object]:
   return values
 
 
+def written(settings: Settings) -> dict[str, object]:
+  """Returns dotted name → value as files have it; an optional setting that is unset is left out."""
+  return {name: as_written(value) for name, value in flattened(settings).items() if value is not None}
+
+
 def differences(settings: Settings, others: Settings) -> dict[str, tuple[object, object]]:
   """Returns dotted name → both values, as files have them, of every setting in which the two differ."""
   theirs = flattened(others)
   return {
-    name: (_as_text(value), _as_text(theirs[name]))
+    name: (as_written(value), as_written(theirs[name]))
     for name, value in flattened(settings).items()
     if value != theirs[name]
   }
@@ -157,8 +162,8 @@ def check_env_names(names: Iterable[str]) -> None:
       raise UserError(f"Unknown setting {name}{_nearest(name, known)}")
 
 
-def _as_text(value: object) -> object:
-  """A schedule as text; other values as they are."""
+def as_written(value: object) -> object:
+  """Returns a value as files have it: a schedule as text, others as they are."""
   return schedules.as_text(value) if isinstance(value, tuple) else value
 
 

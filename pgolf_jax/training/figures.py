@@ -30,7 +30,7 @@ def mfu(settings: Settings, mesh: Mesh, plan: StepPlan, seconds: float) -> float
   if limits is None or seconds <= 0:
     return None
   t = settings.train
-  operations = 3 * flops.forward(settings.model, t.batch_tokens, plan.seq_len, looping=plan.looping)
+  operations = flops.forward_and_gradient(settings.model, t.batch_tokens, plan.seq_len, looping=plan.looping)
   return operations / seconds / (limits.flops_per_s * mesh.size)
 
 

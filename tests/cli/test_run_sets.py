@@ -49,6 +49,7 @@ def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path,
   (other.path / "results.json").write_text("{}")
   assert main(command) == 1
   said = capsys.readouterr().out
+  assert "\\n" not in said  # the table begins on a line of its own
   assert "matrix_lr=0.02_seed=2 failed:" in said and "was made with other settings" in said
   found = json.loads((out / "set.json").read_text())
   assert list(found["failed"]) == ["matrix_lr=0.02_seed=2"]

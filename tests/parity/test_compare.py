@@ -12,7 +12,8 @@ from scipy import stats
 
 from pgolf_jax.cli import main
 from pgolf_jax.parity import compare
-from pgolf_jax.parity.compare import Side, curves, documents, paired, paired_blocks, setting_differences
+from pgolf_jax.parity.compare import Side, curves, documents, setting_differences
+from pgolf_jax.parity.paired import paired, paired_blocks
 from pgolf_jax.parity.torch_log import ARTIFACT, AVERAGED, RAW, TTT, RunRecord, Scored, Stage, parse
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.settings import Settings
