@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.runtime.files import read_json, read_json_lines, write_json_lines
+from pgolf_jax.runtime.files import read_json, read_json_lines, write_arrays, write_json_lines
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import check_env_names, from_env
 
@@ -184,7 +184,7 @@ def shipped_cases() -> Path:
 def write_outputs(path: Path, outputs: Outputs) -> None:
   """Writes tensors as safetensors, documents as JSON lines."""
   if isinstance(outputs, dict):
-    save_file({name: np.array(value, order="C") for name, value in outputs.items()}, path)
+    write_arrays(path, outputs)
   else:
     write_json_lines(path, outputs)
 

@@ -182,13 +182,6 @@ def needs_floors(case: Case) -> bool:
   return jax.default_backend() != "cpu" or case.types != case.reference_types
 
 
-def measure_floors(case: Case) -> Floors:
-  """Tensor → the perturbation floor of our own outputs, in the measure of its tolerance."""
-  single = dataclasses.replace(case, dtype="float32")
-  moved, base = run(dataclasses.replace(single, perturbation=PERTURBATION)), run(single)
-  return with_storing(single, distances(single, moved, base), base)
-
-
 def distances(case: Case, moved: Arrays, base: Arrays) -> dict[str, float]:
   """Tensor → how far it moved, in the measure of its tolerance.
 

@@ -19,11 +19,10 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import content_hash
-from pgolf_jax.runtime.files import parse_json, replacing
+from pgolf_jax.runtime.files import parse_json, replacing, write_arrays
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.check import MAX_PARAMETERS
 from pgolf_jax.settings.load import from_dict
@@ -201,8 +200,7 @@ def read_safetensors(path: Path) -> Read:
 def write_safetensors(path: Path, tensors: Tensors, settings: str | None) -> None:
   """Writes tensors as safetensors, with the settings, as JSON, among the file's metadata."""
   metadata = {"format": "pt"} | ({} if settings is None else {_SETTINGS: settings})
-  with replacing(path) as partial:
-    save_file({name: np.array(value, order="C") for name, value in tensors.items()}, partial, metadata=metadata)
+  write_arrays(path, tensors, metadata)
 
 
 def is_orbax(path: Path) -> bool:

@@ -244,10 +244,10 @@ def _fault(text: str) -> json.JSONDecodeError:
   return json.JSONDecodeError("not JSON", text, 0)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays by name as a whole safetensors file."""
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+  """Writes arrays by name as a whole safetensors file, with `metadata` in its header."""
   with replacing(path) as partial:
-    save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial)
+    save_file({name: np.array(array, order="C") for name, array in arrays.items()}, partial, metadata=metadata)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

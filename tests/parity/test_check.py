@@ -1,5 +1,6 @@
 """Every tolerance refuses a tensor that is wrong or missing; in other arithmetic it follows from the measured floor."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,10 +10,10 @@ from safetensors.numpy import save_file
 from pgolf_jax.cli import main
 from pgolf_jax.errors import UserError
 from pgolf_jax.parity import Case
-from pgolf_jax.parity.check import Column, Report, agrees, check, measure_floors
+from pgolf_jax.parity.check import Column, Report, agrees, check, distances, with_storing
 from pgolf_jax.parity.run import run
 from pgolf_jax.parity.table import text
-from pgolf_jax.parity.tolerances import TOLERANCES, tolerance_for
+from pgolf_jax.parity.tolerances import PERTURBATION, TOLERANCES, tolerance_for
 
 
 @pytest.fixture
@@ -110,6 +111,13 @@ def test_every_tensor_of_the_small_cases_is_compared(small_golden):
     golden = Case.load(small_golden(kind))
     skipped = [name for name in golden.expected if tolerance_for(golden, name) is None]
     assert all(name.startswith("quantized/") for name in skipped), skipped
+
+
+def measure_floors(case):
+  """Tensor → the perturbation floor of our own outputs, in the measure of its tolerance."""
+  single = dataclasses.replace(case, dtype="float32")
+  moved, base = run(dataclasses.replace(single, perturbation=PERTURBATION)), run(single)
+  return with_storing(single, distances(single, moved, base), base)
 
 
 def test_limits_in_bfloat16_follow_from_the_floor_and_refuse_a_fault(small_golden):
