@@ -134,13 +134,57 @@ class Grid(Stored):
       out[slab] = weight_MxN
 
 
+OCTAVE = 4
+"""Steps of a `LogGrid` for each factor of two."""
+# 2^(i/4), i = 0 … 3, in float32.
+_ROOTS = np.array([1.0, 1.1892071150027210667, 1.4142135623730950488, 1.6817928305074290861], np.float32)
+
+
+def log_step(classes: np.ndarray) -> np.ndarray:
+  """Returns 2^(class / OCTAVE) in fp32, the same bits on every machine."""
+  octave, part = np.divmod(classes, OCTAVE)
+  return np.ldexp(_ROOTS[part], octave)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogGrid(Stored):
+  """A matrix whose steps are the product of a row's and a column's: q_ij · 2^((row_i + column_j) / OCTAVE)."""
+
+  q_MxN: np.ndarray  # int32, below 2^24 in size
+  row_M: np.ndarray  # int32
+  column_N: np.ndarray  # int32
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.q_MxN.shape
+
+  def write_to(self, out: np.ndarray) -> None:
+    for slab in _slabs(self.shape):
+      out[slab] = self.q_MxN[slab] * log_step(self.row_M[slab][:, None] + self.column_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class Even(Stored):
+  """A parameter of any shape on one step: q · 2^(step / OCTAVE)."""
+
+  q: np.ndarray  # int32, below 2^24 in size
+  step: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.q.shape
+
+  def write_to(self, out: np.ndarray) -> None:
+    out[...] = self.q * log_step(np.asarray(self.step))
+
+
 def _slabs(shape: tuple[int, int]) -> Iterator[slice]:
   """Yields the rows of a matrix in slices of at most `_SLAB` values, or one row."""
   rows = max(1, _SLAB // shape[1])
   return (slice(first, first + rows) for first in range(0, shape[0], rows))
 
 
-Quantized = Half | Rows | Grid
+Quantized = Half | Rows | Grid | LogGrid | Even
 
 
 # The matrices of each bank in the order of its first axis, every layer of the first before any of the second.
