@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from artifact_samples import CONFIG, ORIGIN, TOKENIZER, sample_tensors, sealed, with_header
+from artifact_samples import CONFIG, ORIGIN, TOKENIZER, rate_tensors, sample_tensors, sealed, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,26 +22,37 @@ from pgolf_jax.quantize.artifact.writer import write
 
 VECTORS = Path(__file__).parent / "vectors"
 WHOLE = {name: write(CONFIG, sample_tensors(), name, ORIGIN, TOKENIZER) for name in NAMES}
+RATE = {name: write(CONFIG, rate_tensors(), name, ORIGIN, TOKENIZER) for name in NAMES}
 both_codecs = pytest.mark.parametrize("name", NAMES)
 
 
+both_forms = pytest.mark.parametrize(
+  ("files", "tensors"), [(WHOLE, sample_tensors()), (RATE, rate_tensors())], ids=["gptq", "rate"]
+)
+
+
 @both_codecs
-def test_everything_comes_back(name):
-  tensors = sample_tensors()
-  artifact = read(WHOLE[name])
+@both_forms
+def test_everything_comes_back(name, files, tensors):
+  artifact = read(files[name])
   assert artifact.config == CONFIG and artifact.codec == name
   assert artifact.origin == ORIGIN and artifact.tokenizer == TOKENIZER
   assert list(artifact.tensors) == list(tensors)
-  assert sum(artifact.stream_bytes.values()) == len(WHOLE[name])
+  assert sum(artifact.stream_bytes.values()) == len(files[name])
   for key, tensor in tensors.items():
     assert type(artifact.tensors[key]) is type(tensor)
+    for field, value in vars(tensor).items():
+      if isinstance(value, np.ndarray):
+        stored = getattr(artifact.tensors[key], field)
+        assert stored.dtype == value.dtype and np.array_equal(stored, value), (key, field)
     assert np.array_equal(artifact.tensors[key].dequantize(), tensor.dequantize()), key
 
 
 @both_codecs
-def test_writing_what_was_read_gives_the_same_file(name):
-  artifact = read(WHOLE[name])
-  assert write(artifact.config, artifact.tensors, artifact.codec, artifact.origin, artifact.tokenizer) == WHOLE[name]
+@both_forms
+def test_writing_what_was_read_gives_the_same_file(name, files, tensors):
+  artifact = read(files[name])
+  assert write(artifact.config, artifact.tensors, artifact.codec, artifact.origin, artifact.tokenizer) == files[name]
 
 
 @both_codecs

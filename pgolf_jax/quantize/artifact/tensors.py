@@ -136,6 +136,8 @@ class Grid(Stored):
 
 OCTAVE = 4
 """Steps of a `LogGrid` for each factor of two."""
+MAX_STEP = 200
+"""Classes of rows and of columns are at most this in size, so that every weight is finite."""
 # 2^(i/4), i = 0 … 3, in float32.
 _ROOTS = np.array([1.0, 1.1892071150027210667, 1.4142135623730950488, 1.6817928305074290861], np.float32)
 

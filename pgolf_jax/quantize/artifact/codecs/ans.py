@@ -77,6 +77,17 @@ def put_counted(writer: Writer, symbols: np.ndarray, alphabet: int) -> None:
     _add_counts(counts, symbols[start:end])
 
 
+def counted_bits(symbols: np.ndarray, alphabet: int) -> float:
+  """Returns about how many bits `put_counted` takes."""
+  counts, bits = np.zeros(alphabet, np.int64), 0.0
+  for start, end in _chunks(len(symbols)):
+    chunk = np.bincount(symbols[start:end], minlength=alphabet)
+    weights = 1 + _COUNT_WEIGHT * counts
+    bits += float(np.sum(chunk * np.log2(weights.sum() / weights)))
+    counts += chunk
+  return bits
+
+
 def take_counted(reader: Reader, count: int, alphabet: int) -> np.ndarray:
   """Reads what `put_counted` wrote, as 16-bit numbers so that they take less memory than the weights."""
   symbols = np.zeros(count, np.int16)

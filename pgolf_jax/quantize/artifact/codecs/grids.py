@@ -62,13 +62,14 @@ class Mean:
   b_RxN: np.ndarray  # int32
   factor: int
   flipped: bool
+  limit: int = 127  # of its size
 
   @property
   def rank(self) -> int:
     return self.b_RxN.shape[0]
 
   def phases(self, row=slice(None), column=slice(None)) -> np.ndarray:
-    """Returns a part of the mean, int32 [columns, rows], in units of 1/PHASES and within the range of int8.
+    """Returns a part of the mean, int32 [columns, rows], in units of 1/PHASES.
 
     Args:
       row, column: indices of the part.
@@ -80,7 +81,7 @@ class Mean:
     for first in range(0, len(mean_MxN), rows):  # a slab at a time, for the memory that wide types take
       product = np.matmul(a_MxR[first : first + rows].astype(np.float64), b_RxN).astype(np.int64)
       product = (product * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
-      mean_MxN[first : first + rows] = np.clip(product, -127 * PHASES, 127 * PHASES)
+      mean_MxN[first : first + rows] = np.clip(product, -self.limit * PHASES, self.limit * PHASES)
     return mean_MxN if self.flipped else mean_MxN.T
 
 
@@ -129,7 +130,7 @@ def put_grids(writer: Writer, arrays: Sequence[np.ndarray], models: Sequence[Mod
   put_counted(writer, joined([model.row_M for model in models]) + _ROW_CENTRE, 2 * _ROW_CENTRE)
   for model, matrix_pieces in zip(models, pieces, strict=True):
     if model.mean is not None:
-      _put_mean(writer, model.mean)
+      put_mean(writer, model.mean)
     for width, phase, values in matrix_pieces:
       writer.put(values - low, stream.of(width, phase))
 
@@ -148,7 +149,7 @@ def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
   _check_cells(shapes, columns, rows)
   matrices = []
   for size, rank, column_N, row_M in zip(shapes, ranks, columns, rows, strict=True):
-    model = Model(_take_mean(reader, size, rank) if rank else None, column_N, row_M)
+    model = Model(take_mean(reader, size, rank, 127) if rank else None, column_N, row_M)
     matrices.append(_take_grid(reader, model, stream))
   return matrices
 
@@ -222,7 +223,7 @@ def _best_shape(pieces: Iterable[tuple[int, int, np.ndarray]], low: int, high: i
   return min(range(len(SHAPES)), key=bits)
 
 
-def _put_mean(writer: Writer, mean: Mean) -> None:
+def put_mean(writer: Writer, mean: Mean) -> None:
   """Writes a mean."""
   for word in (int(mean.flipped), mean.factor >> 16, mean.factor & 0xFFFF):
     writer.put(np.array([word]), _WORD)
@@ -231,7 +232,7 @@ def _put_mean(writer: Writer, mean: Mean) -> None:
   writer.put(mean.b_RxN + B_LIMIT, _BASIS)
 
 
-def _take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
+def take_mean(reader: Reader, shape: tuple[int, ...], rank: int, limit: int) -> Mean:
   """Reads the mean of a matrix of this shape. Raises ArtifactError if such a matrix cannot have one."""
   if min(shape) < LEAST_SIDE:
     raise ArtifactError("A stream of the artifact gives a mean to a matrix too small for it: it is damaged.")
@@ -241,7 +242,7 @@ def _take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
   for r in range(rank):
     a_MxR[:, r] = _take_coefficients(reader, tall)
   b_RxN = reader.take(rank * wide, _BASIS).reshape(rank, wide) - B_LIMIT
-  return Mean(a_MxR, b_RxN, high << 16 | low, bool(flipped))
+  return Mean(a_MxR, b_RxN, high << 16 | low, bool(flipped), limit)
 
 
 def _put_coefficients(writer: Writer, values: np.ndarray) -> None:

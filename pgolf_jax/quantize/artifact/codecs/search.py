@@ -6,14 +6,31 @@ R directions.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pgolf_jax.quantize.artifact.codecs import ans
-from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, PHASES
+from pgolf_jax.quantize.artifact.codecs import Content, ans
+from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, PHASES, SHAPES, counted_bits
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
+from pgolf_jax.quantize.artifact.codecs.integers import (
+  COUNTED,
+  ESCAPE_BITS,
+  LIMIT,
+  MOST_COUNTED,
+  WIDTHS,
+  Law,
+  MatrixModel,
+  Plan,
+  Steps,
+  class_residuals,
+  keys,
+  law_weights,
+  reach_of,
+  shift_of,
+)
 
 _PATIENCE = 2  # directions that may pass without saving anything
 
@@ -24,32 +41,116 @@ _HEADER_BITS = 64  # about what a direction takes beside its coefficients and en
 _STEP_SIGMAS = 2.5  # step of A's coefficients, in standard deviations of what remains
 _GLANCE, _ROUNDS = 3, 12  # of subspace iteration: to see whether there is a mean at all, and to compute it
 
+_MOST_BACK = 16  # arrays before an array that it may be stored by
+
 _HALF_LOG2E = 0.5 * 1.4426950408889634
 _UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
 _ROUNDING = _UNIT // 12
 # Variance up to which a class is the nearest one: half a class above its own.
-_BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in range(CLASSES - 1)])
-_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
+_BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in range(WIDTHS - 1)])
+_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * WIDTHS)])
 
 
-def fit_all(arrays: Sequence[np.ndarray]) -> list[Model]:
-  """Returns the model of each int8 matrix."""
+def fit(content: Content, arrays: Sequence[np.ndarray], steps: Sequence[Steps] = ()) -> Sequence:
+  """Returns what each array of a stream is stored under; empty for a content without models.
+
+  Args:
+    steps: of each matrix, for content "matrix".
+  """
   # Many products of a few megaflops: with more threads they wait for each other and take three times the core-seconds.
   with threadpool_limits(1, "blas"):
-    return [fit(q_MxN) for q_MxN in arrays]
+    match content:
+      case "grid":
+        return [fit_grid(q_MxN) for q_MxN in arrays]
+      case "matrix":
+        return [_fit_matrix(q_MxN, step) for q_MxN, step in zip(arrays, steps, strict=True)]
+      case "integers":
+        return plan_integers(arrays)
+  return ()
 
 
-def fit(q_MxN: np.ndarray) -> Model:
-  """Returns the model that stores an int8 matrix in the fewest bytes."""
+def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
+  model = fit_grid(q_MxN, WIDTHS)
+  if model.mean is not None:
+    model = dataclasses.replace(model, mean=dataclasses.replace(model.mean, limit=LIMIT))
+  return MatrixModel(model, _best_shape(q_MxN, model), tuple(plan_integers(class_residuals(model, step))))
+
+
+def _best_shape(q_MxN: np.ndarray, model: Model) -> int:
+  bits_S = np.zeros(len(SHAPES))
+  key, whole = keys(model, slice(None))
+  values = q_MxN.T.reshape(-1) - whole
+  order = np.argsort(key, kind="stable")
+  used_U, first_U = np.unique(key[order], return_index=True)
+  for key, part in zip(used_U.tolist(), np.split(values[order], first_U[1:]), strict=True):
+    width, phase = divmod(key, PHASES)
+    shift, reach = shift_of(width), reach_of(width)
+    high = (part + (1 << shift >> 1) >> shift) + reach
+    count = np.bincount(np.where((high < 0) | (high > 2 * reach), 2 * reach + 1, high), minlength=2 * reach + 2)
+    for shape in range(len(SHAPES)):
+      bits_S[shape] += _bits_under(count, width, shape, phase)
+  return int(np.argmin(bits_S))
+
+
+def _bits_under(count: np.ndarray, width: int, shape: int, phase: int) -> float:
+  """Bits of symbols, escapes last, with these counts."""
+  weights = law_weights(width, shape, phase)
+  return float(np.sum(count * np.log2(weights.sum() / weights))) + ESCAPE_BITS * int(count[-1])
+
+
+def plan_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
+  """Returns how each array is stored in the fewest bytes."""
+  flat = [np.asarray(array, np.int32).reshape(-1) for array in arrays]
+  plans = []
+  for i, values in enumerate(flat):
+    backs = [b for b in range(1, min(i, _MOST_BACK) + 1) if flat[i - b].size == values.size]
+    back = min(backs, key=lambda b: _entropy(values - flat[i - b]), default=0)
+    choices = [_plan(0, values)] + ([_plan(back, values - flat[i - back])] if back else [])
+    plans.append(min(choices, key=lambda choice: choice[0])[1])
+  return plans
+
+
+def _entropy(values: np.ndarray) -> float:
+  count = np.unique(values, return_counts=True)[1]
+  return float(-np.sum(count * np.log2(count / len(values))))
+
+
+def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
+  """(bits, plan) of an array as it is."""
+  used_U, count_U = np.unique(values, return_counts=True)
+  if not len(values):
+    return 0.0, Plan(back, 0, Law(0, 0))
+  centre = int(used_U[0])
+  best = (math.inf, Plan(back, centre, Law(0, COUNTED)))
+  if used_U[-1] - centre < MOST_COUNTED:
+    best = counted_bits(values - centre, int(used_U[-1]) - centre + 2), best[1]
+  mean = float(np.sum(used_U * count_U) / len(values))
+  centre, phase = divmod(int(np.rint(PHASES * mean)), PHASES)
+  variance = float(np.sum(np.square(used_U - mean) * count_U) / len(values))
+  near = int(_class_of(np.array([_UNIT * variance]), WIDTHS)[0])
+  for width in range(max(0, near - 6), min(WIDTHS, near + 4)):
+    shift, reach = shift_of(width), reach_of(width)
+    high_U = (used_U - centre + (1 << shift >> 1) >> shift) + reach
+    is_inside = (high_U >= 0) & (high_U <= 2 * reach)
+    count = np.bincount(np.where(is_inside, high_U, 2 * reach + 1), count_U, 2 * reach + 2)
+    for shape in range(len(SHAPES)):
+      bits = _bits_under(count, width, shape, phase) + shift * len(values)
+      if bits < best[0]:
+        best = bits, Plan(back, centre, Law(width, shape, phase))
+  return best
+
+
+def fit_grid(q_MxN: np.ndarray, most: int = CLASSES) -> Model:
+  """Returns the model with fewer than `most` width classes that stores a matrix in the fewest bytes."""
   q_MxN = PHASES * q_MxN.astype(np.int32)
-  *classes, least = fit_widths(q_MxN)
+  *classes, least = fit_widths(q_MxN, most)
   best = Model(None, *classes)
   mean = fit_mean(q_MxN // PHASES)
   # A few wide columns or rows may look like a direction, but classes of their own describe them in fewer bytes.
   # Directions are therefore added one by one for as long as that helps.
   for rank in range(1, 1 + (0 if mean is None else mean.rank)):
     part = dataclasses.replace(mean, a_MxR=mean.a_MxR[:, :rank], b_RxN=mean.b_RxN[:rank])
-    *classes, bits = fit_widths(q_MxN - part.phases().T)
+    *classes, bits = fit_widths(q_MxN - part.phases().T, most)
     bits += _mean_bits(part)
     if bits < least:
       best, least = Model(part, *classes), bits
@@ -83,7 +184,7 @@ def fit_mean(q_MxN: np.ndarray) -> Mean | None:
   return Mean(np.clip(a_MxR, -_A_LIMIT, _A_LIMIT).astype(np.int32), basis_RxN.astype(np.int32), factor, flipped)
 
 
-def fit_widths(residual_MxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def fit_widths(residual_MxN: np.ndarray, most: int = CLASSES) -> tuple[np.ndarray, np.ndarray, float]:
   """Returns column classes, row classes (added to them in units of ROW_STEP), and about how many bits values then take.
 
   Rows get classes of their own only where that saves more than it costs. The bits are up to a constant per value.
@@ -94,14 +195,14 @@ def fit_widths(residual_MxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]
   square_MxN = 3.0 * np.square(residual_MxN, dtype=np.int64) - _ROUNDING
   rows, columns = square_MxN.shape
   flat_M = np.zeros(rows, np.int32)
-  plain_N = column_N = _class_of(square_MxN.sum(axis=0) / rows)
+  plain_N = column_N = _class_of(square_MxN.sum(axis=0) / rows, most)
   for _ in range(2):
     weight_N = _inverse_variance(column_N)
     # In a row whose width is its columns', the mean of square/σ² is _UNIT.
     relative_M = np.matmul(square_MxN, weight_N) / (2**20 * columns)
-    row_M = (_class_of(relative_M) - CENTRE + ROW_STEP // 2) // ROW_STEP
+    row_M = (_class_of(relative_M, most) - CENTRE + ROW_STEP // 2) // ROW_STEP
     weight_M = _inverse_variance(CENTRE + ROW_STEP * row_M)
-    column_N = _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows))
+    column_N = _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows), most)
   choices = ((_cheapened(square_MxN, plain_N, flat_M), flat_M), (_cheapened(square_MxN, column_N, row_M), row_M))
   return min(((*classes, _bits(square_MxN, *classes)) for classes in choices), key=lambda choice: choice[-1])
 
@@ -169,14 +270,14 @@ def _rounded(row_N: np.ndarray) -> np.ndarray:
   return np.rint(row_N * (2.0**14 / max(float(np.abs(row_N).max()), 1.0)))
 
 
-def _class_of(variance: np.ndarray) -> np.ndarray:
-  """Width class of values whose variance before rounding is given, in 1/_UNIT; 0 or less is the narrowest."""
-  return np.searchsorted(_BOUNDS, variance).astype(np.int32)
+def _class_of(variance: np.ndarray, most: int) -> np.ndarray:
+  """Width class, below `most`, of values whose variance before rounding is given, in 1/_UNIT; 0 is the narrowest."""
+  return np.searchsorted(_BOUNDS[: most - 1], variance).astype(np.int32)
 
 
 def _inverse_variance(classes: np.ndarray) -> np.ndarray:
   """2^20/σ², whole; σ within 2^-16 … 2^16."""
-  return _INVERSE_VARIANCE[np.clip(classes, -CLASSES, 2 * CLASSES - 1) + CLASSES]
+  return _INVERSE_VARIANCE[np.clip(classes, -CLASSES, 2 * WIDTHS - 1) + CLASSES]
 
 
 def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> np.ndarray:

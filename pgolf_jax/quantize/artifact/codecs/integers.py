@@ -1,0 +1,286 @@
+"""Integers of any size under laws with an escape: matrices whose steps are known, and other arrays.
+
+Beyond a law's reach a value is escaped and stored as it is; of wide values the low bits are. No alphabet has more than
+a few hundred symbols, whatever the range of the values.
+
+The step of a row or column predicts the width of its integers: an octave finer makes them an octave wider. Width
+classes are therefore stored less that prediction. M rows, N columns.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pgolf_jax.errors import ArtifactError
+from pgolf_jax.quantize.artifact.codecs import ans
+from pgolf_jax.quantize.artifact.codecs.ans import (
+  CENTRE,
+  PHASE_BITS,
+  PHASES,
+  SHAPES,
+  STEPS,
+  Distribution,
+  Reader,
+  Writer,
+  distribution,
+  put_counted,
+  take_counted,
+)
+from pgolf_jax.quantize.artifact.codecs.grids import MAX_RANK, ROW_STEP, Model, put_mean, take_mean
+
+WIDTHS = 20 * STEPS
+"""Width classes: σ from 2^-4 to 2^16."""
+LIMIT = 1 << 24
+"""Integers are smaller than this in size."""
+_SPLIT = 3  # octaves of σ above 1 from which on low bits are stored as they are
+_ESCAPE_WEIGHT = 1 << 12  # of a law's 2^26
+ESCAPE_BITS = 26
+_RAW_BITS = 8  # stored at once
+COUNTED = len(SHAPES)  # in place of a shape: values under counts
+MOST_COUNTED = 512  # values from the least to the largest
+_SLAB = 1 << 19  # values that are sorted by their laws at a time
+_FREE_PIECES, _VALUES_PER_PIECE = 1 << 15, 1 << 7  # of a stream
+_RAW = [distribution(np.ones(max(2, 1 << bits))) for bits in range(_RAW_BITS + 1)]
+_LENGTH = distribution(np.ones(33))
+
+
+class Steps(NamedTuple):
+  """The steps of a matrix, by which the widths of its integers are predicted."""
+
+  row_M: np.ndarray  # int32, in units of ROW_STEP width classes
+  column_N: np.ndarray
+
+
+class Law(NamedTuple):
+  width: int  # 0 … WIDTHS − 1
+  shape: int
+  phase: int = 0
+
+
+def put_bits(writer: Writer, values: np.ndarray, bits: int) -> None:
+  """Writes the lowest bits of each value as they are."""
+  for first in range(0, bits, _RAW_BITS):
+    count = min(_RAW_BITS, bits - first)
+    writer.put(values >> first & ((1 << count) - 1), _RAW[count])
+
+
+def take_bits(reader: Reader, count: int, bits: int) -> np.ndarray:
+  values = np.zeros(count, np.int32)
+  for first in range(0, bits, _RAW_BITS):
+    values |= reader.take(count, _RAW[min(_RAW_BITS, bits - first)]) << first
+  return values
+
+
+def put_number(writer: Writer, number: int) -> None:
+  """Writes a whole number below 2^31 in size: the bits that it takes, and these."""
+  zigzag = number * 2 if number >= 0 else -2 * number - 1
+  writer.put(np.array([zigzag.bit_length()]), _LENGTH)
+  put_bits(writer, np.array([zigzag]), zigzag.bit_length())
+
+
+def take_number(reader: Reader) -> int:
+  bits = int(reader.take(1, _LENGTH)[0])
+  zigzag = int(take_bits(reader, 1, bits)[0]) & 0xFFFFFFFF
+  return -(zigzag + 1 >> 1) if zigzag & 1 else zigzag >> 1
+
+
+@functools.lru_cache(maxsize=2048)
+def _prepared(law: Law) -> tuple[int, int, Distribution]:
+  """(low bits stored as they are, reach of the rest, its distribution)."""
+  return shift_of(law.width), reach_of(law.width), distribution(law_weights(*law))
+
+
+def shift_of(width: int) -> int:
+  """Returns how many low bits of a value are stored as they are."""
+  return max(0, (width - CENTRE) // STEPS - _SPLIT)
+
+
+def reach_of(width: int) -> int:
+  """Returns the largest size of the rest of a value that is not escaped."""
+  return 8 + int(8 * ans.sigma(width - STEPS * shift_of(width)))
+
+
+def law_weights(width: int, shape: int, phase: int) -> np.ndarray:
+  """Returns the weights of −reach … reach and of the escape."""
+  reach = reach_of(width)
+  return np.append(ans.weights(width - STEPS * shift_of(width), shape, phase, -reach, reach), _ESCAPE_WEIGHT)
+
+
+def put_values(writer: Writer, values: np.ndarray, law: Law) -> None:
+  """Writes values below 2^25 in size under one law."""
+  shift, reach, model = _prepared(law)
+  if shift:
+    values = values + (1 << shift >> 1)
+    put_bits(writer, values, shift)
+    values = values >> shift
+  escaped = np.abs(values) > reach
+  writer.put(np.where(escaped, 2 * reach + 1, values + reach), model)
+  if escaped.any():
+    put_bits(writer, values[escaped] + (1 << ESCAPE_BITS - 1), ESCAPE_BITS)
+
+
+def take_values(reader: Reader, count: int, law: Law) -> np.ndarray:
+  shift, reach, model = _prepared(law)
+  low = take_bits(reader, count, shift) - (1 << shift >> 1) if shift else 0
+  values = reader.take(count, model)
+  values -= reach
+  if values.max(initial=0) > reach:
+    escaped = values > reach
+    values[escaped] = take_bits(reader, int(escaped.sum()), ESCAPE_BITS) - (1 << ESCAPE_BITS - 1)
+  return (values << shift) + low
+
+
+class Plan(NamedTuple):
+  """How an array is stored: as differences to the `back`-th before it (0: by itself), less `centre`, under a law."""
+
+  back: int
+  centre: int
+  law: Law  # of shape COUNTED: under counts, from 0 on
+
+
+def put_integers(writer: Writer, arrays: Sequence[np.ndarray], plans: Sequence[Plan]) -> None:
+  """Writes arrays of integers below LIMIT in size."""
+  flat = [array.reshape(-1) for array in arrays]
+  for i, (values, (back, centre, law)) in enumerate(zip(flat, plans, strict=True)):
+    values = values - (flat[i - back] if back else 0) - centre
+    for number in (back, centre, law.shape):
+      put_number(writer, number)
+    if law.shape == COUNTED:
+      most = int(values.max(initial=0))
+      put_number(writer, most)
+      put_counted(writer, values, most + 2)
+      continue
+    put_number(writer, law.width)
+    put_number(writer, law.phase)
+    for first in range(0, len(values), _SLAB):
+      put_values(writer, values[first : first + _SLAB], law)
+
+
+def take_integers(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+  """Reads what `put_integers` wrote. Raises ArtifactError on what it cannot have written."""
+  flat: list[np.ndarray] = []
+  for i, size in enumerate(map(math.prod, shapes)):
+    back, centre, shape = (take_number(reader) for _ in range(3))
+    _require(0 <= back <= i and (not back or flat[i - back].size == size) and abs(centre) <= 2 * LIMIT)
+    values = np.empty(size, np.int32)
+    if shape == COUNTED:
+      most = take_number(reader)
+      _require(0 <= most < MOST_COUNTED)
+      values[...] = take_counted(reader, size, most + 2)
+    else:
+      law = _checked_law(take_number(reader), shape, take_number(reader))
+      for first in range(0, size, _SLAB):
+        slab = values[first : first + _SLAB]
+        slab[...] = take_values(reader, len(slab), law)
+    values += centre
+    if back:
+      values += flat[i - back]
+    _require_small(values)
+    flat.append(values)
+  return [values.reshape(shape) for values, shape in zip(flat, shapes, strict=True)]
+
+
+class MatrixModel(NamedTuple):
+  """What a matrix is coded under."""
+
+  model: Model
+  shape: int
+  classes: tuple[Plan, Plan]  # of the columns' and the rows' classes less what the steps predict
+
+
+def put_matrices(
+  writer: Writer, arrays: Sequence[np.ndarray], steps: Sequence[Steps], models: Sequence[MatrixModel]
+) -> None:
+  """Writes matrices of integers below LIMIT in size: of each its classes, its mean, and its values."""
+  budget = _Budget(arrays)
+  for q_MxN, step, (model, shape, plans) in zip(arrays, steps, models, strict=True):
+    put_number(writer, shape)
+    put_number(writer, model.rank)
+    put_integers(writer, class_residuals(model, step), plans)
+    if model.mean is not None:
+      put_mean(writer, model.mean)
+    for column, order, laws, whole in _slabs(model, shape):
+      values = (q_MxN.T[column].reshape(-1) - whole)[order]
+      for first, end, law in budget.spend(laws):
+        put_values(writer, values[first:end], law)
+
+
+def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequence[Steps]) -> list[np.ndarray]:
+  """Reads what `put_matrices` wrote. Raises ArtifactError on what it cannot have written."""
+  arrays = [np.empty(shape, np.int32) for shape in shapes]
+  budget = _Budget(arrays)
+  for q_MxN, (row_M, column_N) in zip(arrays, steps, strict=True):
+    shape, rank = take_number(reader), take_number(reader)
+    _require(0 <= shape < len(SHAPES) and 0 <= rank <= MAX_RANK)
+    classes_N, classes_M = take_integers(reader, [column_N.shape, row_M.shape])
+    mean = take_mean(reader, q_MxN.shape, rank, LIMIT) if rank else None
+    model = Model(mean, classes_N - ROW_STEP * column_N, classes_M - row_M)
+    for column, order, laws, whole in _slabs(model, shape):
+      values = np.empty(len(order), np.int32)
+      for first, end, law in budget.spend(laws):
+        values[order[first:end]] = take_values(reader, end - first, law)
+      values += whole
+      q_MxN[:, column] = values.reshape(-1, len(row_M)).T
+    _require_small(q_MxN)
+  return arrays
+
+
+def class_residuals(model: Model, step: Steps) -> list[np.ndarray]:
+  """Returns the columns' and the rows' classes less what their steps predict."""
+  return [model.column_N + ROW_STEP * step.column_N, model.row_M + step.row_M]
+
+
+def keys(model: Model, column: slice) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (width class · PHASES + phase, whole part of the mean) of some columns' values, [columns · rows]."""
+  width_NxM = np.clip(np.add.outer(model.column_N[column], ROW_STEP * model.row_M), 0, WIDTHS - 1)
+  if model.mean is None:
+    return (width_NxM * PHASES).astype(np.uint16).reshape(-1), np.zeros(1, np.int32)
+  mean_NxM = model.mean.phases(column=column)
+  # A phase is nothing to a law so wide that low bits are stored as they are.
+  wide_NxM = width_NxM >= CENTRE + (_SPLIT + 1) * STEPS
+  mean_NxM = np.where(wide_NxM, mean_NxM + PHASES // 2 & -PHASES, mean_NxM)
+  key_NxM = width_NxM * PHASES + (mean_NxM & PHASES - 1)
+  return key_NxM.astype(np.uint16).reshape(-1), (mean_NxM >> PHASE_BITS).reshape(-1)
+
+
+def _slabs(model: Model, shape: int) -> Iterator[tuple[slice, np.ndarray, list, np.ndarray]]:
+  """Yields (columns, order of their values by law, [(first, end, law)] in that order, whole part of their means)."""
+  columns = max(1, _SLAB // max(1, len(model.row_M)))
+  for start in range(0, len(model.column_N), columns):
+    column = slice(start, start + columns)
+    key, whole = keys(model, column)
+    end = np.cumsum(np.bincount(key)).tolist()
+    laws = [
+      (a, b, Law(k // PHASES, shape, k % PHASES)) for k, (a, b) in enumerate(itertools.pairwise([0, *end])) if a < b
+    ]
+    yield column, np.argsort(key, kind="stable"), laws, whole
+
+
+class _Budget:
+  """Refuses a stream that is cut into so many pieces that reading them would take minutes."""
+
+  def __init__(self, arrays: Sequence[np.ndarray]):
+    self._left = _FREE_PIECES + sum(array.size for array in arrays) // _VALUES_PER_PIECE
+
+  def spend(self, laws: list) -> list:
+    self._left -= len(laws)
+    _require(self._left >= 0)
+    return laws
+
+
+def _checked_law(width: int, shape: int, phase: int) -> Law:
+  _require(0 <= width < WIDTHS and 0 <= shape < len(SHAPES) and 0 <= phase < PHASES)
+  return Law(width, shape, phase)
+
+
+def _require_small(values: np.ndarray) -> None:
+  _require(values.min(initial=0) > -LIMIT and values.max(initial=0) < LIMIT)
+
+
+def _require(condition: bool) -> None:
+  if not condition:
+    raise ArtifactError("A stream of the artifact holds integers or laws beyond all bounds: it is damaged.")
