@@ -56,9 +56,7 @@ def rate_tensors(seed: int = 0) -> dict:
     column_N[:2] -= 40  # two columns of tiny steps
     scale_MxN = 0.3 * np.exp2(-(row_M[:, None] + column_N + 30) / 4)
     q_MxN = np.rint((rng.standard_normal((rows, columns)) + mean_MxN) * scale_MxN)
-    return LogGrid(
-      np.rint((rng.standard_normal((rows, columns)) + mean_MxN) * scale_MxN).astype(np.int32), row_M, column_N
-    )
+    return LogGrid(q_MxN.astype(np.int32), row_M, column_N)
 
   def even(step, *shape):
     return Even(np.rint(300 + 30 * rng.standard_normal(shape)).astype(np.int32), step)
