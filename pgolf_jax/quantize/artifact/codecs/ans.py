@@ -22,7 +22,7 @@ Distribution = constriction.stream.model.Categorical
 
 SLAB = 1 << 16  # symbols that are held in a wider type at a time
 _FIRST_CHUNK = 16
-_COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
+COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
 
 
 def distribution(weights: np.ndarray) -> Distribution:
@@ -72,28 +72,17 @@ class Reader:
 def put_counted(writer: Writer, symbols: np.ndarray, alphabet: int) -> None:
   """Writes symbols of 0 … alphabet − 1 in growing chunks, each under the counts of all before it."""
   counts = np.zeros(alphabet, np.int64)
-  for start, end in _chunks(len(symbols)):
-    writer.put(symbols[start:end], distribution(1 + _COUNT_WEIGHT * counts))
+  for start, end in chunks(len(symbols)):
+    writer.put(symbols[start:end], distribution(1 + COUNT_WEIGHT * counts))
     _add_counts(counts, symbols[start:end])
-
-
-def counted_bits(symbols: np.ndarray, alphabet: int) -> float:
-  """Returns about how many bits `put_counted` takes."""
-  counts, bits = np.zeros(alphabet, np.int64), 0.0
-  for start, end in _chunks(len(symbols)):
-    chunk = np.bincount(symbols[start:end], minlength=alphabet)
-    weights = 1 + _COUNT_WEIGHT * counts
-    bits += float(np.sum(chunk * np.log2(weights.sum() / weights)))
-    counts += chunk
-  return bits
 
 
 def take_counted(reader: Reader, count: int, alphabet: int) -> np.ndarray:
   """Reads what `put_counted` wrote, as 16-bit numbers so that they take less memory than the weights."""
   symbols = np.zeros(count, np.int16)
   counts = np.zeros(alphabet, np.int64)
-  for start, end in _chunks(count):
-    symbols[start:end] = reader.take(end - start, distribution(1 + _COUNT_WEIGHT * counts))
+  for start, end in chunks(count):
+    symbols[start:end] = reader.take(end - start, distribution(1 + COUNT_WEIGHT * counts))
     _add_counts(counts, symbols[start:end])
   return symbols
 
@@ -103,7 +92,7 @@ def _add_counts(counts: np.ndarray, symbols: np.ndarray) -> None:
     counts += np.bincount(symbols[start : start + SLAB], minlength=len(counts))
 
 
-def _chunks(count: int) -> list[tuple[int, int]]:
+def chunks(count: int) -> list[tuple[int, int]]:
   """Returns bounds that cut `count` into chunks, each a quarter of all before it, but at least 16."""
   bounds = [0]
   while bounds[-1] < count:

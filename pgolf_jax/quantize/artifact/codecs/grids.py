@@ -50,23 +50,31 @@ _MAX_SHIFT = 7
 _BASIS = distribution(ans.weights(CENTRE + 3 * STEPS, 0, 0, -B_LIMIT, B_LIMIT))
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values
+_MOST_MEAN = 1 << 24  # with scales
 _FREE_CELLS, _VALUES_PER_CELL = 1 << 14, 1 << 8  # of a stream; a trained model has thousands of values to a cell
 _REACH = 255  # of an integer less its mean: −128 … 127 less −127 … 127
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """mean_MxN = A·B · factor / 2^16 in units of 1/PHASES; of the transposed matrix where `flipped`."""
+  """mean_MxN = A·B · factor / 2^16 in units of 1/PHASES; of the transposed matrix where `flipped`.
+
+  With scales it is A·B times those of a value's row and column, which hold the factor, and may be of any size.
+  """
 
   a_MxR: np.ndarray  # int32
   b_RxN: np.ndarray  # int32
   factor: int
   flipped: bool
-  limit: int = 127  # of its size
+  scales: tuple[np.ndarray, np.ndarray] | None = None  # float64 [M], [N]
 
   @property
   def rank(self) -> int:
     return self.b_RxN.shape[0]
+
+  def leading(self, rank: int) -> "Mean":
+    """Returns the mean of the first directions only."""
+    return dataclasses.replace(self, a_MxR=self.a_MxR[:, :rank], b_RxN=self.b_RxN[:rank])
 
   def phases(self, row=slice(None), column=slice(None)) -> np.ndarray:
     """Returns a part of the mean, int32 [columns, rows], in units of 1/PHASES.
@@ -76,12 +84,21 @@ class Mean:
     """
     left, right = (column, row) if self.flipped else (row, column)
     a_MxR, b_RxN = self.a_MxR[left], self.b_RxN[:, right].astype(np.float64)
+    if self.scales is not None:
+      scale_M, scale_N = (scale[part] for scale, part in zip(self.scales, (row, column), strict=True))
+      scale_M, scale_N = (scale_N, scale_M) if self.flipped else (scale_M, scale_N)
     mean_MxN = np.empty((a_MxR.shape[0], b_RxN.shape[1]), np.int32)
     rows = max(1, SLAB // max(1, b_RxN.shape[1]))
     for first in range(0, len(mean_MxN), rows):  # a slab at a time, for the memory that wide types take
-      product = np.matmul(a_MxR[first : first + rows].astype(np.float64), b_RxN).astype(np.int64)
-      product = (product * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
-      mean_MxN[first : first + rows] = np.clip(product, -self.limit * PHASES, self.limit * PHASES)
+      slab = slice(first, first + rows)
+      product = np.matmul(a_MxR[slab].astype(np.float64), b_RxN)
+      if self.scales is None:
+        product = (product.astype(np.int64) * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
+        mean_MxN[slab] = np.clip(product, -127 * PHASES, 127 * PHASES)
+      else:  # single operations of IEEE arithmetic, in this order
+        product *= scale_M[slab, None]
+        product *= scale_N
+        mean_MxN[slab] = np.clip(np.rint(product), -_MOST_MEAN * PHASES, _MOST_MEAN * PHASES)
     return mean_MxN if self.flipped else mean_MxN.T
 
 
@@ -149,7 +166,7 @@ def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
   _check_cells(shapes, columns, rows)
   matrices = []
   for size, rank, column_N, row_M in zip(shapes, ranks, columns, rows, strict=True):
-    model = Model(take_mean(reader, size, rank, 127) if rank else None, column_N, row_M)
+    model = Model(take_mean(reader, size, rank) if rank else None, column_N, row_M)
     matrices.append(_take_grid(reader, model, stream))
   return matrices
 
@@ -232,7 +249,7 @@ def put_mean(writer: Writer, mean: Mean) -> None:
   writer.put(mean.b_RxN + B_LIMIT, _BASIS)
 
 
-def take_mean(reader: Reader, shape: tuple[int, ...], rank: int, limit: int) -> Mean:
+def take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
   """Reads the mean of a matrix of this shape. Raises ArtifactError if such a matrix cannot have one."""
   if min(shape) < LEAST_SIDE:
     raise ArtifactError("A stream of the artifact gives a mean to a matrix too small for it: it is damaged.")
@@ -242,7 +259,7 @@ def take_mean(reader: Reader, shape: tuple[int, ...], rank: int, limit: int) -> 
   for r in range(rank):
     a_MxR[:, r] = _take_coefficients(reader, tall)
   b_RxN = reader.take(rank * wide, _BASIS).reshape(rank, wide) - B_LIMIT
-  return Mean(a_MxR, b_RxN, high << 16 | low, bool(flipped), limit)
+  return Mean(a_MxR, b_RxN, high << 16 | low, bool(flipped))
 
 
 def _put_coefficients(writer: Writer, values: np.ndarray) -> None:

@@ -7,6 +7,7 @@ The step of a row or column predicts the width of its integers: an octave finer 
 classes are therefore stored less that prediction. M rows, N columns.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -30,7 +31,7 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   put_counted,
   take_counted,
 )
-from pgolf_jax.quantize.artifact.codecs.grids import MAX_RANK, ROW_STEP, Model, put_mean, take_mean
+from pgolf_jax.quantize.artifact.codecs.grids import FACTOR_BITS, MAX_RANK, ROW_STEP, Mean, Model, put_mean, take_mean
 
 WIDTHS = 20 * STEPS
 """Width classes: σ from 2^-4 to 2^16."""
@@ -39,6 +40,7 @@ LIMIT = 1 << 24
 _SPLIT = 3  # octaves of σ above 1 from which on low bits are stored as they are
 _ESCAPE_WEIGHT = 1 << 12  # of a law's 2^26
 ESCAPE_BITS = 26
+_MOST_EXPONENT = 200  # of a mean
 _RAW_BITS = 8  # stored at once
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
 MOST_COUNTED = 512  # values from the least to the largest
@@ -189,6 +191,7 @@ class MatrixModel(NamedTuple):
 
   model: Model
   shape: int
+  exponent: int  # of the mean, if there is one
   classes: tuple[Plan, Plan]  # of the columns' and the rows' classes less what the steps predict
 
 
@@ -197,11 +200,12 @@ def put_matrices(
 ) -> None:
   """Writes matrices of integers below LIMIT in size: of each its classes, its mean, and its values."""
   budget = _Budget(arrays)
-  for q_MxN, step, (model, shape, plans) in zip(arrays, steps, models, strict=True):
+  for q_MxN, step, (model, shape, exponent, plans) in zip(arrays, steps, models, strict=True):
     put_number(writer, shape)
     put_number(writer, model.rank)
     put_integers(writer, class_residuals(model, step), plans)
     if model.mean is not None:
+      put_number(writer, exponent)
       put_mean(writer, model.mean)
     for column, order, laws, whole in _slabs(model, shape):
       values = (q_MxN.T[column].reshape(-1) - whole)[order]
@@ -217,7 +221,11 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
     shape, rank = take_number(reader), take_number(reader)
     _require(0 <= shape < len(SHAPES) and 0 <= rank <= MAX_RANK)
     classes_N, classes_M = take_integers(reader, [column_N.shape, row_M.shape])
-    mean = take_mean(reader, q_MxN.shape, rank, LIMIT) if rank else None
+    mean = None
+    if rank:
+      exponent = take_number(reader)
+      _require(abs(exponent) <= _MOST_EXPONENT)
+      mean = scaled(take_mean(reader, q_MxN.shape, rank), exponent, Steps(row_M, column_N))
     model = Model(mean, classes_N - ROW_STEP * column_N, classes_M - row_M)
     for column, order, laws, whole in _slabs(model, shape):
       values = np.empty(len(order), np.int32)
@@ -227,6 +235,14 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
       q_MxN[:, column] = values.reshape(-1, len(row_M)).T
     _require_small(q_MxN)
   return arrays
+
+
+def scaled(mean: Mean, exponent: int, step: Steps) -> Mean:
+  """Returns the mean in units of the steps, of one that is 2^exponent times that of the weights."""
+  # 2^(class / 4) for every class of steps.
+  row_M, column_N = (np.array([ans.sigma(CENTRE - ROW_STEP * k) for k in steps.tolist()]) for steps in step)
+  row_M *= math.ldexp(mean.factor, -FACTOR_BITS - exponent)
+  return dataclasses.replace(mean, scales=(row_M, column_N))
 
 
 def class_residuals(model: Model, step: Steps) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ same matrix gets the same model on every machine, so writing an artifact twice g
 R directions.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,12 +13,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pgolf_jax.quantize.artifact.codecs import Content, ans
-from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, PHASES, SHAPES, counted_bits
+from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, COUNT_WEIGHT, PHASES, SHAPES, STEPS, chunks
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
 from pgolf_jax.quantize.artifact.codecs.integers import (
   COUNTED,
   ESCAPE_BITS,
-  LIMIT,
   MOST_COUNTED,
   WIDTHS,
   Law,
@@ -26,9 +25,9 @@ from pgolf_jax.quantize.artifact.codecs.integers import (
   Plan,
   Steps,
   class_residuals,
-  keys,
   law_weights,
   reach_of,
+  scaled,
   shift_of,
 )
 
@@ -41,6 +40,12 @@ _HEADER_BITS = 64  # about what a direction takes beside its coefficients and en
 _STEP_SIGMAS = 2.5  # step of A's coefficients, in standard deviations of what remains
 _GLANCE, _ROUNDS = 3, 12  # of subspace iteration: to see whether there is a mean at all, and to compute it
 
+_MOST_WEIGHT = 2**13  # in the search for a mean
+_NARROW = CENTRE + 4 * STEPS  # width classes of which no bits are split off
+_SLAB = 1 << 18  # values whose costs are looked up at a time
+_BIT = 256  # costs are counted in this part of a bit
+_REFINEMENTS = 3
+_COLUMN_MOVES, _ROW_MOVES = (-2, -1, 0, 1, 2), (-ROW_STEP, 0, ROW_STEP)
 _MOST_BACK = 16  # arrays before an array that it may be stored by
 
 _HALF_LOG2E = 0.5 * 1.4426950408889634
@@ -70,32 +75,123 @@ def fit(content: Content, arrays: Sequence[np.ndarray], steps: Sequence[Steps] =
 
 
 def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
-  model = fit_grid(q_MxN, WIDTHS)
+  """Returns the model that stores a matrix of integers of any size in the fewest bytes, given its steps."""
+  # Directions are sought in the weights, which differ less in size than the integers, as whole numbers of about 2^7.
+  row_M, column_N = (np.array([ans.sigma(CENTRE + ROW_STEP * k) for k in steps.tolist()]) for steps in step)
+  weight_MxN = q_MxN * row_M[:, None] * column_N
+  exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
+  mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
+  mean = None if mean is None else scaled(mean, exponent, step)
+  size_MxN = PHASES * q_MxN.astype(np.int32)
+  plain, best = _fit_model(size_MxN, None, step), _fit_model(size_MxN, mean, step)
+  fitted = [_refined(size_MxN, model, step) for model in ([plain] if best.mean is None else [plain, best])]
+  model, shape, _ = min(fitted, key=lambda choice: choice[-1])
+  return MatrixModel(model, shape, exponent, tuple(plan_integers(class_residuals(model, step))))
+
+
+def _refined(size_MxN: np.ndarray, model: Model, step: Steps) -> tuple[Model, int, float]:
+  """Returns the model with the classes and the shape that are best by the laws themselves, and all the bits it takes.
+
+  Second moments say little of values that are nearly all 0, or of laws with long tails.
+
+  Args:
+    size_MxN: the integers in units of 1/PHASES.
+  """
   if model.mean is not None:
-    model = dataclasses.replace(model, mean=dataclasses.replace(model.mean, limit=LIMIT))
-  return MatrixModel(model, _best_shape(q_MxN, model), tuple(plan_integers(class_residuals(model, step))))
+    size_MxN = size_MxN - model.mean.phases().T
+  size_MxN = np.abs(size_MxN)
+  predicted = (-ROW_STEP * step.column_N, -step.row_M)
+  classes, shape = (model.column_N, model.row_M), 0
+  for round_ in range(_REFINEMENTS + 1):
+    bits_S = [int(_costs(size_MxN, *classes, s, (0,), 0).sum()) for s in range(len(SHAPES))]
+    shape = int(np.argmin(bits_S))
+    total = bits_S[shape] + sum(_names(c - p)[1] for c, p in zip(classes, predicted, strict=True))
+    if round_ == _REFINEMENTS:
+      break
+    before = classes
+    for axis, offsets in ((0, _COLUMN_MOVES), (1, _ROW_MOVES)):
+      unit = 1 - axis + ROW_STEP * axis
+      cost_OxK = _costs(size_MxN, *classes, shape, offsets, axis)
+      residual_K = classes[axis] - predicted[axis]
+      cost_OxK += np.stack([_names(residual_K, o // unit)[0] for o in offsets])
+      moved_K = classes[axis] + (np.array(offsets) // unit)[np.argmin(cost_OxK, axis=0)]
+      classes = (moved_K, classes[1]) if axis == 0 else (classes[0], moved_K)
+    if all(np.array_equal(a, b) for a, b in zip(before, classes, strict=True)):
+      break
+  model = Model(model.mean, *(c.astype(np.int32) for c in classes))
+  return model, shape, total / _BIT + (0 if model.mean is None else _mean_bits(model.mean))
 
 
-def _best_shape(q_MxN: np.ndarray, model: Model) -> int:
-  bits_S = np.zeros(len(SHAPES))
-  key, whole = keys(model, slice(None))
-  values = q_MxN.T.reshape(-1) - whole
-  order = np.argsort(key, kind="stable")
-  used_U, first_U = np.unique(key[order], return_index=True)
-  for key, part in zip(used_U.tolist(), np.split(values[order], first_U[1:]), strict=True):
-    width, phase = divmod(key, PHASES)
-    shift, reach = shift_of(width), reach_of(width)
-    high = (part + (1 << shift >> 1) >> shift) + reach
-    count = np.bincount(np.where((high < 0) | (high > 2 * reach), 2 * reach + 1, high), minlength=2 * reach + 2)
-    for shape in range(len(SHAPES)):
-      bits_S[shape] += _bits_under(count, width, shape, phase)
-  return int(np.argmin(bits_S))
+def _names(residual_K: np.ndarray, move: int = 0) -> tuple[np.ndarray, int]:
+  """(cost of each class less its prediction after a move, in 1/_BIT, were all others to stay; cost of all)."""
+  low = int(residual_K.min(initial=0)) - 8
+  count = np.bincount(residual_K - low, minlength=int(residual_K.max(initial=0)) - low + 9)
+  share = np.convolve(count, (0.125, 0.75, 0.125), "same") + 0.125  # classes are stored under a law, neighbours alike
+  cost = np.rint(-_BIT * np.log2(share / share.sum())).astype(np.int64)
+  return cost[residual_K + move - low], int(cost[residual_K - low].sum())
+
+
+def _costs(
+  size_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray, shape: int, moves: Sequence[int], axis: int
+) -> np.ndarray:
+  """Cost in 1/_BIT of each column's (axis 0) or row's (1) values, [moves, N] or [moves, M], when all widths move.
+
+  Args:
+    size_MxN: sizes of the values less their mean, in units of 1/PHASES.
+    moves: changes of the width classes.
+  """
+  table = _cost_table(shape)
+  places = table.size // _NARROW
+  cost = np.zeros((len(moves), size_MxN.shape[1 - axis]), np.int64)
+  for r in np.unique(row_M):
+    row = np.flatnonzero(row_M == r)
+    slab = max(1, _SLAB // size_MxN.shape[1])
+    for rows in np.split(row, range(slab, len(row), slab)):
+      part = size_MxN[rows]
+      for move, total in zip(moves, cost, strict=True):
+        width_N = np.clip(column_N + ROW_STEP * int(r) + move, 0, WIDTHS - 1)
+        shift_N = np.maximum((width_N - _NARROW) // STEPS + 1, 0)
+        place = np.minimum(part >> shift_N, places - 1)
+        place += (width_N - STEPS * shift_N) * places
+        bits = table.take(place)
+        bits += (_BIT * shift_N).astype(np.int32)
+        if axis == 0:
+          total += bits.sum(axis=0)
+        else:
+          total[rows] += bits.sum(axis=1)
+  return cost
+
+
+@functools.lru_cache(maxsize=len(SHAPES))
+def _cost_table(shape: int) -> np.ndarray:
+  """Cost in 1/_BIT by width class (narrow enough that no bits are split off) and size in 1/PHASES, flat."""
+  places = PHASES * (reach_of(_NARROW - 1) + 2)
+  cost = np.empty((_NARROW, places), np.int32)
+  for width, cost_P in enumerate(cost):
+    reach = reach_of(width)
+    for phase in range(PHASES):
+      weights = law_weights(width, shape, phase)
+      bits = np.rint(_BIT * np.log2(weights.sum() / weights))
+      cost_P[phase::PHASES] = bits[-1] + _BIT * ESCAPE_BITS
+      cost_P[np.abs(PHASES * np.arange(-reach, reach + 1) - phase)] = bits[:-1]
+  return cost.reshape(-1)
 
 
 def _bits_under(count: np.ndarray, width: int, shape: int, phase: int) -> float:
   """Bits of symbols, escapes last, with these counts."""
   weights = law_weights(width, shape, phase)
   return float(np.sum(count * np.log2(weights.sum() / weights))) + ESCAPE_BITS * int(count[-1])
+
+
+def _counted_bits(symbols: np.ndarray, alphabet: int) -> float:
+  """About how many bits `put_counted` takes."""
+  counts, bits = np.zeros(alphabet, np.int64), 0.0
+  for start, end in chunks(len(symbols)):
+    chunk = np.bincount(symbols[start:end], minlength=alphabet)
+    weights = 1 + COUNT_WEIGHT * counts
+    bits += float(np.sum(chunk * np.log2(weights.sum() / weights)))
+    counts += chunk
+  return bits
 
 
 def plan_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
@@ -123,7 +219,7 @@ def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
   centre = int(used_U[0])
   best = (math.inf, Plan(back, centre, Law(0, COUNTED)))
   if used_U[-1] - centre < MOST_COUNTED:
-    best = counted_bits(values - centre, int(used_U[-1]) - centre + 2), best[1]
+    best = _counted_bits(values - centre, int(used_U[-1]) - centre + 2), best[1]
   mean = float(np.sum(used_U * count_U) / len(values))
   centre, phase = divmod(int(np.rint(PHASES * mean)), PHASES)
   variance = float(np.sum(np.square(used_U - mean) * count_U) / len(values))
@@ -140,17 +236,27 @@ def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
   return best
 
 
-def fit_grid(q_MxN: np.ndarray, most: int = CLASSES) -> Model:
-  """Returns the model with fewer than `most` width classes that stores a matrix in the fewest bytes."""
-  q_MxN = PHASES * q_MxN.astype(np.int32)
-  *classes, least = fit_widths(q_MxN, most)
+def fit_grid(q_MxN: np.ndarray) -> Model:
+  """Returns the model that stores an int8 matrix in the fewest bytes."""
+  flat = Steps(*(np.zeros(size, np.int32) for size in q_MxN.shape))
+  return _fit_model(PHASES * q_MxN.astype(np.int32), fit_mean(q_MxN), flat, CLASSES)
+
+
+def _fit_model(q_MxN: np.ndarray, mean: Mean | None, step: Steps, most: int = WIDTHS) -> Model:
+  """Returns the best model by second moments, with the first directions of a mean or none.
+
+  Args:
+    q_MxN: the integers in units of 1/PHASES.
+    step: what predicts the widths of rows and columns.
+    most: number of width classes.
+  """
+  *classes, least = fit_widths(q_MxN, step, most)
   best = Model(None, *classes)
-  mean = fit_mean(q_MxN // PHASES)
   # A few wide columns or rows may look like a direction, but classes of their own describe them in fewer bytes.
   # Directions are therefore added one by one for as long as that helps.
   for rank in range(1, 1 + (0 if mean is None else mean.rank)):
-    part = dataclasses.replace(mean, a_MxR=mean.a_MxR[:, :rank], b_RxN=mean.b_RxN[:rank])
-    *classes, bits = fit_widths(q_MxN - part.phases().T, most)
+    part = mean.leading(rank)
+    *classes, bits = fit_widths(q_MxN - part.phases().T, step, most)
     bits += _mean_bits(part)
     if bits < least:
       best, least = Model(part, *classes), bits
@@ -184,27 +290,37 @@ def fit_mean(q_MxN: np.ndarray) -> Mean | None:
   return Mean(np.clip(a_MxR, -_A_LIMIT, _A_LIMIT).astype(np.int32), basis_RxN.astype(np.int32), factor, flipped)
 
 
-def fit_widths(residual_MxN: np.ndarray, most: int = CLASSES) -> tuple[np.ndarray, np.ndarray, float]:
+def fit_widths(residual_MxN: np.ndarray, step: Steps, most: int) -> tuple[np.ndarray, np.ndarray, float]:
   """Returns column classes, row classes (added to them in units of ROW_STEP), and about how many bits values then take.
 
-  Rows get classes of their own only where that saves more than it costs. The bits are up to a constant per value.
+  Rows get classes other than those that their steps predict only where that saves more than it costs. The bits are up
+  to a constant per value.
 
   Args:
     residual_MxN: values less their mean, in units of 1/PHASES.
+    step: what predicts the widths of rows and columns.
+    most: number of width classes.
   """
   square_MxN = 3.0 * np.square(residual_MxN, dtype=np.int64) - _ROUNDING
   rows, columns = square_MxN.shape
-  flat_M = np.zeros(rows, np.int32)
-  plain_N = column_N = _class_of(square_MxN.sum(axis=0) / rows, most)
+  flat_M = -step.row_M
+
+  def columns_of(row_M: np.ndarray) -> np.ndarray:
+    weight_M = _inverse_variance(CENTRE + ROW_STEP * row_M)
+    return _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows), most)
+
+  plain_N = column_N = columns_of(flat_M)
   for _ in range(2):
     weight_N = _inverse_variance(column_N)
     # In a row whose width is its columns', the mean of square/σ² is _UNIT.
     relative_M = np.matmul(square_MxN, weight_N) / (2**20 * columns)
     row_M = (_class_of(relative_M, most) - CENTRE + ROW_STEP // 2) // ROW_STEP
-    weight_M = _inverse_variance(CENTRE + ROW_STEP * row_M)
-    column_N = _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows), most)
-  choices = ((_cheapened(square_MxN, plain_N, flat_M), flat_M), (_cheapened(square_MxN, column_N, row_M), row_M))
-  return min(((*classes, _bits(square_MxN, *classes)) for classes in choices), key=lambda choice: choice[-1])
+    column_N = columns_of(row_M)
+  choices = (
+    (_cheapened(square_MxN, plain_N, flat_M, step), flat_M),
+    (_cheapened(square_MxN, column_N, row_M, step), row_M),
+  )
+  return min(((*classes, _bits(square_MxN, *classes, step)) for classes in choices), key=lambda choice: choice[-1])
 
 
 def _mean_bits(mean: Mean) -> float:
@@ -280,19 +396,23 @@ def _inverse_variance(classes: np.ndarray) -> np.ndarray:
   return _INVERSE_VARIANCE[np.clip(classes, -CLASSES, 2 * WIDTHS - 1) + CLASSES]
 
 
-def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray, step: Steps) -> np.ndarray:
   """Column classes after each column may change to a common one: a cheaper name against values that fit less well."""
   rows = len(row_M)
+  predicted_N = -ROW_STEP * step.column_N
   column_square_N = _column_squares(square_MxN, row_M)
+  residual_N = column_N - predicted_N
   for _ in range(4):
-    used_U, inverse_N, count_U = np.unique(column_N, return_inverse=True, return_counts=True)
+    used_U, inverse_N, count_U = np.unique(residual_N, return_inverse=True, return_counts=True)
     name_U = np.log2(len(column_N) / count_U)
-    value_NxU = rows * used_U / ans.STEPS + np.outer(column_square_N, _HALF_LOG2E * _inverse_variance(used_U) / 2**20)
+    class_NxU = np.add.outer(predicted_N, used_U)
+    value_NxU = rows * class_NxU / ans.STEPS
+    value_NxU += column_square_N[:, None] * (_HALF_LOG2E * _inverse_variance(class_NxU) / 2**20)
     chosen_N = np.argmin(value_NxU + name_U, axis=1)
     if np.array_equal(chosen_N, inverse_N):
       break
-    column_N = used_U[chosen_N]
-  return column_N
+    residual_N = used_U[chosen_N]
+  return residual_N + predicted_N
 
 
 def _column_squares(square_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
@@ -300,13 +420,13 @@ def _column_squares(square_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
   return np.matmul(_inverse_variance(CENTRE + ROW_STEP * row_M), square_MxN) / 2**20 / _UNIT
 
 
-def _bits(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> float:
+def _bits(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray, step: Steps) -> float:
   """Bits of normal values under these classes, up to a constant, and of the classes themselves."""
   columns, rows = len(column_N), len(row_M)
   widths = (rows * int(column_N.sum()) + columns * ROW_STEP * int(row_M.sum())) / ans.STEPS
   spread = np.sum(_column_squares(square_MxN, row_M) * _inverse_variance(column_N)) / 2**20
   names = 0.0
-  for classes in (column_N, row_M):
+  for classes in (column_N + ROW_STEP * step.column_N, row_M + step.row_M):
     count_U = np.unique(classes, return_counts=True)[1]
     names -= float(np.sum(count_U * np.log2(count_U / len(classes))))
   return widths + _HALF_LOG2E * spread + names
