@@ -44,16 +44,16 @@ _MOST_WEIGHT = 2**13  # in the search for a mean
 _NARROW = CENTRE + 4 * STEPS  # width classes of which no bits are split off
 _SLAB = 1 << 18  # values whose costs are looked up at a time
 _BIT = 256  # costs are counted in this part of a bit
-_REFINEMENTS = 3
-_COLUMN_MOVES, _ROW_MOVES = (-2, -1, 0, 1, 2), (-ROW_STEP, 0, ROW_STEP)
+_ROUNDS_OF_CLASSES = 4
+_FAR, _NEAR = (-8, -4, -2, 0, 2, 4, 8), (-2, -1, 0, 1, 2)  # moves of classes from a first guess, and later
 _MOST_BACK = 16  # arrays before an array that it may be stored by
 
 _HALF_LOG2E = 0.5 * 1.4426950408889634
 _UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
 _ROUNDING = _UNIT // 12
 # Variance up to which a class is the nearest one: half a class above its own.
-_BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in range(WIDTHS - 1)])
-_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * WIDTHS)])
+_BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in range(CLASSES - 1)])
+_INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
 
 
 def fit(content: Content, arrays: Sequence[np.ndarray], steps: Sequence[Steps] = ()) -> Sequence:
@@ -81,45 +81,62 @@ def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
   weight_MxN = q_MxN * row_M[:, None] * column_N
   exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
   mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
-  mean = None if mean is None else scaled(mean, exponent, step)
-  size_MxN = PHASES * q_MxN.astype(np.int32)
-  plain, best = _fit_model(size_MxN, None, step), _fit_model(size_MxN, mean, step)
-  fitted = [_refined(size_MxN, model, step) for model in ([plain] if best.mean is None else [plain, best])]
-  model, shape, _ = min(fitted, key=lambda choice: choice[-1])
+  predicted = (-ROW_STEP * step.column_N, -step.row_M)
+  *best, least = _fit_classes(PHASES * q_MxN, predicted)
+  best = (None, *best)
+  for rank in range(1, 1 + (0 if mean is None else mean.rank)):
+    part = scaled(mean.leading(rank), exponent, step)
+    *fitted, bits = _fit_classes(PHASES * q_MxN - part.phases().T, predicted, best[1])
+    bits += _mean_bits(part)
+    if bits < least:
+      best, least = (part, *fitted), bits
+    elif rank - (0 if best[0] is None else best[0].rank) == _PATIENCE:
+      break
+  mean, classes, shape = best
+  model = Model(mean, *(c.astype(np.int32) for c in classes))
   return MatrixModel(model, shape, exponent, tuple(plan_integers(class_residuals(model, step))))
 
 
-def _refined(size_MxN: np.ndarray, model: Model, step: Steps) -> tuple[Model, int, float]:
-  """Returns the model with the classes and the shape that are best by the laws themselves, and all the bits it takes.
+_Classes = tuple[np.ndarray, np.ndarray]  # of columns and rows
+
+
+def _fit_classes(
+  value_MxN: np.ndarray, predicted: _Classes, start: _Classes | None = None
+) -> tuple[_Classes, int, float]:
+  """Returns the classes and the shape that are best by the laws themselves, and all bits of values and classes.
 
   Second moments say little of values that are nearly all 0, or of laws with long tails.
 
   Args:
-    size_MxN: the integers in units of 1/PHASES.
+    value_MxN: values less their mean, in units of 1/PHASES.
+    predicted: classes up to a constant, by the steps.
+    start: classes to begin at.
   """
-  if model.mean is not None:
-    size_MxN = size_MxN - model.mean.phases().T
-  size_MxN = np.abs(size_MxN)
-  predicted = (-ROW_STEP * step.column_N, -step.row_M)
-  classes, shape = (model.column_N, model.row_M), 0
-  for round_ in range(_REFINEMENTS + 1):
-    bits_S = [int(_costs(size_MxN, *classes, s, (0,), 0).sum()) for s in range(len(SHAPES))]
-    shape = int(np.argmin(bits_S))
-    total = bits_S[shape] + sum(_names(c - p)[1] for c, p in zip(classes, predicted, strict=True))
-    if round_ == _REFINEMENTS:
-      break
+  size_MxN = np.abs(value_MxN)
+  classes = start or (_first_columns(size_MxN, predicted[1]), predicted[1])
+  shape, moves = 0, _FAR if start is None else _NEAR
+  for _ in range(_ROUNDS_OF_CLASSES):
     before = classes
-    for axis, offsets in ((0, _COLUMN_MOVES), (1, _ROW_MOVES)):
-      unit = 1 - axis + ROW_STEP * axis
-      cost_OxK = _costs(size_MxN, *classes, shape, offsets, axis)
+    for axis, unit in enumerate((1, ROW_STEP)):
+      cost_OxK = _costs(size_MxN, classes, shape, [unit * move for move in moves], axis)
       residual_K = classes[axis] - predicted[axis]
-      cost_OxK += np.stack([_names(residual_K, o // unit)[0] for o in offsets])
-      moved_K = classes[axis] + (np.array(offsets) // unit)[np.argmin(cost_OxK, axis=0)]
+      cost_OxK += np.stack([_names(residual_K, move)[0] for move in moves])
+      moved_K = classes[axis] + np.array(moves)[np.argmin(cost_OxK, axis=0)]
       classes = (moved_K, classes[1]) if axis == 0 else (classes[0], moved_K)
-    if all(np.array_equal(a, b) for a, b in zip(before, classes, strict=True)):
+    bits_S = [int(_costs(size_MxN, classes, s, (0,), 0).sum()) for s in range(len(SHAPES))]
+    shape = int(np.argmin(bits_S))
+    if moves == _NEAR and all(np.array_equal(a, b) for a, b in zip(before, classes, strict=True)):
       break
-  model = Model(model.mean, *(c.astype(np.int32) for c in classes))
-  return model, shape, total / _BIT + (0 if model.mean is None else _mean_bits(model.mean))
+    moves = _NEAR
+  total = bits_S[shape] + sum(_names(c - p)[1] for c, p in zip(classes, predicted, strict=True))
+  return classes, shape, total / _BIT
+
+
+def _first_columns(size_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+  """Classes of columns by their second moments, for rows of these classes."""
+  square_N = np.square(np.minimum(size_MxN, 1 << 24), dtype=np.int64).sum(axis=0) / len(row_M)
+  variance = [_UNIT / 3 * (ans.sigma(c) ** 2 + 1 / 12) for c in range(WIDTHS - 1)]
+  return np.searchsorted(variance, square_N) - int(np.median(ROW_STEP * row_M))
 
 
 def _names(residual_K: np.ndarray, move: int = 0) -> tuple[np.ndarray, int]:
@@ -131,15 +148,14 @@ def _names(residual_K: np.ndarray, move: int = 0) -> tuple[np.ndarray, int]:
   return cost[residual_K + move - low], int(cost[residual_K - low].sum())
 
 
-def _costs(
-  size_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray, shape: int, moves: Sequence[int], axis: int
-) -> np.ndarray:
+def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[int], axis: int) -> np.ndarray:
   """Cost in 1/_BIT of each column's (axis 0) or row's (1) values, [moves, N] or [moves, M], when all widths move.
 
   Args:
     size_MxN: sizes of the values less their mean, in units of 1/PHASES.
     moves: changes of the width classes.
   """
+  column_N, row_M = classes
   table = _cost_table(shape)
   places = table.size // _NARROW
   cost = np.zeros((len(moves), size_MxN.shape[1 - axis]), np.int64)
@@ -223,7 +239,7 @@ def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
   mean = float(np.sum(used_U * count_U) / len(values))
   centre, phase = divmod(int(np.rint(PHASES * mean)), PHASES)
   variance = float(np.sum(np.square(used_U - mean) * count_U) / len(values))
-  near = int(_class_of(np.array([_UNIT * variance]), WIDTHS)[0])
+  near = CENTRE + round(STEPS / 2 * math.log2(variance + 2.0**-8))
   for width in range(max(0, near - 6), min(WIDTHS, near + 4)):
     shift, reach = shift_of(width), reach_of(width)
     high_U = (used_U - centre + (1 << shift >> 1) >> shift) + reach
@@ -238,25 +254,15 @@ def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
 
 def fit_grid(q_MxN: np.ndarray) -> Model:
   """Returns the model that stores an int8 matrix in the fewest bytes."""
-  flat = Steps(*(np.zeros(size, np.int32) for size in q_MxN.shape))
-  return _fit_model(PHASES * q_MxN.astype(np.int32), fit_mean(q_MxN), flat, CLASSES)
-
-
-def _fit_model(q_MxN: np.ndarray, mean: Mean | None, step: Steps, most: int = WIDTHS) -> Model:
-  """Returns the best model by second moments, with the first directions of a mean or none.
-
-  Args:
-    q_MxN: the integers in units of 1/PHASES.
-    step: what predicts the widths of rows and columns.
-    most: number of width classes.
-  """
-  *classes, least = fit_widths(q_MxN, step, most)
+  q_MxN = PHASES * q_MxN.astype(np.int32)
+  *classes, least = fit_widths(q_MxN)
   best = Model(None, *classes)
+  mean = fit_mean(q_MxN // PHASES)
   # A few wide columns or rows may look like a direction, but classes of their own describe them in fewer bytes.
   # Directions are therefore added one by one for as long as that helps.
   for rank in range(1, 1 + (0 if mean is None else mean.rank)):
     part = mean.leading(rank)
-    *classes, bits = fit_widths(q_MxN - part.phases().T, step, most)
+    *classes, bits = fit_widths(q_MxN - part.phases().T)
     bits += _mean_bits(part)
     if bits < least:
       best, least = Model(part, *classes), bits
@@ -290,37 +296,27 @@ def fit_mean(q_MxN: np.ndarray) -> Mean | None:
   return Mean(np.clip(a_MxR, -_A_LIMIT, _A_LIMIT).astype(np.int32), basis_RxN.astype(np.int32), factor, flipped)
 
 
-def fit_widths(residual_MxN: np.ndarray, step: Steps, most: int) -> tuple[np.ndarray, np.ndarray, float]:
+def fit_widths(residual_MxN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
   """Returns column classes, row classes (added to them in units of ROW_STEP), and about how many bits values then take.
 
-  Rows get classes other than those that their steps predict only where that saves more than it costs. The bits are up
-  to a constant per value.
+  Rows get classes of their own only where that saves more than it costs. The bits are up to a constant per value.
 
   Args:
     residual_MxN: values less their mean, in units of 1/PHASES.
-    step: what predicts the widths of rows and columns.
-    most: number of width classes.
   """
   square_MxN = 3.0 * np.square(residual_MxN, dtype=np.int64) - _ROUNDING
   rows, columns = square_MxN.shape
-  flat_M = -step.row_M
-
-  def columns_of(row_M: np.ndarray) -> np.ndarray:
-    weight_M = _inverse_variance(CENTRE + ROW_STEP * row_M)
-    return _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows), most)
-
-  plain_N = column_N = columns_of(flat_M)
+  flat_M = np.zeros(rows, np.int32)
+  plain_N = column_N = _class_of(square_MxN.sum(axis=0) / rows)
   for _ in range(2):
     weight_N = _inverse_variance(column_N)
     # In a row whose width is its columns', the mean of square/σ² is _UNIT.
     relative_M = np.matmul(square_MxN, weight_N) / (2**20 * columns)
-    row_M = (_class_of(relative_M, most) - CENTRE + ROW_STEP // 2) // ROW_STEP
-    column_N = columns_of(row_M)
-  choices = (
-    (_cheapened(square_MxN, plain_N, flat_M, step), flat_M),
-    (_cheapened(square_MxN, column_N, row_M, step), row_M),
-  )
-  return min(((*classes, _bits(square_MxN, *classes, step)) for classes in choices), key=lambda choice: choice[-1])
+    row_M = (_class_of(relative_M) - CENTRE + ROW_STEP // 2) // ROW_STEP
+    weight_M = _inverse_variance(CENTRE + ROW_STEP * row_M)
+    column_N = _class_of(np.matmul(weight_M, square_MxN) / (2**20 * rows))
+  choices = ((_cheapened(square_MxN, plain_N, flat_M), flat_M), (_cheapened(square_MxN, column_N, row_M), row_M))
+  return min(((*classes, _bits(square_MxN, *classes)) for classes in choices), key=lambda choice: choice[-1])
 
 
 def _mean_bits(mean: Mean) -> float:
@@ -386,33 +382,29 @@ def _rounded(row_N: np.ndarray) -> np.ndarray:
   return np.rint(row_N * (2.0**14 / max(float(np.abs(row_N).max()), 1.0)))
 
 
-def _class_of(variance: np.ndarray, most: int) -> np.ndarray:
-  """Width class, below `most`, of values whose variance before rounding is given, in 1/_UNIT; 0 is the narrowest."""
-  return np.searchsorted(_BOUNDS[: most - 1], variance).astype(np.int32)
+def _class_of(variance: np.ndarray) -> np.ndarray:
+  """Width class of values whose variance before rounding is given, in 1/_UNIT; 0 or less is the narrowest."""
+  return np.searchsorted(_BOUNDS, variance).astype(np.int32)
 
 
 def _inverse_variance(classes: np.ndarray) -> np.ndarray:
   """2^20/σ², whole; σ within 2^-16 … 2^16."""
-  return _INVERSE_VARIANCE[np.clip(classes, -CLASSES, 2 * WIDTHS - 1) + CLASSES]
+  return _INVERSE_VARIANCE[np.clip(classes, -CLASSES, 2 * CLASSES - 1) + CLASSES]
 
 
-def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray, step: Steps) -> np.ndarray:
+def _cheapened(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> np.ndarray:
   """Column classes after each column may change to a common one: a cheaper name against values that fit less well."""
   rows = len(row_M)
-  predicted_N = -ROW_STEP * step.column_N
   column_square_N = _column_squares(square_MxN, row_M)
-  residual_N = column_N - predicted_N
   for _ in range(4):
-    used_U, inverse_N, count_U = np.unique(residual_N, return_inverse=True, return_counts=True)
+    used_U, inverse_N, count_U = np.unique(column_N, return_inverse=True, return_counts=True)
     name_U = np.log2(len(column_N) / count_U)
-    class_NxU = np.add.outer(predicted_N, used_U)
-    value_NxU = rows * class_NxU / ans.STEPS
-    value_NxU += column_square_N[:, None] * (_HALF_LOG2E * _inverse_variance(class_NxU) / 2**20)
+    value_NxU = rows * used_U / ans.STEPS + np.outer(column_square_N, _HALF_LOG2E * _inverse_variance(used_U) / 2**20)
     chosen_N = np.argmin(value_NxU + name_U, axis=1)
     if np.array_equal(chosen_N, inverse_N):
       break
-    residual_N = used_U[chosen_N]
-  return residual_N + predicted_N
+    column_N = used_U[chosen_N]
+  return column_N
 
 
 def _column_squares(square_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
@@ -420,13 +412,13 @@ def _column_squares(square_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
   return np.matmul(_inverse_variance(CENTRE + ROW_STEP * row_M), square_MxN) / 2**20 / _UNIT
 
 
-def _bits(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray, step: Steps) -> float:
+def _bits(square_MxN: np.ndarray, column_N: np.ndarray, row_M: np.ndarray) -> float:
   """Bits of normal values under these classes, up to a constant, and of the classes themselves."""
   columns, rows = len(column_N), len(row_M)
   widths = (rows * int(column_N.sum()) + columns * ROW_STEP * int(row_M.sum())) / ans.STEPS
   spread = np.sum(_column_squares(square_MxN, row_M) * _inverse_variance(column_N)) / 2**20
   names = 0.0
-  for classes in (column_N + ROW_STEP * step.column_N, row_M + step.row_M):
+  for classes in (column_N, row_M):
     count_U = np.unique(classes, return_counts=True)[1]
     names -= float(np.sum(count_U * np.log2(count_U / len(classes))))
   return widths + _HALF_LOG2E * spread + names
