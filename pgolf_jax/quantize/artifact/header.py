@@ -6,7 +6,8 @@ A table entry is [form, name, shape, …]:
   ["rows", name, [M, N]]                     int8 with a step per row
   ["grid", name, [M, N], fine, low_rank]     int8 on the grids of the rows;
       fine: null or [columns of a group, [first columns]]; low_rank: null or [rank, steps of A, steps of B]
-  ["log", name, [M, N]]                      integers with steps by row and column
+  ["log", name, [M, N], trellis]             integers with steps by row and column; trellis: whether some columns are
+      under one
   ["even", name, shape, step]                integers of any shape on one step
 
 Arrays of one kind share statistics and therefore a stream: the integers of one kind of matrix from all layers; all
@@ -23,6 +24,7 @@ import numpy as np
 
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content
+from pgolf_jax.quantize.artifact.codecs.integers import Steps
 from pgolf_jax.quantize.artifact.tensors import (
   BANKS,
   MAX_STEP,
@@ -126,7 +128,7 @@ def describe(name: str, tensor: Quantized) -> Entry:
       low_rank = None if factors is None else [factors.b_RxN.shape[0], factors.a_step.size, factors.b_step.size]
       return ["grid", name, list(tensor.q_MxN.shape), fine, low_rank]
     case LogGrid():
-      return ["log", name, list(tensor.q_MxN.shape)]
+      return ["log", name, list(tensor.q_MxN.shape), tensor.trellis_N is not None]
     case Even():
       return ["even", name, list(tensor.q.shape), tensor.step]
 
@@ -159,6 +161,8 @@ def split(table: list[Entry]) -> list[Stream]:
       add(f"matrix/{kind(name)}", "matrix", name, "q_MxN", shape)
       add("matrix/steps", "integers", name, "column_N", shape[1:])
       add("matrix/steps", "integers", name, "row_M", shape[:1])
+      if more[0]:
+        add("matrix/steps", "integers", name, "trellis_N", shape[1:])
       continue
     fine, low_rank = more
     add(f"grid/{kind(name)}", "grid", name, "q_MxN", shape)
@@ -189,7 +193,9 @@ def assemble(entry: Entry, arrays: Mapping[tuple[str, str], np.ndarray]) -> Quan
   if form == "rows":
     return Rows(arrays[name, "q_MxN"], arrays[name, "step_M"])
   if form == "log":
-    return LogGrid(*(arrays[name, field.name] for field in dataclasses.fields(LogGrid)))
+    steps = Steps(*(arrays.get((name, field)) for field in Steps._fields))
+    trellis_N = None if steps.trellis_N is None else steps.trellis_N.astype(bool)
+    return LogGrid(arrays[name, "q_MxN"], steps.row_M, steps.column_N, trellis_N)
   if form == "even":
     return Even(arrays[name, "q"], *more)
   fine, low_rank = more
@@ -235,9 +241,12 @@ def check_entry(entry: object) -> None:
     require(len(more) == 1 and number(more[0], -2 * MAX_STEP, 2 * MAX_STEP), f"an impossible step for {name}")
     return
   require(len(shape) == 2, f"an impossible shape for {name}")
-  if form in ("rows", "log"):
+  if form == "rows":
     require(not more, f"too many fields for {name}")
-    require(form == "rows" or max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")
+    return
+  if form == "log":
+    require(len(more) == 1 and type(more[0]) is bool, f"an odd trellis for {name}")
+    require(max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")
     return
   require(form == "grid" and len(more) == 2, f"an unknown form for {name}")
   require(max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")

@@ -66,6 +66,7 @@ _MAX_HEADER = 1 << 18  # bytes of JSON, which take up to a hundred times as much
 _MAX_FILE = 1 << 30  # bytes; more than `MAX_PARAMETERS` can take
 # Values that an artifact may hold whatever its size, and for each of its bytes: a trained matrix takes 3 bits a value.
 _FREE_VALUES, _VALUES_PER_BYTE = 1 << 22, 1 << 10
+_BOUNDS = {"row_M": (-MAX_STEP, MAX_STEP), "column_N": (-MAX_STEP, MAX_STEP), "trellis_N": (0, 1)}
 START = PREFIX.size + _DIGEST
 """Bytes before the header."""
 
@@ -181,7 +182,8 @@ def steps_of(stream: Stream, arrays: Mapping[tuple[str, str], np.ndarray]) -> li
   Args:
     arrays: steps by (tensor, field).
   """
-  return [Steps(*(arrays[name, f] for f in Steps._fields)) for name, *_ in stream.arrays if stream.content == "matrix"]
+  names = [name for name, *_ in stream.arrays if stream.content == "matrix"]
+  return [Steps(*(arrays.get((name, field)) for field in Steps._fields)) for name in names]
 
 
 def decode_stream(
@@ -203,9 +205,9 @@ def check_values(stream: Stream, arrays: list[np.ndarray]) -> None:
     if stream.content == "half" and not np.isfinite(array).all():
       raise ArtifactError(f"{name} holds values that are not finite in fp16, which no artifact may hold.")
     if stream.content in ("matrix", "integers"):
-      most = LIMIT - 1 if field.startswith("q") else MAX_STEP
-      if not -most <= array.min(initial=0) <= array.max(initial=0) <= most:
-        raise ArtifactError(f"{name} holds integers beyond ±{most}, which no artifact may hold.")
+      least, most = _BOUNDS.get(field, (1 - LIMIT, LIMIT - 1))
+      if not least <= array.min(initial=0) <= array.max(initial=0) <= most:
+        raise ArtifactError(f"{name} holds integers beyond {least} … {most}, which no artifact may hold.")
 
 
 def pack(codec: str, header: dict, streams: list[bytes]) -> bytes:

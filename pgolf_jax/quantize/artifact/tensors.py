@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from pgolf_jax.quantize.artifact.codecs.integers import SEGMENT, parities
+
 _SLAB = 1 << 18  # values of a product worked on at a time
 
 
@@ -150,19 +152,29 @@ def log_step(classes: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class LogGrid(Stored):
-  """A matrix whose steps are the product of a row's and a column's: q_ij · 2^((row_i + column_j) / OCTAVE)."""
+  """A matrix whose steps are the product of a row's and a column's: q_ij · 2^((row_i + column_j) / OCTAVE).
+
+  In columns under a trellis it is q_ij + parity_ij / 2: the parities follow from the integers above (`parities`), so
+  that each value lies on one of two grids at half their spacing.
+  """
 
   q_MxN: np.ndarray  # int32, below 2^24 in size
   row_M: np.ndarray  # int32
   column_N: np.ndarray  # int32
+  trellis_N: np.ndarray | None = None  # bool; None if no column is under a trellis
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.q_MxN.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    for slab in _slabs(self.shape):
-      out[slab] = self.q_MxN[slab] * log_step(self.row_M[slab][:, None] + self.column_N)
+    trellis_K = () if self.trellis_N is None else np.flatnonzero(self.trellis_N)
+    rows = SEGMENT * max(1, _SLAB // self.shape[1] // SEGMENT)  # trellises begin with a slab
+    for slab in _slabs(self.shape, rows):
+      value_MxN = self.q_MxN[slab].astype(np.float64)
+      if len(trellis_K):
+        value_MxN[:, trellis_K] += 0.5 * parities((self.q_MxN[slab][:, trellis_K] & 1).astype(np.uint8))
+      out[slab] = value_MxN * log_step(self.row_M[slab][:, None] + self.column_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +192,9 @@ class Even(Stored):
     out[...] = self.q * log_step(np.asarray(self.step))
 
 
-def _slabs(shape: tuple[int, int]) -> Iterator[slice]:
-  """Yields the rows of a matrix in slices of at most `_SLAB` values, or one row."""
-  rows = max(1, _SLAB // shape[1])
+def _slabs(shape: tuple[int, int], rows: int = 0) -> Iterator[slice]:
+  """Yields the rows of a matrix in slices of so many, by default of at most `_SLAB` values or one row."""
+  rows = rows or max(1, _SLAB // shape[1])
   return (slice(first, first + rows) for first in range(0, shape[0], rows))
 
 

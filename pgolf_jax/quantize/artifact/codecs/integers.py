@@ -41,6 +41,7 @@ _SPLIT = 3  # octaves of σ above 1 from which on low bits are stored as they ar
 _ESCAPE_WEIGHT = 1 << 12  # of a law's 2^26
 ESCAPE_BITS = 26
 _MOST_EXPONENT = 200  # of a mean
+_EVEN_WIDTH = CENTRE + STEPS // 2  # from here on odd and even values are equally frequent
 _RAW_BITS = 8  # stored at once
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
 MOST_COUNTED = 512  # values from the least to the largest
@@ -51,16 +52,39 @@ _LENGTH = distribution(np.ones(33))
 
 
 class Steps(NamedTuple):
-  """The steps of a matrix, by which the widths of its integers are predicted."""
+  """The steps of a matrix, by which the widths of its integers are predicted, and its columns under a trellis."""
 
   row_M: np.ndarray  # int32, in units of ROW_STEP width classes
   column_N: np.ndarray
+  trellis_N: np.ndarray | None = None  # bool
 
 
 class Law(NamedTuple):
   width: int  # 0 … WIDTHS − 1
   shape: int
   phase: int = 0
+  low: int = -1  # lowest bit of the values if it is known
+
+
+SEGMENT = 64
+"""Rows of a column after which its trellis begins anew, in state 0."""
+PARITY = np.array([0, 1, 0, 1, 0, 1, 0, 1], np.uint8)
+"""Of a value, by the trellis's state: Ungerboeck's code of 8 states, h⁰ = 13, h¹ = 04 (octal), in its feedback form."""
+NEXT = np.array([[0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
+"""The state after a value, by state and the value's lowest bit."""
+
+
+def parities(bits_MxK: np.ndarray) -> np.ndarray:
+  """Returns the parity of each value of columns under a trellis, uint8 [M, K], from the lowest bits of all, uint8."""
+  rows, columns = bits_MxK.shape
+  padded = np.zeros((-(-rows // SEGMENT), SEGMENT, columns), np.uint8)
+  padded.reshape(-1, columns)[:rows] = bits_MxK
+  state = np.zeros((len(padded), columns), np.uint8)
+  for row in range(SEGMENT):
+    bit = padded[:, row].copy()
+    padded[:, row] = PARITY[state]
+    state = NEXT[state, bit]
+  return padded.reshape(-1, columns)[:rows]
 
 
 def put_bits(writer: Writer, values: np.ndarray, bits: int) -> None:
@@ -90,10 +114,22 @@ def take_number(reader: Reader) -> int:
   return -(zigzag + 1 >> 1) if zigzag & 1 else zigzag >> 1
 
 
+class _Prepared(NamedTuple):
+  shift: int  # low bits that are stored as they are
+  known: int  # 1 if the lowest bit is known, and the law has every other value only
+  first: int  # value of the first symbol
+  escape: int  # last symbol
+  model: Distribution
+
+
 @functools.lru_cache(maxsize=2048)
-def _prepared(law: Law) -> tuple[int, int, Distribution]:
-  """(low bits stored as they are, reach of the rest, its distribution)."""
-  return shift_of(law.width), reach_of(law.width), distribution(law_weights(*law))
+def _prepared(law: Law) -> _Prepared:
+  shift, first, weights = shift_of(law.width), -reach_of(law.width), law_weights(*law[:3])
+  known = int(law.low >= 0 and not shift)
+  if known:
+    first += first + law.low & 1
+    weights = np.append(weights[first + reach_of(law.width) : -1 : 2], weights[-1])
+  return _Prepared(shift, known, first, len(weights) - 1, distribution(weights))
 
 
 def shift_of(width: int) -> int:
@@ -114,24 +150,31 @@ def law_weights(width: int, shape: int, phase: int) -> np.ndarray:
 
 def put_values(writer: Writer, values: np.ndarray, law: Law) -> None:
   """Writes values below 2^25 in size under one law."""
-  shift, reach, model = _prepared(law)
+  shift, known, first, escape, model = _prepared(law)
   if shift:
     values = values + (1 << shift >> 1)
-    put_bits(writer, values, shift)
+    skip = int(law.low >= 0)
+    put_bits(writer, values >> skip, shift - skip)
     values = values >> shift
-  escaped = np.abs(values) > reach
-  writer.put(np.where(escaped, 2 * reach + 1, values + reach), model)
+  symbols = values - first >> known
+  escaped = (symbols < 0) | (symbols >= escape)
+  writer.put(np.where(escaped, escape, symbols), model)
   if escaped.any():
     put_bits(writer, values[escaped] + (1 << ESCAPE_BITS - 1), ESCAPE_BITS)
 
 
 def take_values(reader: Reader, count: int, law: Law) -> np.ndarray:
-  shift, reach, model = _prepared(law)
-  low = take_bits(reader, count, shift) - (1 << shift >> 1) if shift else 0
+  shift, known, first, escape, model = _prepared(law)
+  low = 0
+  if shift:
+    half, skip = 1 << shift >> 1, int(law.low >= 0)
+    low = take_bits(reader, count, shift - skip) << skip
+    low += (law.low + half & skip) - half
   values = reader.take(count, model)
-  values -= reach
-  if values.max(initial=0) > reach:
-    escaped = values > reach
+  escaped = values == escape
+  values <<= known
+  values += first
+  if escaped.any():
     values[escaped] = take_bits(reader, int(escaped.sum()), ESCAPE_BITS) - (1 << ESCAPE_BITS - 1)
   return (values << shift) + low
 
@@ -146,7 +189,7 @@ class Plan(NamedTuple):
 
 def put_integers(writer: Writer, arrays: Sequence[np.ndarray], plans: Sequence[Plan]) -> None:
   """Writes arrays of integers below LIMIT in size."""
-  flat = [array.reshape(-1) for array in arrays]
+  flat = [array.reshape(-1).astype(np.int32) for array in arrays]
   for i, (values, (back, centre, law)) in enumerate(zip(flat, plans, strict=True)):
     values = values - (flat[i - back] if back else 0) - centre
     for number in (back, centre, law.shape):
@@ -207,8 +250,14 @@ def put_matrices(
     if model.mean is not None:
       put_number(writer, exponent)
       put_mean(writer, model.mean)
-    for column, order, laws, whole in _slabs(model, shape):
-      values = (q_MxN.T[column].reshape(-1) - whole)[order]
+    for column, width_NxM in _slabs(model):
+      q_NxM, bit_NxM = q_MxN.T[column], None
+      if step.trellis_N is not None:
+        bit_NxM = np.where(step.trellis_N[column, None], q_NxM & 1, -1)
+        for part in budget.spend(_bit_parts(width_NxM, bit_NxM >= 0)):
+          put_counted(writer, bit_NxM.reshape(-1)[part], 2)
+      order, laws, whole = _sorted_by_law(model, shape, column, width_NxM, bit_NxM)
+      values = (q_NxM.reshape(-1) - whole)[order]
       for first, end, law in budget.spend(laws):
         put_values(writer, values[first:end], law)
 
@@ -217,22 +266,28 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
   """Reads what `put_matrices` wrote. Raises ArtifactError on what it cannot have written."""
   arrays = [np.empty(shape, np.int32) for shape in shapes]
   budget = _Budget(arrays)
-  for q_MxN, (row_M, column_N) in zip(arrays, steps, strict=True):
+  for q_MxN, step in zip(arrays, steps, strict=True):
     shape, rank = take_number(reader), take_number(reader)
     _require(0 <= shape < len(SHAPES) and 0 <= rank <= MAX_RANK)
-    classes_N, classes_M = take_integers(reader, [column_N.shape, row_M.shape])
+    classes_N, classes_M = take_integers(reader, [step.column_N.shape, step.row_M.shape])
     mean = None
     if rank:
       exponent = take_number(reader)
       _require(abs(exponent) <= _MOST_EXPONENT)
-      mean = scaled(take_mean(reader, q_MxN.shape, rank), exponent, Steps(row_M, column_N))
-    model = Model(mean, classes_N - ROW_STEP * column_N, classes_M - row_M)
-    for column, order, laws, whole in _slabs(model, shape):
+      mean = scaled(take_mean(reader, q_MxN.shape, rank), exponent, step)
+    model = Model(mean, classes_N - ROW_STEP * step.column_N, classes_M - step.row_M)
+    for column, width_NxM in _slabs(model):
+      bit_NxM = None
+      if step.trellis_N is not None:
+        bit_NxM = np.where(step.trellis_N[column, None], np.zeros_like(width_NxM), -1)
+        for part in budget.spend(_bit_parts(width_NxM, bit_NxM >= 0)):
+          bit_NxM.reshape(-1)[part] = take_counted(reader, len(part), 2)
+      order, laws, whole = _sorted_by_law(model, shape, column, width_NxM, bit_NxM)
       values = np.empty(len(order), np.int32)
       for first, end, law in budget.spend(laws):
         values[order[first:end]] = take_values(reader, end - first, law)
       values += whole
-      q_MxN[:, column] = values.reshape(-1, len(row_M)).T
+      q_MxN[:, column] = values.reshape(width_NxM.shape).T
     _require_small(q_MxN)
   return arrays
 
@@ -240,7 +295,7 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
 def scaled(mean: Mean, exponent: int, step: Steps) -> Mean:
   """Returns the mean in units of the steps, of one that is 2^exponent times that of the weights."""
   # 2^(class / 4) for every class of steps.
-  row_M, column_N = (np.array([ans.sigma(CENTRE - ROW_STEP * k) for k in steps.tolist()]) for steps in step)
+  row_M, column_N = (np.array([ans.sigma(CENTRE - ROW_STEP * k) for k in steps.tolist()]) for steps in step[:2])
   row_M *= math.ldexp(mean.factor, -FACTOR_BITS - exponent)
   return dataclasses.replace(mean, scales=(row_M, column_N))
 
@@ -250,30 +305,50 @@ def class_residuals(model: Model, step: Steps) -> list[np.ndarray]:
   return [model.column_N + ROW_STEP * step.column_N, model.row_M + step.row_M]
 
 
-def keys(model: Model, column: slice) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (width class · PHASES + phase, whole part of the mean) of some columns' values, [columns · rows]."""
-  width_NxM = np.clip(np.add.outer(model.column_N[column], ROW_STEP * model.row_M), 0, WIDTHS - 1)
-  if model.mean is None:
-    return (width_NxM * PHASES).astype(np.uint16).reshape(-1), np.zeros(1, np.int32)
-  mean_NxM = model.mean.phases(column=column)
-  # A phase is nothing to a law so wide that low bits are stored as they are.
-  wide_NxM = width_NxM >= CENTRE + (_SPLIT + 1) * STEPS
-  mean_NxM = np.where(wide_NxM, mean_NxM + PHASES // 2 & -PHASES, mean_NxM)
-  key_NxM = width_NxM * PHASES + (mean_NxM & PHASES - 1)
-  return key_NxM.astype(np.uint16).reshape(-1), (mean_NxM >> PHASE_BITS).reshape(-1)
-
-
-def _slabs(model: Model, shape: int) -> Iterator[tuple[slice, np.ndarray, list, np.ndarray]]:
-  """Yields (columns, order of their values by law, [(first, end, law)] in that order, whole part of their means)."""
+def _slabs(model: Model) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yields some columns at a time, with the width classes of their values, [columns, rows]."""
   columns = max(1, _SLAB // max(1, len(model.row_M)))
   for start in range(0, len(model.column_N), columns):
     column = slice(start, start + columns)
-    key, whole = keys(model, column)
-    end = np.cumsum(np.bincount(key)).tolist()
-    laws = [
-      (a, b, Law(k // PHASES, shape, k % PHASES)) for k, (a, b) in enumerate(itertools.pairwise([0, *end])) if a < b
-    ]
-    yield column, np.argsort(key, kind="stable"), laws, whole
+    yield column, np.clip(np.add.outer(model.column_N[column], ROW_STEP * model.row_M), 0, WIDTHS - 1)
+
+
+def _bit_parts(width_NxM: np.ndarray, is_known_NxM: np.ndarray) -> list[np.ndarray]:
+  """Returns the places of the values whose lowest bits come first, by width; a wide value's bit is 0 or 1 alike."""
+  place = np.flatnonzero(is_known_NxM)
+  width = np.minimum(width_NxM.reshape(-1)[place], _EVEN_WIDTH)
+  order = np.argsort(width.astype(np.uint16), kind="stable")
+  return [part for part in np.split(place[order], np.cumsum(np.bincount(width))[:-1]) if len(part)]
+
+
+def _sorted_by_law(
+  model: Model, shape: int, column: slice, width_NxM: np.ndarray, bit_NxM: np.ndarray | None
+) -> tuple[np.ndarray, list[tuple[int, int, Law]], np.ndarray]:
+  """(order of some columns' values by law, [(first, end, law)] in that order, whole part of their means).
+
+  Args:
+    bit_NxM: lowest bits of values under a trellis, −1 for others.
+  """
+  mean_NxM = np.zeros((1, 1), np.int32) if model.mean is None else model.mean.phases(column=column)
+  if bit_NxM is not None:
+    parity_NxM = parities(np.maximum(bit_NxM, 0).astype(np.uint8).T).T
+    mean_NxM = mean_NxM - np.where(bit_NxM < 0, 0, PHASES // 2 * parity_NxM.astype(np.int32))
+  if mean_NxM.size > 1:
+    # A phase is nothing to a law so wide that low bits are stored as they are.
+    wide_NxM = width_NxM >= CENTRE + (_SPLIT + 1) * STEPS
+    mean_NxM = np.where(wide_NxM, mean_NxM + PHASES // 2 & -PHASES, mean_NxM)
+  whole_NxM = mean_NxM >> PHASE_BITS
+  key_NxM = (width_NxM * PHASES + (mean_NxM & PHASES - 1)) * 3
+  if bit_NxM is not None:
+    key_NxM += np.where(bit_NxM < 0, 0, 1 + (bit_NxM ^ whole_NxM & 1))
+  key = key_NxM.astype(np.uint16).reshape(-1)
+  ends = np.cumsum(np.bincount(key)).tolist()
+  laws = [
+    (first, end, Law(k // 3 // PHASES, shape, k // 3 % PHASES, k % 3 - 1))
+    for k, (first, end) in enumerate(itertools.pairwise([0, *ends]))
+    if first < end
+  ]
+  return np.argsort(key, kind="stable"), laws, whole_NxM.reshape(-1)
 
 
 class _Budget:
@@ -282,10 +357,10 @@ class _Budget:
   def __init__(self, arrays: Sequence[np.ndarray]):
     self._left = _FREE_PIECES + sum(array.size for array in arrays) // _VALUES_PER_PIECE
 
-  def spend(self, laws: list) -> list:
-    self._left -= len(laws)
+  def spend(self, pieces: list) -> list:
+    self._left -= len(pieces)
     _require(self._left >= 0)
-    return laws
+    return pieces
 
 
 def _checked_law(width: int, shape: int, phase: int) -> Law:

@@ -26,6 +26,7 @@ from pgolf_jax.quantize.artifact.codecs.integers import (
   Steps,
   class_residuals,
   law_weights,
+  parities,
   reach_of,
   scaled,
   shift_of,
@@ -77,16 +78,20 @@ def fit(content: Content, arrays: Sequence[np.ndarray], steps: Sequence[Steps] =
 def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
   """Returns the model that stores a matrix of integers of any size in the fewest bytes, given its steps."""
   # Directions are sought in the weights, which differ less in size than the integers, as whole numbers of about 2^7.
-  row_M, column_N = (np.array([ans.sigma(CENTRE + ROW_STEP * k) for k in steps.tolist()]) for steps in step)
-  weight_MxN = q_MxN * row_M[:, None] * column_N
+  row_M, column_N = (np.array([ans.sigma(CENTRE + ROW_STEP * k) for k in steps.tolist()]) for steps in step[:2])
+  value_MxN = PHASES * q_MxN
+  if step.trellis_N is not None:
+    bit_MxN = np.where(step.trellis_N, q_MxN & 1, 0).astype(np.uint8)
+    value_MxN += np.where(step.trellis_N, PHASES // 2 * parities(bit_MxN).astype(np.int32), 0)
+  weight_MxN = value_MxN * (row_M / PHASES)[:, None] * column_N
   exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
   mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
   predicted = (-ROW_STEP * step.column_N, -step.row_M)
-  *best, least = _fit_classes(PHASES * q_MxN, predicted)
+  *best, least = _fit_classes(value_MxN, predicted)
   best = (None, *best)
   for rank in range(1, 1 + (0 if mean is None else mean.rank)):
     part = scaled(mean.leading(rank), exponent, step)
-    *fitted, bits = _fit_classes(PHASES * q_MxN - part.phases().T, predicted, best[1])
+    *fitted, bits = _fit_classes(value_MxN - part.phases().T, predicted, best[1])
     bits += _mean_bits(part)
     if bits < least:
       best, least = (part, *fitted), bits
