@@ -146,8 +146,9 @@ _ROOTS = np.array([1.0, 1.1892071150027210667, 1.4142135623730950488, 1.68179283
 
 def log_step(classes: np.ndarray) -> np.ndarray:
   """Returns 2^(class / OCTAVE) in fp32, the same bits on every machine."""
-  octave, part = np.divmod(classes, OCTAVE)
-  return np.ldexp(_ROOTS[part], octave)
+  low = int(classes.min(initial=0))
+  octave, part = np.divmod(np.arange(low, int(classes.max(initial=0)) + 1), OCTAVE)
+  return np.ldexp(_ROOTS[part], octave)[classes - low]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +169,14 @@ class LogGrid(Stored):
     return self.q_MxN.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    trellis_K = () if self.trellis_N is None else np.flatnonzero(self.trellis_N)
+    trellis_K = np.flatnonzero(() if self.trellis_N is None else self.trellis_N)
     rows = SEGMENT * max(1, _SLAB // self.shape[1] // SEGMENT)  # trellises begin with a slab
     for slab in _slabs(self.shape, rows):
-      value_MxN = self.q_MxN[slab].astype(np.float64)
+      q_MxN = self.q_MxN[slab]
+      # In fp32 where that holds halves; either way a weight is rounded once.
+      value_MxN = q_MxN.astype(np.float32 if np.abs(q_MxN).max(initial=0) < 1 << 22 else np.float64)
       if len(trellis_K):
-        value_MxN[:, trellis_K] += 0.5 * parities((self.q_MxN[slab][:, trellis_K] & 1).astype(np.uint8))
+        value_MxN[:, trellis_K] += 0.5 * parities((q_MxN[:, trellis_K] & 1).astype(np.uint8))
       out[slab] = value_MxN * log_step(self.row_M[slab][:, None] + self.column_N)
 
 

@@ -37,11 +37,11 @@ WIDTHS = 20 * STEPS
 """Width classes: σ from 2^-4 to 2^16."""
 LIMIT = 1 << 24
 """Integers are smaller than this in size."""
-_SPLIT = 3  # octaves of σ above 1 from which on low bits are stored as they are
 _ESCAPE_WEIGHT = 1 << 12  # of a law's 2^26
 ESCAPE_BITS = 26
 _MOST_EXPONENT = 200  # of a mean
 _EVEN_WIDTH = CENTRE + STEPS // 2  # from here on odd and even values are equally frequent
+_WIDE = CENTRE + 4 * STEPS  # from here on low bits are stored as they are
 _RAW_BITS = 8  # stored at once
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
 MOST_COUNTED = 512  # values from the least to the largest
@@ -79,11 +79,11 @@ def parities(bits_MxK: np.ndarray) -> np.ndarray:
   rows, columns = bits_MxK.shape
   padded = np.zeros((-(-rows // SEGMENT), SEGMENT, columns), np.uint8)
   padded.reshape(-1, columns)[:rows] = bits_MxK
-  state = np.zeros((len(padded), columns), np.uint8)
+  # The bits of the state, which PARITY and NEXT as a table have in one number.
+  a, b, c = np.zeros((3, len(padded), columns), np.uint8)
   for row in range(SEGMENT):
-    bit = padded[:, row].copy()
-    padded[:, row] = PARITY[state]
-    state = NEXT[state, bit]
+    bit, padded[:, row] = padded[:, row].copy(), a
+    a, b, c = a ^ b, c ^ bit, a
   return padded.reshape(-1, columns)[:rows]
 
 
@@ -134,7 +134,7 @@ def _prepared(law: Law) -> _Prepared:
 
 def shift_of(width: int) -> int:
   """Returns how many low bits of a value are stored as they are."""
-  return max(0, (width - CENTRE) // STEPS - _SPLIT)
+  return max(0, (width - _WIDE) // STEPS + 1)
 
 
 def reach_of(width: int) -> int:
@@ -250,14 +250,13 @@ def put_matrices(
     if model.mean is not None:
       put_number(writer, exponent)
       put_mean(writer, model.mean)
-    for column, width_NxM in _slabs(model):
-      q_NxM, bit_NxM = q_MxN.T[column], None
-      if step.trellis_N is not None:
-        bit_NxM = np.where(step.trellis_N[column, None], q_NxM & 1, -1)
-        for part in budget.spend(_bit_parts(width_NxM, bit_NxM >= 0)):
-          put_counted(writer, bit_NxM.reshape(-1)[part], 2)
-      order, laws, whole = _sorted_by_law(model, shape, column, width_NxM, bit_NxM)
-      values = (q_NxM.reshape(-1) - whole)[order]
+    for slab in _slabs(model, shape, step.trellis_N):
+      values_NxM = q_MxN.T[slab.column] - slab.whole_NxM
+      bit_KxM = (values_NxM[slab.trellis_K] & 1).astype(np.uint8)
+      for place, law in budget.spend(slab.bit_pieces()):
+        writer.put(bit_KxM.reshape(-1)[place], law)
+      order, laws, shift_NxM = slab.value_pieces(bit_KxM)
+      values = (values_NxM - shift_NxM).reshape(-1)[order]
       for first, end, law in budget.spend(laws):
         put_values(writer, values[first:end], law)
 
@@ -276,18 +275,18 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
       _require(abs(exponent) <= _MOST_EXPONENT)
       mean = scaled(take_mean(reader, q_MxN.shape, rank), exponent, step)
     model = Model(mean, classes_N - ROW_STEP * step.column_N, classes_M - step.row_M)
-    for column, width_NxM in _slabs(model):
-      bit_NxM = None
-      if step.trellis_N is not None:
-        bit_NxM = np.where(step.trellis_N[column, None], np.zeros_like(width_NxM), -1)
-        for part in budget.spend(_bit_parts(width_NxM, bit_NxM >= 0)):
-          bit_NxM.reshape(-1)[part] = take_counted(reader, len(part), 2)
-      order, laws, whole = _sorted_by_law(model, shape, column, width_NxM, bit_NxM)
+    for slab in _slabs(model, shape, step.trellis_N):
+      bit_KxM = np.empty((len(slab.trellis_K), len(step.row_M)), np.uint8)
+      for place, law in budget.spend(slab.bit_pieces()):
+        bit_KxM.reshape(-1)[place] = reader.take(len(place), law)
+      order, laws, shift_NxM = slab.value_pieces(bit_KxM)
       values = np.empty(len(order), np.int32)
       for first, end, law in budget.spend(laws):
         values[order[first:end]] = take_values(reader, end - first, law)
-      values += whole
-      q_MxN[:, column] = values.reshape(width_NxM.shape).T
+      values = values.reshape(slab.width_NxM.shape)
+      values += shift_NxM
+      values += slab.whole_NxM
+      q_MxN[:, slab.column] = values.T
     _require_small(q_MxN)
   return arrays
 
@@ -305,50 +304,82 @@ def class_residuals(model: Model, step: Steps) -> list[np.ndarray]:
   return [model.column_N + ROW_STEP * step.column_N, model.row_M + step.row_M]
 
 
-def _slabs(model: Model) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields some columns at a time, with the width classes of their values, [columns, rows]."""
+def _slabs(model: Model, shape: int, trellis_N: np.ndarray | None) -> "Iterator[_Slab]":
+  """Yields some columns at a time."""
   columns = max(1, _SLAB // max(1, len(model.row_M)))
   for start in range(0, len(model.column_N), columns):
-    column = slice(start, start + columns)
-    yield column, np.clip(np.add.outer(model.column_N[column], ROW_STEP * model.row_M), 0, WIDTHS - 1)
+    yield _Slab(model, shape, slice(start, start + columns), trellis_N)
 
 
-def _bit_parts(width_NxM: np.ndarray, is_known_NxM: np.ndarray) -> list[np.ndarray]:
-  """Returns the places of the values whose lowest bits come first, by width; a wide value's bit is 0 or 1 alike."""
-  place = np.flatnonzero(is_known_NxM)
-  width = np.minimum(width_NxM.reshape(-1)[place], _EVEN_WIDTH)
-  order = np.argsort(width.astype(np.uint16), kind="stable")
-  return [part for part in np.split(place[order], np.cumsum(np.bincount(width))[:-1]) if len(part)]
+class _Slab:
+  """Some columns of a matrix: what is known of their values before they are read. Arrays are [columns, rows].
 
-
-def _sorted_by_law(
-  model: Model, shape: int, column: slice, width_NxM: np.ndarray, bit_NxM: np.ndarray | None
-) -> tuple[np.ndarray, list[tuple[int, int, Law]], np.ndarray]:
-  """(order of some columns' values by law, [(first, end, law)] in that order, whole part of their means).
-
-  Args:
-    bit_NxM: lowest bits of values under a trellis, −1 for others.
+  Under a trellis the lowest bits of values (less the whole part of their mean) come first. All parities follow from
+  them, and move the means of the values by half a step.
   """
-  mean_NxM = np.zeros((1, 1), np.int32) if model.mean is None else model.mean.phases(column=column)
-  if bit_NxM is not None:
-    parity_NxM = parities(np.maximum(bit_NxM, 0).astype(np.uint8).T).T
-    mean_NxM = mean_NxM - np.where(bit_NxM < 0, 0, PHASES // 2 * parity_NxM.astype(np.int32))
-  if mean_NxM.size > 1:
-    # A phase is nothing to a law so wide that low bits are stored as they are.
-    wide_NxM = width_NxM >= CENTRE + (_SPLIT + 1) * STEPS
-    mean_NxM = np.where(wide_NxM, mean_NxM + PHASES // 2 & -PHASES, mean_NxM)
-  whole_NxM = mean_NxM >> PHASE_BITS
-  key_NxM = (width_NxM * PHASES + (mean_NxM & PHASES - 1)) * 3
-  if bit_NxM is not None:
-    key_NxM += np.where(bit_NxM < 0, 0, 1 + (bit_NxM ^ whole_NxM & 1))
-  key = key_NxM.astype(np.uint16).reshape(-1)
-  ends = np.cumsum(np.bincount(key)).tolist()
-  laws = [
-    (first, end, Law(k // 3 // PHASES, shape, k // 3 % PHASES, k % 3 - 1))
-    for k, (first, end) in enumerate(itertools.pairwise([0, *ends]))
-    if first < end
-  ]
-  return np.argsort(key, kind="stable"), laws, whole_NxM.reshape(-1)
+
+  def __init__(self, model: Model, shape: int, column: slice, trellis_N: np.ndarray | None):
+    self._shape, self.column = shape, column
+    self.trellis_K = np.flatnonzero(() if trellis_N is None else trellis_N[column])
+    width_NxM = np.add.outer(model.column_N[column], ROW_STEP * model.row_M)
+    self.width_NxM = np.clip(width_NxM, 0, WIDTHS - 1, out=width_NxM).astype(np.uint16)
+    mean_NxM = np.zeros((1, 1), np.int32) if model.mean is None else model.mean.phases(column=column)
+    if model.mean is not None:
+      # A phase is nothing to a law so wide that low bits are stored as they are.
+      wide_NxM = self.width_NxM >= _WIDE
+      mean_NxM[wide_NxM] = mean_NxM[wide_NxM] + PHASES // 2 & -PHASES
+    self.whole_NxM, self._phase_NxM = mean_NxM >> PHASE_BITS, (mean_NxM & PHASES - 1).astype(np.uint16)
+
+  def bit_pieces(self) -> list[tuple[np.ndarray, Distribution]]:
+    """Returns [(places, law)] of the lowest bits of the columns under a trellis."""
+    width_KxM = self.width_NxM[self.trellis_K]
+    phase_KxM = self._phase_NxM[self.trellis_K] if self._phase_NxM.size > 1 else self._phase_NxM
+    key_KxM = np.where(width_KxM < _EVEN_WIDTH, width_KxM * PHASES + phase_KxM, _EVEN_WIDTH * PHASES)
+    order, pieces = _grouped(key_KxM)
+    return [(order[a:b], _bit_law(key // PHASES, self._shape, key % PHASES)) for key, a, b in pieces]
+
+  def value_pieces(self, bit_KxM: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, Law]], np.ndarray]:
+    """Returns (order of all values by law, [(first, end, law)] in that order, what parities add to the whole mean).
+
+    Args:
+      bit_KxM: lowest bits of the columns under a trellis, uint8.
+    """
+    key_NxM = (self.width_NxM * PHASES + self._phase_NxM) * 3
+    shift_NxM = np.zeros((1, 1), np.int32)
+    if len(self.trellis_K):
+      whole, phase = (x[self.trellis_K] if x.size > 1 else x for x in (self.whole_NxM, self._phase_NxM))
+      parity_KxM = parities((bit_KxM ^ (whole & 1).astype(np.uint8)).T).T
+      # Half a step less: phases below the half come from the whole number before.
+      narrow_KxM = self.width_NxM[self.trellis_K] < _WIDE
+      moved_KxM = (parity_KxM & narrow_KxM).astype(np.uint16)
+      before_KxM = moved_KxM & (phase < PHASES // 2)
+      key_KxM = self.width_NxM[self.trellis_K] * PHASES + (phase ^ PHASES // 2 * moved_KxM)
+      key_NxM[self.trellis_K] = key_KxM * 3 + 1 + (bit_KxM ^ before_KxM)
+      shift_NxM = np.zeros(self.width_NxM.shape, np.int32)
+      shift_NxM[self.trellis_K] -= before_KxM
+    order, pieces = _grouped(key_NxM)
+    laws = [(a, b, Law(key // 3 // PHASES, self._shape, key // 3 % PHASES, key % 3 - 1)) for key, a, b in pieces]
+    return order, laws, shift_NxM
+
+
+def _grouped(key_NxM: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+  """(order by uint16 keys, [(key, first, end)] in that order)."""
+  key = key_NxM.reshape(-1)
+  ends = itertools.pairwise([0, *np.cumsum(np.bincount(key)).tolist()])
+  return np.argsort(key, kind="stable"), [(k, first, end) for k, (first, end) in enumerate(ends) if first < end]
+
+
+@functools.lru_cache(maxsize=1024)
+def _bit_law(width: int, shape: int, phase: int) -> Distribution:
+  """Law of the lowest bit of values of either parity."""
+  if width >= _EVEN_WIDTH:
+    return _RAW[1]
+  odd = []
+  for moved in (phase, phase ^ PHASES // 2):
+    weights = law_weights(width, shape, moved)[:-1]
+    is_other = moved > phase  # these values are one more
+    odd.append(int(weights[reach_of(width) + 1 + is_other & 1 :: 2].sum() * (1 << 26) // weights.sum()))
+  return distribution(np.array([(1 << 27) - sum(odd), sum(odd)]) + 1)
 
 
 class _Budget:
