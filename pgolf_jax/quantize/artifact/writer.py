@@ -65,4 +65,13 @@ def encode_stream(codec: str, content: Content, arrays: Sequence[np.ndarray], st
   """
   if codec == "zstd":
     return zstd.encode(content, arrays)
-  return entropy.encode(content, arrays, search.fit(content, arrays, steps), steps)
+  match content:
+    case "grid":
+      models = search.fit_grids(arrays)
+    case "matrix":
+      models = search.fit_matrices(arrays, steps)
+    case "integers":
+      models = search.fit_integers(arrays)
+    case _:
+      models = ()
+  return entropy.encode(content, arrays, models, steps)

@@ -42,7 +42,7 @@ def encode(content: Content, arrays: Sequence[np.ndarray], models: Sequence = ()
   """Encodes the arrays of one stream.
 
   Args:
-    models: one for each array of content "grid", "matrix" or "integers", as `search.fit` chooses them.
+    models: what arrays of content "grid", "matrix" or "integers" are stored under, as search.py chooses it.
     steps: of each matrix, for content "matrix".
   """
   match content:

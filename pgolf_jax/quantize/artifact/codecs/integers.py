@@ -35,13 +35,14 @@ from pgolf_jax.quantize.artifact.codecs.grids import FACTOR_BITS, MAX_RANK, ROW_
 
 WIDTHS = 20 * STEPS
 """Width classes: σ from 2^-4 to 2^16."""
+WIDE = CENTRE + 4 * STEPS
+"""First width class of which low bits are stored as they are."""
 LIMIT = 1 << 24
 """Integers are smaller than this in size."""
 _ESCAPE_WEIGHT = 1 << 12  # of a law's 2^26
 ESCAPE_BITS = 26
 _MOST_EXPONENT = 200  # of a mean
 _EVEN_WIDTH = CENTRE + STEPS // 2  # from here on odd and even values are equally frequent
-_WIDE = CENTRE + 4 * STEPS  # from here on low bits are stored as they are
 _RAW_BITS = 8  # stored at once
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
 MOST_COUNTED = 512  # values from the least to the largest
@@ -134,7 +135,7 @@ def _prepared(law: Law) -> _Prepared:
 
 def shift_of(width: int) -> int:
   """Returns how many low bits of a value are stored as they are."""
-  return max(0, (width - _WIDE) // STEPS + 1)
+  return max(0, (width - WIDE) // STEPS + 1)
 
 
 def reach_of(width: int) -> int:
@@ -235,18 +236,22 @@ class MatrixModel(NamedTuple):
   model: Model
   shape: int
   exponent: int  # of the mean, if there is one
-  classes: tuple[Plan, Plan]  # of the columns' and the rows' classes less what the steps predict
 
 
-def put_matrices(
-  writer: Writer, arrays: Sequence[np.ndarray], steps: Sequence[Steps], models: Sequence[MatrixModel]
-) -> None:
-  """Writes matrices of integers below LIMIT in size: of each its classes, its mean, and its values."""
+class MatrixModels(NamedTuple):
+  """What the matrices of a stream are coded under."""
+
+  models: Sequence[MatrixModel]
+  classes: Sequence[Plan]  # of all arrays of `class_residuals`
+
+
+def put_matrices(writer: Writer, arrays: Sequence[np.ndarray], steps: Sequence[Steps], models: MatrixModels) -> None:
+  """Writes matrices of integers below LIMIT in size: the classes of all, then the mean and values of each."""
   budget = _Budget(arrays)
-  for q_MxN, step, (model, shape, exponent, plans) in zip(arrays, steps, models, strict=True):
+  put_integers(writer, class_residuals([model.model for model in models.models], steps), models.classes)
+  for q_MxN, step, (model, shape, exponent) in zip(arrays, steps, models.models, strict=True):
     put_number(writer, shape)
     put_number(writer, model.rank)
-    put_integers(writer, class_residuals(model, step), plans)
     if model.mean is not None:
       put_number(writer, exponent)
       put_mean(writer, model.mean)
@@ -265,10 +270,10 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
   """Reads what `put_matrices` wrote. Raises ArtifactError on what it cannot have written."""
   arrays = [np.empty(shape, np.int32) for shape in shapes]
   budget = _Budget(arrays)
-  for q_MxN, step in zip(arrays, steps, strict=True):
+  classes = take_integers(reader, [array.shape for step in steps for array in (step.column_N, step.row_M)])
+  for q_MxN, step, classes_N, classes_M in zip(arrays, steps, classes[::2], classes[1::2], strict=True):
     shape, rank = take_number(reader), take_number(reader)
     _require(0 <= shape < len(SHAPES) and 0 <= rank <= MAX_RANK)
-    classes_N, classes_M = take_integers(reader, [step.column_N.shape, step.row_M.shape])
     mean = None
     if rank:
       exponent = take_number(reader)
@@ -299,9 +304,10 @@ def scaled(mean: Mean, exponent: int, step: Steps) -> Mean:
   return dataclasses.replace(mean, scales=(row_M, column_N))
 
 
-def class_residuals(model: Model, step: Steps) -> list[np.ndarray]:
-  """Returns the columns' and the rows' classes less what their steps predict."""
-  return [model.column_N + ROW_STEP * step.column_N, model.row_M + step.row_M]
+def class_residuals(models: Sequence[Model], steps: Sequence[Steps]) -> list[np.ndarray]:
+  """Returns of each matrix the columns' and the rows' classes less what their steps predict, one after the other."""
+  pairs = zip(models, steps, strict=True)
+  return [x for model, step in pairs for x in (model.column_N + ROW_STEP * step.column_N, model.row_M + step.row_M)]
 
 
 def _slabs(model: Model, shape: int, trellis_N: np.ndarray | None) -> "Iterator[_Slab]":
@@ -326,7 +332,7 @@ class _Slab:
     mean_NxM = np.zeros((1, 1), np.int32) if model.mean is None else model.mean.phases(column=column)
     if model.mean is not None:
       # A phase is nothing to a law so wide that low bits are stored as they are.
-      wide_NxM = self.width_NxM >= _WIDE
+      wide_NxM = self.width_NxM >= WIDE
       mean_NxM[wide_NxM] = mean_NxM[wide_NxM] + PHASES // 2 & -PHASES
     self.whole_NxM, self._phase_NxM = mean_NxM >> PHASE_BITS, (mean_NxM & PHASES - 1).astype(np.uint16)
 
@@ -350,7 +356,7 @@ class _Slab:
       whole, phase = (x[self.trellis_K] if x.size > 1 else x for x in (self.whole_NxM, self._phase_NxM))
       parity_KxM = parities((bit_KxM ^ (whole & 1).astype(np.uint8)).T).T
       # Half a step less: phases below the half come from the whole number before.
-      narrow_KxM = self.width_NxM[self.trellis_K] < _WIDE
+      narrow_KxM = self.width_NxM[self.trellis_K] < WIDE
       moved_KxM = (parity_KxM & narrow_KxM).astype(np.uint16)
       before_KxM = moved_KxM & (phase < PHASES // 2)
       key_KxM = self.width_NxM[self.trellis_K] * PHASES + (phase ^ PHASES // 2 * moved_KxM)

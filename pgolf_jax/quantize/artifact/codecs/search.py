@@ -1,4 +1,6 @@
-"""The search for the model that stores a quantised matrix in the fewest bytes, by estimates from second moments.
+"""The search for the model that stores a quantised matrix in the fewest bytes.
+
+For integers of 8 bits it is by estimates from second moments, for integers of any size by the laws themselves.
 
 Directions of the mean and width classes are found in whole-number arithmetic, done in float64 where that is exact: the
 same matrix gets the same model on every machine, so writing an artifact twice gives the same file. M rows, N columns,
@@ -12,24 +14,16 @@ from collections.abc import Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pgolf_jax.quantize.artifact.codecs import Content, ans
+from pgolf_jax.quantize.artifact.codecs import ans, integers
 from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, COUNT_WEIGHT, PHASES, SHAPES, STEPS, chunks
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
 from pgolf_jax.quantize.artifact.codecs.integers import (
-  COUNTED,
-  ESCAPE_BITS,
-  MOST_COUNTED,
   WIDTHS,
   Law,
   MatrixModel,
+  MatrixModels,
   Plan,
   Steps,
-  class_residuals,
-  law_weights,
-  parities,
-  reach_of,
-  scaled,
-  shift_of,
 )
 
 _PATIENCE = 2  # directions that may pass without saving anything
@@ -42,11 +36,11 @@ _STEP_SIGMAS = 2.5  # step of A's coefficients, in standard deviations of what r
 _GLANCE, _ROUNDS = 3, 12  # of subspace iteration: to see whether there is a mean at all, and to compute it
 
 _MOST_WEIGHT = 2**13  # in the search for a mean
-_NARROW = CENTRE + 4 * STEPS  # width classes of which no bits are split off
 _SLAB = 1 << 18  # values whose costs are looked up at a time
 _BIT = 256  # costs are counted in this part of a bit
 _ROUNDS_OF_CLASSES = 4
 _FAR, _NEAR = (-8, -4, -2, 0, 2, 4, 8), (-2, -1, 0, 1, 2)  # moves of classes from a first guess, and later
+_NEAR_A_MOMENT = range(-7, 4)  # moves from the class that the second moment names
 _MOST_BACK = 16  # arrays before an array that it may be stored by
 
 _HALF_LOG2E = 0.5 * 1.4426950408889634
@@ -57,22 +51,18 @@ _BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in ra
 _INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
 
 
-def fit(content: Content, arrays: Sequence[np.ndarray], steps: Sequence[Steps] = ()) -> Sequence:
-  """Returns what each array of a stream is stored under; empty for a content without models.
-
-  Args:
-    steps: of each matrix, for content "matrix".
-  """
+def fit_grids(arrays: Sequence[np.ndarray]) -> list[Model]:
+  """Returns the model of each int8 matrix."""
   # Many products of a few megaflops: with more threads they wait for each other and take three times the core-seconds.
   with threadpool_limits(1, "blas"):
-    match content:
-      case "grid":
-        return [fit_grid(q_MxN) for q_MxN in arrays]
-      case "matrix":
-        return [_fit_matrix(q_MxN, step) for q_MxN, step in zip(arrays, steps, strict=True)]
-      case "integers":
-        return plan_integers(arrays)
-  return ()
+    return [fit_grid(q_MxN) for q_MxN in arrays]
+
+
+def fit_matrices(arrays: Sequence[np.ndarray], steps: Sequence[Steps]) -> MatrixModels:
+  """Returns the models of matrices of integers of any size, given their steps."""
+  with threadpool_limits(1, "blas"):
+    models = [_fit_matrix(q_MxN, step) for q_MxN, step in zip(arrays, steps, strict=True)]
+  return MatrixModels(models, fit_integers(integers.class_residuals([model.model for model in models], steps)))
 
 
 def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
@@ -82,32 +72,27 @@ def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
   value_MxN = PHASES * q_MxN
   if step.trellis_N is not None:
     bit_MxN = np.where(step.trellis_N, q_MxN & 1, 0).astype(np.uint8)
-    value_MxN += np.where(step.trellis_N, PHASES // 2 * parities(bit_MxN).astype(np.int32), 0)
+    value_MxN += np.where(step.trellis_N, PHASES // 2 * integers.parities(bit_MxN).astype(np.int32), 0)
   weight_MxN = value_MxN * (row_M / PHASES)[:, None] * column_N
   exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
   mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
   predicted = (-ROW_STEP * step.column_N, -step.row_M)
-  *best, least = _fit_classes(value_MxN, predicted)
-  best = (None, *best)
-  for rank in range(1, 1 + (0 if mean is None else mean.rank)):
-    part = scaled(mean.leading(rank), exponent, step)
-    *fitted, bits = _fit_classes(value_MxN - part.phases().T, predicted, best[1])
-    bits += _mean_bits(part)
+  best, least = None, math.inf
+  for rank in range(1 + (0 if mean is None else mean.rank)):
+    part = integers.scaled(mean.leading(rank), exponent, step) if rank else None
+    classes, shape, bits = _fit_classes(value_MxN - part.phases().T if rank else value_MxN, predicted)
+    bits += _mean_bits(part) if rank else 0
     if bits < least:
-      best, least = (part, *fitted), bits
-    elif rank - (0 if best[0] is None else best[0].rank) == _PATIENCE:
+      best, least = MatrixModel(Model(part, *(c.astype(np.int32) for c in classes)), shape, exponent), bits
+    elif rank - best.model.rank == _PATIENCE:
       break
-  mean, classes, shape = best
-  model = Model(mean, *(c.astype(np.int32) for c in classes))
-  return MatrixModel(model, shape, exponent, tuple(plan_integers(class_residuals(model, step))))
+  return best
 
 
 _Classes = tuple[np.ndarray, np.ndarray]  # of columns and rows
 
 
-def _fit_classes(
-  value_MxN: np.ndarray, predicted: _Classes, start: _Classes | None = None
-) -> tuple[_Classes, int, float]:
+def _fit_classes(value_MxN: np.ndarray, predicted: _Classes) -> tuple[_Classes, int, float]:
   """Returns the classes and the shape that are best by the laws themselves, and all bits of values and classes.
 
   Second moments say little of values that are nearly all 0, or of laws with long tails.
@@ -115,11 +100,9 @@ def _fit_classes(
   Args:
     value_MxN: values less their mean, in units of 1/PHASES.
     predicted: classes up to a constant, by the steps.
-    start: classes to begin at.
   """
   size_MxN = np.abs(value_MxN)
-  classes = start or (_first_columns(size_MxN, predicted[1]), predicted[1])
-  shape, moves = 0, _FAR if start is None else _NEAR
+  classes, shape, moves = (_first_columns(size_MxN, predicted[1]), predicted[1]), 0, _FAR
   for _ in range(_ROUNDS_OF_CLASSES):
     before = classes
     for axis, unit in enumerate((1, ROW_STEP)):
@@ -162,7 +145,7 @@ def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[
   """
   column_N, row_M = classes
   table = _cost_table(shape)
-  places = table.size // _NARROW
+  places = table.size // WIDE
   cost = np.zeros((len(moves), size_MxN.shape[1 - axis]), np.int64)
   for r in np.unique(row_M):
     row = np.flatnonzero(row_M == r)
@@ -171,7 +154,7 @@ def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[
       part = size_MxN[rows]
       for move, total in zip(moves, cost, strict=True):
         width_N = np.clip(column_N + ROW_STEP * int(r) + move, 0, WIDTHS - 1)
-        shift_N = np.maximum((width_N - _NARROW) // STEPS + 1, 0)
+        shift_N = np.maximum((width_N - WIDE) // STEPS + 1, 0)
         place = np.minimum(part >> shift_N, places - 1)
         place += (width_N - STEPS * shift_N) * places
         bits = table.take(place)
@@ -186,22 +169,16 @@ def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[
 @functools.lru_cache(maxsize=len(SHAPES))
 def _cost_table(shape: int) -> np.ndarray:
   """Cost in 1/_BIT by width class (narrow enough that no bits are split off) and size in 1/PHASES, flat."""
-  places = PHASES * (reach_of(_NARROW - 1) + 2)
-  cost = np.empty((_NARROW, places), np.int32)
+  places = PHASES * (integers.reach_of(WIDE - 1) + 2)
+  cost = np.empty((WIDE, places), np.int32)
   for width, cost_P in enumerate(cost):
-    reach = reach_of(width)
+    reach = integers.reach_of(width)
     for phase in range(PHASES):
-      weights = law_weights(width, shape, phase)
+      weights = integers.law_weights(width, shape, phase)
       bits = np.rint(_BIT * np.log2(weights.sum() / weights))
-      cost_P[phase::PHASES] = bits[-1] + _BIT * ESCAPE_BITS
+      cost_P[phase::PHASES] = bits[-1] + _BIT * integers.ESCAPE_BITS
       cost_P[np.abs(PHASES * np.arange(-reach, reach + 1) - phase)] = bits[:-1]
   return cost.reshape(-1)
-
-
-def _bits_under(count: np.ndarray, width: int, shape: int, phase: int) -> float:
-  """Bits of symbols, escapes last, with these counts."""
-  weights = law_weights(width, shape, phase)
-  return float(np.sum(count * np.log2(weights.sum() / weights))) + ESCAPE_BITS * int(count[-1])
 
 
 def _counted_bits(symbols: np.ndarray, alphabet: int) -> float:
@@ -215,7 +192,7 @@ def _counted_bits(symbols: np.ndarray, alphabet: int) -> float:
   return bits
 
 
-def plan_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
+def fit_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
   """Returns how each array is stored in the fewest bytes."""
   flat = [np.asarray(array, np.int32).reshape(-1) for array in arrays]
   plans = []
@@ -234,26 +211,22 @@ def _entropy(values: np.ndarray) -> float:
 
 def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
   """(bits, plan) of an array as it is."""
-  used_U, count_U = np.unique(values, return_counts=True)
-  if not len(values):
-    return 0.0, Plan(back, 0, Law(0, 0))
-  centre = int(used_U[0])
-  best = (math.inf, Plan(back, centre, Law(0, COUNTED)))
-  if used_U[-1] - centre < MOST_COUNTED:
-    best = _counted_bits(values - centre, int(used_U[-1]) - centre + 2), best[1]
-  mean = float(np.sum(used_U * count_U) / len(values))
-  centre, phase = divmod(int(np.rint(PHASES * mean)), PHASES)
-  variance = float(np.sum(np.square(used_U - mean) * count_U) / len(values))
-  near = CENTRE + round(STEPS / 2 * math.log2(variance + 2.0**-8))
-  for width in range(max(0, near - 6), min(WIDTHS, near + 4)):
-    shift, reach = shift_of(width), reach_of(width)
-    high_U = (used_U - centre + (1 << shift >> 1) >> shift) + reach
-    is_inside = (high_U >= 0) & (high_U <= 2 * reach)
-    count = np.bincount(np.where(is_inside, high_U, 2 * reach + 1), count_U, 2 * reach + 2)
-    for shape in range(len(SHAPES)):
-      bits = _bits_under(count, width, shape, phase) + shift * len(values)
-      if bits < best[0]:
-        best = bits, Plan(back, centre, Law(width, shape, phase))
+  low, span = (int(values.min()), int(np.ptp(values))) if len(values) else (0, 0)
+  best = math.inf, Plan(back, low, Law(0, integers.COUNTED))
+  if span < integers.MOST_COUNTED:
+    best = _counted_bits(values - low, span + 2), best[1]
+  if not span:
+    return best
+  centre, phase = divmod(int(np.rint(PHASES * values.mean())), PHASES)
+  near = min(WIDTHS - 1, CENTRE + round(STEPS * math.log2(values.std() + 2.0**-4)))
+  size_Kx1 = np.abs(PHASES * (values - centre) - phase)[:, None]
+  for shape in range(len(SHAPES)):
+    classes = np.array([near]), np.zeros(len(values), np.int64)
+    for move, cost in zip(
+      _NEAR_A_MOMENT, _costs(size_Kx1, classes, shape, _NEAR_A_MOMENT, 0)[:, 0].tolist(), strict=True
+    ):
+      if cost / _BIT < best[0]:
+        best = cost / _BIT, Plan(back, centre, Law(min(max(near + move, 0), WIDTHS - 1), shape, phase))
   return best
 
 
