@@ -22,14 +22,19 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   CENTRE,
   PHASE_BITS,
   PHASES,
+  RAW,
   SHAPES,
   STEPS,
   Distribution,
   Reader,
   Writer,
   distribution,
+  put_bits,
   put_counted,
+  put_number,
+  take_bits,
   take_counted,
+  take_number,
 )
 from pgolf_jax.quantize.artifact.codecs.grids import FACTOR_BITS, MAX_RANK, ROW_STEP, Mean, Model, put_mean, take_mean
 
@@ -43,13 +48,10 @@ _ESCAPE_WEIGHT = 1 << 12  # of a law's 2^26
 ESCAPE_BITS = 26
 _MOST_EXPONENT = 200  # of a mean
 _EVEN_WIDTH = CENTRE + STEPS // 2  # from here on odd and even values are equally frequent
-_RAW_BITS = 8  # stored at once
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
 MOST_COUNTED = 512  # values from the least to the largest
 _SLAB = 1 << 19  # values that are sorted by their laws at a time
 _FREE_PIECES, _VALUES_PER_PIECE = 1 << 15, 1 << 7  # of a stream
-_RAW = [distribution(np.ones(max(2, 1 << bits))) for bits in range(_RAW_BITS + 1)]
-_LENGTH = distribution(np.ones(33))
 
 
 class Steps(NamedTuple):
@@ -86,33 +88,6 @@ def parities(bits_MxK: np.ndarray) -> np.ndarray:
     bit, padded[:, row] = padded[:, row].copy(), a
     a, b, c = a ^ b, c ^ bit, a
   return padded.reshape(-1, columns)[:rows]
-
-
-def put_bits(writer: Writer, values: np.ndarray, bits: int) -> None:
-  """Writes the lowest bits of each value as they are."""
-  for first in range(0, bits, _RAW_BITS):
-    count = min(_RAW_BITS, bits - first)
-    writer.put(values >> first & ((1 << count) - 1), _RAW[count])
-
-
-def take_bits(reader: Reader, count: int, bits: int) -> np.ndarray:
-  values = np.zeros(count, np.int32)
-  for first in range(0, bits, _RAW_BITS):
-    values |= reader.take(count, _RAW[min(_RAW_BITS, bits - first)]) << first
-  return values
-
-
-def put_number(writer: Writer, number: int) -> None:
-  """Writes a whole number below 2^31 in size: the bits that it takes, and these."""
-  zigzag = number * 2 if number >= 0 else -2 * number - 1
-  writer.put(np.array([zigzag.bit_length()]), _LENGTH)
-  put_bits(writer, np.array([zigzag]), zigzag.bit_length())
-
-
-def take_number(reader: Reader) -> int:
-  bits = int(reader.take(1, _LENGTH)[0])
-  zigzag = int(take_bits(reader, 1, bits)[0]) & 0xFFFFFFFF
-  return -(zigzag + 1 >> 1) if zigzag & 1 else zigzag >> 1
 
 
 class _Prepared(NamedTuple):
@@ -379,7 +354,7 @@ def _grouped(key_NxM: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]
 def _bit_law(width: int, shape: int, phase: int) -> Distribution:
   """Law of the lowest bit of values of either parity."""
   if width >= _EVEN_WIDTH:
-    return _RAW[1]
+    return RAW[1]
   odd = []
   for moved in (phase, phase ^ PHASES // 2):
     weights = law_weights(width, shape, moved)[:-1]

@@ -17,14 +17,7 @@ from threadpoolctl import threadpool_limits
 from pgolf_jax.quantize.artifact.codecs import ans, integers
 from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, COUNT_WEIGHT, PHASES, SHAPES, STEPS, chunks
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
-from pgolf_jax.quantize.artifact.codecs.integers import (
-  WIDTHS,
-  Law,
-  MatrixModel,
-  MatrixModels,
-  Plan,
-  Steps,
-)
+from pgolf_jax.quantize.artifact.codecs.integers import WIDE, WIDTHS, Law, MatrixModel, MatrixModels, Plan, Steps
 
 _PATIENCE = 2  # directions that may pass without saving anything
 
