@@ -41,6 +41,7 @@ from pgolf_jax.settings.check import MAX_PARAMETERS
 
 _LARGE = 4096  # fp16 values; a kind with at least as many gets a stream of its own
 _MAX_SIDE = 1 << 20  # rows or columns of a grid
+_MAX_LOG_SIDE = 1 << 18  # with steps by row and column
 _MAX_RANK = 64  # of a correction
 _MAX_DIMENSIONS = 4
 _NAME = re.compile(r"(?!blocks\.)[A-Za-z_][A-Za-z0-9_.]{0,99}|blocks\.(0|[1-9][0-9]{0,3})\.[A-Za-z0-9_.]{1,88}")
@@ -130,7 +131,7 @@ def describe(name: str, tensor: Quantized) -> Entry:
     case LogGrid():
       return ["log", name, list(tensor.q_MxN.shape), tensor.trellis_N is not None]
     case Even():
-      return ["even", name, list(tensor.q.shape), tensor.step]
+      return ["even", name, list(tensor.q.shape), int(tensor.step)]
 
 
 def split(table: list[Entry]) -> list[Stream]:
@@ -246,7 +247,7 @@ def check_entry(entry: object) -> None:
     return
   if form == "log":
     require(len(more) == 1 and type(more[0]) is bool, f"an odd trellis for {name}")
-    require(max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")
+    require(max(shape) <= _MAX_LOG_SIDE, f"an impossible shape for {name}")
     return
   require(form == "grid" and len(more) == 2, f"an unknown form for {name}")
   require(max(shape) <= _MAX_SIDE, f"an impossible shape for {name}")

@@ -169,15 +169,16 @@ class LogGrid(Stored):
     return self.q_MxN.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    trellis_K = np.flatnonzero(() if self.trellis_N is None else self.trellis_N)
     rows = SEGMENT * max(1, _SLAB // self.shape[1] // SEGMENT)  # trellises begin with a slab
-    for slab in _slabs(self.shape, rows):
-      q_MxN = self.q_MxN[slab]
-      # In fp32 where that holds halves; either way a weight is rounded once.
-      value_MxN = q_MxN.astype(np.float32 if np.abs(q_MxN).max(initial=0) < 1 << 22 else np.float64)
-      if len(trellis_K):
-        value_MxN[:, trellis_K] += 0.5 * parities((q_MxN[:, trellis_K] & 1).astype(np.uint8))
-      out[slab] = value_MxN * log_step(self.row_M[slab][:, None] + self.column_N)
+    for row in _slices(self.shape[0], rows):
+      for column in _slices(self.shape[1], _SLAB // SEGMENT):
+        q_MxN = self.q_MxN[row, column]
+        # In fp32 where that holds halves; either way a weight is rounded once.
+        value_MxN = q_MxN.astype(np.float32 if np.abs(q_MxN).max(initial=0) < 1 << 22 else np.float64)
+        if self.trellis_N is not None:
+          trellis_K = np.flatnonzero(self.trellis_N[column])
+          value_MxN[:, trellis_K] += 0.5 * parities((q_MxN[:, trellis_K] & 1).astype(np.uint8))
+        out[row, column] = value_MxN * log_step(self.row_M[row][:, None] + self.column_N[column])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,13 +193,18 @@ class Even(Stored):
     return self.q.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    out[...] = self.q * log_step(np.asarray(self.step))
+    step, q, values = log_step(np.array([self.step])), self.q.reshape(-1), out.reshape(-1)
+    for part in _slices(len(q), _SLAB):
+      values[part] = q[part] * step
 
 
-def _slabs(shape: tuple[int, int], rows: int = 0) -> Iterator[slice]:
-  """Yields the rows of a matrix in slices of so many, by default of at most `_SLAB` values or one row."""
-  rows = rows or max(1, _SLAB // shape[1])
-  return (slice(first, first + rows) for first in range(0, shape[0], rows))
+def _slabs(shape: tuple[int, int]) -> Iterator[slice]:
+  """Yields the rows of a matrix in slices of at most `_SLAB` values, or one row."""
+  return _slices(shape[0], max(1, _SLAB // shape[1]))
+
+
+def _slices(size: int, most: int) -> Iterator[slice]:
+  return (slice(first, first + most) for first in range(0, size, most))
 
 
 Quantized = Half | Rows | Grid | LogGrid | Even

@@ -9,7 +9,7 @@ import numpy as np
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content, entropy, search, zstd
 from pgolf_jax.quantize.artifact.codecs.integers import Steps
-from pgolf_jax.quantize.artifact.header import UNKNOWN, Origin, describe, field_of, split
+from pgolf_jax.quantize.artifact.header import UNKNOWN, Origin, check_entry, describe, field_of, split
 from pgolf_jax.quantize.artifact.reader import MAX_TOKENIZER, check_values, pack, steps_of
 from pgolf_jax.quantize.artifact.tensors import Quantized
 
@@ -31,9 +31,12 @@ def write(
     tokenizer: SentencePiece model to embed; its hash becomes the origin's.
 
   Raises:
-    ArtifactError: a step or an fp16 parameter is not finite, or the tokenizer is too large to embed.
+    ArtifactError: a step or an fp16 parameter is not finite, a name, a shape, a step or an integer is beyond what a
+      file may hold, or the tokenizer is too large to embed.
   """
   table = [describe(name, tensor) for name, tensor in tensors.items()]
+  for entry in table:
+    check_entry(entry)
   layout = split(table)
   fields = {(name, field): field_of(tensors[name], field) for stream in layout for name, field, _ in stream.arrays}
   streams = []
