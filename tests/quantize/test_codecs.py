@@ -12,7 +12,16 @@ from hypothesis.extra import numpy as arrays
 
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import NAMES, ans, search
-from pgolf_jax.quantize.artifact.codecs.ans import Reader, Writer, distribution, put_counted, take_counted
+from pgolf_jax.quantize.artifact.codecs.ans import (
+  Reader,
+  Writer,
+  distribution,
+  put_counted,
+  put_number,
+  take_counted,
+  take_number,
+)
+from pgolf_jax.quantize.artifact.codecs.integers import LIMIT, NEXT, PARITY, WIDTHS, Steps, law_weights, parities
 from pgolf_jax.quantize.artifact.reader import decode_stream
 from pgolf_jax.quantize.artifact.writer import encode_stream
 
@@ -36,9 +45,13 @@ INT8 = arrays.arrays(np.int8, arrays.array_shapes(min_dims=2, max_dims=2, min_si
 HALVES = arrays.arrays(np.uint16, arrays.array_shapes(min_dims=0, max_dims=3, min_side=1, max_side=20))
 
 
-def assert_returns(name, content, given_arrays):
-  data = encode_stream(name, content, given_arrays)
-  decoded = decode_stream(name, content, data, [a.shape for a in given_arrays])
+INT32 = st.integers(1 - LIMIT, LIMIT - 1) | st.integers(-3, 3)
+STEP = st.integers(-200, 200) | st.integers(-2, 2)
+
+
+def assert_returns(name, content, given_arrays, steps=()):
+  data = encode_stream(name, content, given_arrays, steps)
+  decoded = decode_stream(name, content, data, [a.shape for a in given_arrays], steps)
   for a, b in zip(given_arrays, decoded, strict=True):
     assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
   return data
@@ -57,6 +70,135 @@ def test_any_integers_come_back(name, values):
 @given(values=st.lists(HALVES, max_size=3))
 def test_any_halves_come_back(name, values):
   assert_returns(name, "half", [v.view(np.float16) for v in values])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_any_large_integers_come_back(name, data):
+  """Under any steps, with and without a trellis; and as arrays of any shape."""
+  matrices, steps = [], []
+  for _ in range(data.draw(st.integers(0, 3))):
+    rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 40))
+    scale = data.draw(st.sampled_from([0.2, 3.0, 1e3, 1e6]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    q = np.clip(np.rint(scale * rng.standard_normal((rows, columns))), 1 - LIMIT, LIMIT - 1).astype(np.int32)
+    for _ in range(data.draw(st.integers(0, 4))):
+      q[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))] = data.draw(INT32)
+    matrices.append(q)
+    step = [data.draw(arrays.arrays(np.int32, size, elements=STEP)) for size in (rows, columns)]
+    steps.append(Steps(*step, data.draw(st.none() | arrays.arrays(bool, columns))))
+  assert_returns(name, "matrix", matrices, steps)
+  assert_returns(name, "integers", matrices)
+
+
+def flat_steps(shape, trellis=False) -> Steps:
+  """Steps that are all alike."""
+  return Steps(*(np.zeros(size, np.int32) for size in shape), np.ones(shape[1], bool) if trellis else None)
+
+
+def matrix_bytes(q, steps=None) -> int:
+  return len(assert_returns("entropy", "matrix", [q], [flat_steps(q.shape) if steps is None else steps]))
+
+
+def rounded(values) -> np.ndarray:
+  return np.rint(values).astype(np.int32)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 6.0, 300.0])
+@pytest.mark.parametrize("law", ["standard_normal", "laplace"])
+def test_noise_of_any_width_takes_its_entropy(law, sigma):
+  """Rates of 0.9, 2, 4.6 and 10 bits. At 300 the histogram itself is too short by a share of its 2,000 values."""
+  z = getattr(np.random.default_rng(0), law)(size=(768, 512)) / (2**0.5 if law == "laplace" else 1)
+  q = rounded(sigma * z)
+  assert matrix_bytes(q) < 1.003 * entropy_bytes(q)
+
+
+def law_bits(sigma: float) -> float:
+  """Entropy in bits of rounded normal values of this spread."""
+  edges = (np.arange(-300, 302) - 0.5) / sigma / 2**0.5
+  share = np.diff([0.5 * (1 + math.erf(x)) for x in edges])
+  return float(-(share * np.log2(np.maximum(share, 1e-300))).sum())
+
+
+@pytest.mark.parametrize("bits", [-1, 1])
+def test_widths_that_steps_predict_cost_next_to_nothing(bits):
+  rng = np.random.default_rng(1)
+  column_N, row_M = rounded(3 * rng.standard_normal(256)), rounded(2 * rng.standard_normal(2048))
+  class_MxN = row_M[:, None] + column_N
+  q = rounded(2.0**bits * np.exp2(-class_MxN / 4) * rng.standard_normal((2048, 256)))
+  used, count = np.unique(class_MxN, return_counts=True)
+  ideal = sum(n * law_bits(2.0 ** (bits - k / 4)) for k, n in zip(used, count, strict=True)) / 8
+  known, unknown = matrix_bytes(q, Steps(row_M, column_N)), matrix_bytes(q)
+  assert known < 1.003 * ideal + 40 and known < 0.92 * entropy_bytes(q)
+  assert known + 0.2 * (2048 + 256) < unknown  # the entropies of the steps are 3.0 and 3.6 bits
+
+
+def test_columns_of_tiny_steps_take_their_bits_and_no_more():
+  """Values from below 10 to 2^20 in one matrix, and a lone one that no law reaches."""
+  column_N = np.where(np.arange(128) < 4, -72, 0)
+  rng = np.random.default_rng(2)
+  q = rounded(2.0 * np.exp2(-column_N / 4) * rng.standard_normal((1024, 128)))
+  q[5, 77] = 1 - LIMIT
+  ideal = (q.size * law_bits(2.0) + 4 * 1024 * 18) / 8
+  assert matrix_bytes(q, Steps(np.zeros(1024, np.int32), column_N)) < 1.003 * ideal
+
+
+def test_a_mean_of_the_weights_shows_through_steps():
+  rng = np.random.default_rng(3)
+  common = np.outer(rng.standard_normal(800), rng.standard_normal(96))
+  step = Steps(rounded(2 * rng.standard_normal(800)), rounded(3 * rng.standard_normal(96)))
+  scale_MxN = 2 * np.exp2(-(step.row_M[:, None] + step.column_N) / 4)
+  q = rounded((rng.standard_normal((800, 96)) + 2 * common) * scale_MxN)
+  noise = rounded(rng.standard_normal((800, 96)) * scale_MxN)
+  assert search.fit_matrices([q], [step]).models[0].model.rank == 1
+  assert search.fit_matrices([noise], [step]).models[0].model.rank == 0
+  # The mean takes about 4 bits a row and 5 a column.
+  assert matrix_bytes(q, step) < 1.003 * matrix_bytes(noise, step) + (6 * 800 + 6 * 96) / 8
+
+
+def test_alphabets_stay_small():
+  assert max(len(law_weights(width, 2, 3)) for width in range(WIDTHS)) < 512
+
+
+def test_small_tensors_take_their_entropy_wherever_their_centre_is():
+  rng = np.random.default_rng(4)
+  q = [rounded(300 + 30 * rng.standard_normal(512)) for _ in range(4)] + [np.full((8, 8), -5_000_000, np.int32)]
+  bits = 512 * 4 * (2.047 + np.log2(30))  # and 5 bytes an array
+  assert len(assert_returns("entropy", "integers", q)) < 1.005 * bits / 8 + 5 * 5
+
+
+def test_steps_that_are_shared_cost_next_to_nothing():
+  rng = np.random.default_rng(5)
+  query, other = (rounded(3 * rng.standard_normal(512)) for _ in range(2))
+  alone = len(assert_returns("entropy", "integers", [query, other]))
+  assert len(assert_returns("entropy", "integers", [query, other, query, query + 7])) < alone + 12
+  near = rounded(query + 0.3 * rng.standard_normal(512))
+  assert len(assert_returns("entropy", "integers", [query, other, near])) < alone + 0.2 * 512
+
+
+def test_parities_follow_the_trellis_state_by_state():
+  bits = np.random.default_rng(6).integers(0, 2, (150, 5)).astype(np.uint8)
+  wanted = np.empty_like(bits)
+  for column in range(5):
+    for row in range(150):
+      state = NEXT[state, bits[row - 1, column]] if row % 64 else 0
+      wanted[row, column] = PARITY[state]
+  assert np.array_equal(parities(bits), wanted) and 0.4 < wanted.mean() < 0.6
+
+
+@pytest.mark.parametrize("sigma", [0.8, 3.0, 40.0])
+def test_a_trellis_loses_nothing_to_lowest_bits_that_come_first(sigma):
+  """Each value takes what it would if its parity were known beforehand."""
+  rng, shape = np.random.default_rng(7), (640, 256)
+  weight, q, state = sigma * rng.standard_normal(shape), np.zeros(shape, np.int32), np.zeros(256, int)
+  for row in range(640):
+    state = state if row % 64 else np.zeros(256, int)
+    q[row] = rounded(weight[row] - 0.5 * PARITY[state])
+    state = NEXT[state, q[row] & 1]
+  parity = parities((q & 1).astype(np.uint8))
+  ideal = sum(entropy_bytes(q[parity == p]) for p in (0, 1))
+  assert matrix_bytes(q, flat_steps(shape, trellis=True)) < 1.003 * ideal
 
 
 def rounded_noise(seed: int, shape: tuple[int, int], width_N=2.4, mean_MxN=0.0, limit=31) -> np.ndarray:
@@ -176,12 +318,12 @@ def test_counted_symbols_come_back(symbols, alphabet):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("content", ["grid", "small", "half"])
+@pytest.mark.parametrize("content", ["grid", "small", "half", "matrix", "integers"])
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=200), shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=3))
 def test_any_bytes_give_arrays_or_an_error(name, content, data, shapes):
   try:
-    decoded = decode_stream(name, content, data, shapes)
+    decoded = decode_stream(name, content, data, shapes, [flat_steps(shape, len(data) % 2) for shape in shapes])
   except ArtifactError:
     return
   assert [a.shape for a in decoded] == shapes
@@ -208,6 +350,36 @@ def test_damaged_grids_give_arrays_or_an_error(name, data):
   except ArtifactError:
     return
   assert decoded.shape == (90, 64) and decoded.dtype == np.int8
+
+
+@functools.cache
+def encoded_matrix(trellis: bool) -> bytes:
+  """A matrix of 90 × 64 with a mean."""
+  rng = np.random.default_rng(8)
+  q = rounded(3 * rng.standard_normal((90, 64)) + np.outer(rng.standard_normal(90), 5 * rng.standard_normal(64)))
+  return encode_stream("entropy", "matrix", [q], [flat_steps(q.shape, trellis)])
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_damaged_matrices_give_arrays_or_an_error(trellis, data):
+  whole = bytearray(encoded_matrix(trellis))
+  place = data.draw(st.integers(0, len(whole) - 1) | st.integers(len(whole) - 80, len(whole) - 1))
+  whole[place] ^= data.draw(st.integers(1, 255))
+  try:
+    (decoded,) = decode_stream("entropy", "matrix", bytes(whole), [(90, 64)], [flat_steps((90, 64), trellis)])
+  except ArtifactError:
+    return
+  assert decoded.shape == (90, 64) and np.abs(decoded).max() < LIMIT
+
+
+@given(st.integers(1 - (1 << 31), (1 << 31) - 1))
+@settings(max_examples=100, deadline=None)
+def test_whole_numbers_come_back(number):
+  writer = Writer()
+  put_number(writer, number)
+  assert take_number(Reader(writer.finish())) == number
 
 
 def test_zstd_frames_that_claim_too_much_are_refused():

@@ -38,8 +38,8 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
 )
 from pgolf_jax.quantize.artifact.codecs.grids import FACTOR_BITS, MAX_RANK, ROW_STEP, Mean, Model, put_mean, take_mean
 
-WIDTHS = 20 * STEPS
-"""Width classes: σ from 2^-4 to 2^16."""
+WIDTHS = 26 * STEPS
+"""Width classes: σ from 2^-4 to 2^22."""
 WIDE = CENTRE + 4 * STEPS
 """First width class of which low bits are stored as they are."""
 LIMIT = 1 << 24
@@ -49,6 +49,10 @@ ESCAPE_BITS = 26
 _MOST_EXPONENT = 200  # of a mean
 _EVEN_WIDTH = CENTRE + STEPS // 2  # from here on odd and even values are equally frequent
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
+MOST_BACK = 16
+"""Arrays before an array that it may be stored by."""
+_PLANS = (MOST_BACK + 1, len(SHAPES) + 1, WIDTHS, PHASES)
+_PLAN_BITS = 18  # 2^18 is more than their product
 MOST_COUNTED = 512  # values from the least to the largest
 _SLAB = 1 << 19  # values that are sorted by their laws at a time
 _FREE_PIECES, _VALUES_PER_PIECE = 1 << 15, 1 << 7  # of a stream
@@ -168,15 +172,14 @@ def put_integers(writer: Writer, arrays: Sequence[np.ndarray], plans: Sequence[P
   flat = [array.reshape(-1).astype(np.int32) for array in arrays]
   for i, (values, (back, centre, law)) in enumerate(zip(flat, plans, strict=True)):
     values = values - (flat[i - back] if back else 0) - centre
-    for number in (back, centre, law.shape):
-      put_number(writer, number)
+    place = np.ravel_multi_index((back, law.shape, law.width, law.phase), _PLANS)
+    put_bits(writer, np.array([place]), _PLAN_BITS)
+    put_number(writer, centre)
     if law.shape == COUNTED:
       most = int(values.max(initial=0))
       put_number(writer, most)
       put_counted(writer, values, most + 2)
       continue
-    put_number(writer, law.width)
-    put_number(writer, law.phase)
     for first in range(0, len(values), _SLAB):
       put_values(writer, values[first : first + _SLAB], law)
 
@@ -185,18 +188,19 @@ def take_integers(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.
   """Reads what `put_integers` wrote. Raises ArtifactError on what it cannot have written."""
   flat: list[np.ndarray] = []
   for i, size in enumerate(map(math.prod, shapes)):
-    back, centre, shape = (take_number(reader) for _ in range(3))
-    _require(0 <= back <= i and (not back or flat[i - back].size == size) and abs(centre) <= 2 * LIMIT)
+    place, centre = int(take_bits(reader, 1, _PLAN_BITS)[0]), take_number(reader)
+    _require(place < math.prod(_PLANS) and abs(centre) <= 2 * LIMIT)
+    back, shape, width, phase = map(int, np.unravel_index(place, _PLANS))
+    _require(back <= i and (not back or flat[i - back].size == size))
     values = np.empty(size, np.int32)
     if shape == COUNTED:
       most = take_number(reader)
       _require(0 <= most < MOST_COUNTED)
       values[...] = take_counted(reader, size, most + 2)
     else:
-      law = _checked_law(take_number(reader), shape, take_number(reader))
       for first in range(0, size, _SLAB):
         slab = values[first : first + _SLAB]
-        slab[...] = take_values(reader, len(slab), law)
+        slab[...] = take_values(reader, len(slab), Law(width, shape, phase))
     values += centre
     if back:
       values += flat[i - back]
@@ -373,11 +377,6 @@ class _Budget:
     self._left -= len(pieces)
     _require(self._left >= 0)
     return pieces
-
-
-def _checked_law(width: int, shape: int, phase: int) -> Law:
-  _require(0 <= width < WIDTHS and 0 <= shape < len(SHAPES) and 0 <= phase < PHASES)
-  return Law(width, shape, phase)
 
 
 def _require_small(values: np.ndarray) -> None:

@@ -15,7 +15,16 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from pgolf_jax.quantize.artifact.codecs import ans, integers
-from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, COUNT_WEIGHT, PHASES, SHAPES, STEPS, chunks
+from pgolf_jax.quantize.artifact.codecs.ans import (
+  CENTRE,
+  CLASSES,
+  COUNT_WEIGHT,
+  PHASE_BITS,
+  PHASES,
+  SHAPES,
+  STEPS,
+  chunks,
+)
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
 from pgolf_jax.quantize.artifact.codecs.integers import WIDE, WIDTHS, Law, MatrixModel, MatrixModels, Plan, Steps
 
@@ -34,7 +43,6 @@ _BIT = 256  # costs are counted in this part of a bit
 _ROUNDS_OF_CLASSES = 4
 _FAR, _NEAR = (-8, -4, -2, 0, 2, 4, 8), (-2, -1, 0, 1, 2)  # moves of classes from a first guess, and later
 _NEAR_A_MOMENT = range(-7, 4)  # moves from the class that the second moment names
-_MOST_BACK = 16  # arrays before an array that it may be stored by
 
 _HALF_LOG2E = 0.5 * 1.4426950408889634
 _UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
@@ -114,10 +122,12 @@ def _fit_classes(value_MxN: np.ndarray, predicted: _Classes) -> tuple[_Classes, 
 
 
 def _first_columns(size_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
-  """Classes of columns by their second moments, for rows of these classes."""
+  """Guesses the classes of columns by second moments, or by mean logarithms where a few values stand out."""
   square_N = np.square(np.minimum(size_MxN, 1 << 24), dtype=np.int64).sum(axis=0) / len(row_M)
-  variance = [_UNIT / 3 * (ans.sigma(c) ** 2 + 1 / 12) for c in range(WIDTHS - 1)]
-  return np.searchsorted(variance, square_N) - int(np.median(ROW_STEP * row_M))
+  bounds = [PHASES**2 * (ans.sigma(c) ** 2 + 1 / 12) for c in range(WIDTHS - 1)]
+  log_N = np.frexp(size_MxN + PHASES // 2)[1].sum(axis=0) / len(row_M) - (PHASE_BITS - 0.4)
+  class_N = np.minimum(np.searchsorted(bounds, square_N), CENTRE + np.rint(STEPS * log_N).astype(np.int64))
+  return class_N - int(np.median(ROW_STEP * row_M))
 
 
 def _names(residual_K: np.ndarray, move: int = 0) -> tuple[np.ndarray, int]:
@@ -190,16 +200,11 @@ def fit_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
   flat = [np.asarray(array, np.int32).reshape(-1) for array in arrays]
   plans = []
   for i, values in enumerate(flat):
-    backs = [b for b in range(1, min(i, _MOST_BACK) + 1) if flat[i - b].size == values.size]
-    back = min(backs, key=lambda b: _entropy(values - flat[i - b]), default=0)
+    backs = [b for b in range(1, min(i, integers.MOST_BACK) + 1) if flat[i - b].size == values.size]
+    back = min(backs, key=lambda b: float(np.std(values - flat[i - b])), default=0)
     choices = [_plan(0, values)] + ([_plan(back, values - flat[i - back])] if back else [])
     plans.append(min(choices, key=lambda choice: choice[0])[1])
   return plans
-
-
-def _entropy(values: np.ndarray) -> float:
-  count = np.unique(values, return_counts=True)[1]
-  return float(-np.sum(count * np.log2(count / len(values))))
 
 
 def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
