@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pgolf_jax.errors import ArtifactError
 from pgolf_jax.quantize.artifact.codecs import Content, entropy, search, zstd
@@ -68,13 +69,15 @@ def encode_stream(codec: str, content: Content, arrays: Sequence[np.ndarray], st
   """
   if codec == "zstd":
     return zstd.encode(content, arrays)
-  match content:
-    case "grid":
-      models = search.fit_grids(arrays)
-    case "matrix":
-      models = search.fit_matrices(arrays, steps)
-    case "integers":
-      models = search.fit_integers(arrays)
-    case _:
-      models = ()
+  # Many products of a few megaflops: with more threads they wait for each other and take three times the core-seconds.
+  with threadpool_limits(1, "blas"):
+    match content:
+      case "grid":
+        models = [search.fit(q_MxN) for q_MxN in arrays]
+      case "matrix":
+        models = search.fit_matrices(arrays, steps)
+      case "integers":
+        models = search.fit_integers(arrays)
+      case _:
+        models = ()
   return entropy.encode(content, arrays, models, steps)

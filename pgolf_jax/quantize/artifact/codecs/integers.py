@@ -49,10 +49,11 @@ ESCAPE_BITS = 26
 _MOST_EXPONENT = 200  # of a mean
 _EVEN_WIDTH = CENTRE + STEPS // 2  # from here on odd and even values are equally frequent
 COUNTED = len(SHAPES)  # in place of a shape: values under counts
-MOST_BACK = 16
+MOST_BACK = 127
 """Arrays before an array that it may be stored by."""
-_PLANS = (MOST_BACK + 1, len(SHAPES) + 1, WIDTHS, PHASES)
-_PLAN_BITS = 18  # 2^18 is more than their product
+SLOPES = 8
+_PLANS = (MOST_BACK + 1, SLOPES, len(SHAPES) + 1, WIDTHS, PHASES)
+_PLAN_BITS = 23  # 2^23 is more than their product
 MOST_COUNTED = 512  # values from the least to the largest
 _SLAB = 1 << 19  # values that are sorted by their laws at a time
 _FREE_PIECES, _VALUES_PER_PIECE = 1 << 15, 1 << 7  # of a stream
@@ -160,21 +161,26 @@ def take_values(reader: Reader, count: int, law: Law) -> np.ndarray:
 
 
 class Plan(NamedTuple):
-  """How an array is stored: as differences to the `back`-th before it (0: by itself), less `centre`, under a law."""
+  """How an array is stored: less `centre` and (slope + 1) / 4 times the `back`-th array before it, under a law."""
 
-  back: int
+  back: int  # 0: no other
+  slope: int
   centre: int
   law: Law  # of shape COUNTED: under counts, from 0 on
+
+  def base(self, flat: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns what the values are stored less than, given the arrays before, flat."""
+    return self.centre + (flat[-self.back] * (self.slope + 1) >> 2 if self.back else np.int32(0))
 
 
 def put_integers(writer: Writer, arrays: Sequence[np.ndarray], plans: Sequence[Plan]) -> None:
   """Writes arrays of integers below LIMIT in size."""
   flat = [array.reshape(-1).astype(np.int32) for array in arrays]
-  for i, (values, (back, centre, law)) in enumerate(zip(flat, plans, strict=True)):
-    values = values - (flat[i - back] if back else 0) - centre
-    place = np.ravel_multi_index((back, law.shape, law.width, law.phase), _PLANS)
+  for i, plan in enumerate(plans):
+    law, values = plan.law, flat[i] - plan.base(flat[:i])
+    place = np.ravel_multi_index((plan.back, plan.slope, law.shape, law.width, law.phase), _PLANS)
     put_bits(writer, np.array([place]), _PLAN_BITS)
-    put_number(writer, centre)
+    put_number(writer, plan.centre)
     if law.shape == COUNTED:
       most = int(values.max(initial=0))
       put_number(writer, most)
@@ -187,23 +193,22 @@ def put_integers(writer: Writer, arrays: Sequence[np.ndarray], plans: Sequence[P
 def take_integers(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
   """Reads what `put_integers` wrote. Raises ArtifactError on what it cannot have written."""
   flat: list[np.ndarray] = []
-  for i, size in enumerate(map(math.prod, shapes)):
+  for size in map(math.prod, shapes):
     place, centre = int(take_bits(reader, 1, _PLAN_BITS)[0]), take_number(reader)
-    _require(place < math.prod(_PLANS) and abs(centre) <= 2 * LIMIT)
-    back, shape, width, phase = map(int, np.unravel_index(place, _PLANS))
-    _require(back <= i and (not back or flat[i - back].size == size))
+    _require(place < math.prod(_PLANS) and abs(centre) <= 4 * LIMIT)
+    back, slope, *law = map(int, np.unravel_index(place, _PLANS))
+    plan = Plan(back, slope, centre, Law(law[1], law[0], law[2]))
+    _require(back <= len(flat) and (not back or flat[-back].size == size))
     values = np.empty(size, np.int32)
-    if shape == COUNTED:
+    if plan.law.shape == COUNTED:
       most = take_number(reader)
       _require(0 <= most < MOST_COUNTED)
       values[...] = take_counted(reader, size, most + 2)
     else:
       for first in range(0, size, _SLAB):
         slab = values[first : first + _SLAB]
-        slab[...] = take_values(reader, len(slab), Law(width, shape, phase))
-    values += centre
-    if back:
-      values += flat[i - back]
+        slab[...] = take_values(reader, len(slab), plan.law)
+    values += plan.base(flat)
     _require_small(values)
     flat.append(values)
   return [values.reshape(shape) for values, shape in zip(flat, shapes, strict=True)]
@@ -275,10 +280,14 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
   return arrays
 
 
+def powers(classes: np.ndarray) -> np.ndarray:
+  """Returns the steps of these classes, float64."""
+  return np.array([ans.sigma(CENTRE + ROW_STEP * k) for k in classes.tolist()])
+
+
 def scaled(mean: Mean, exponent: int, step: Steps) -> Mean:
   """Returns the mean in units of the steps, of one that is 2^exponent times that of the weights."""
-  # 2^(class / 4) for every class of steps.
-  row_M, column_N = (np.array([ans.sigma(CENTRE - ROW_STEP * k) for k in steps.tolist()]) for steps in step[:2])
+  row_M, column_N = (powers(-steps) for steps in step[:2])
   row_M *= math.ldexp(mean.factor, -FACTOR_BITS - exponent)
   return dataclasses.replace(mean, scales=(row_M, column_N))
 

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from pgolf_jax.quantize.artifact.codecs import ans, integers
 from pgolf_jax.quantize.artifact.codecs.ans import (
@@ -43,7 +42,6 @@ _BIT = 256  # costs are counted in this part of a bit
 _ROUNDS_OF_CLASSES = 4
 _FAR, _NEAR = (-8, -4, -2, 0, 2, 4, 8), (-2, -1, 0, 1, 2)  # moves of classes from a first guess, and later
 _NEAR_A_MOMENT = range(-7, 4)  # moves from the class that the second moment names
-
 _HALF_LOG2E = 0.5 * 1.4426950408889634
 _UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
 _ROUNDING = _UNIT // 12
@@ -52,28 +50,19 @@ _BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in ra
 _INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
 
 
-def fit_grids(arrays: Sequence[np.ndarray]) -> list[Model]:
-  """Returns the model of each int8 matrix."""
-  # Many products of a few megaflops: with more threads they wait for each other and take three times the core-seconds.
-  with threadpool_limits(1, "blas"):
-    return [fit_grid(q_MxN) for q_MxN in arrays]
-
-
 def fit_matrices(arrays: Sequence[np.ndarray], steps: Sequence[Steps]) -> MatrixModels:
   """Returns the models of matrices of integers of any size, given their steps."""
-  with threadpool_limits(1, "blas"):
-    models = [_fit_matrix(q_MxN, step) for q_MxN, step in zip(arrays, steps, strict=True)]
+  models = [_fit_matrix(q_MxN, step) for q_MxN, step in zip(arrays, steps, strict=True)]
   return MatrixModels(models, fit_integers(integers.class_residuals([model.model for model in models], steps)))
 
 
 def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
   """Returns the model that stores a matrix of integers of any size in the fewest bytes, given its steps."""
   # Directions are sought in the weights, which differ less in size than the integers, as whole numbers of about 2^7.
-  row_M, column_N = (np.array([ans.sigma(CENTRE + ROW_STEP * k) for k in steps.tolist()]) for steps in step[:2])
+  row_M, column_N = (integers.powers(steps) for steps in step[:2])
   value_MxN = PHASES * q_MxN
   if step.trellis_N is not None:
-    bit_MxN = np.where(step.trellis_N, q_MxN & 1, 0).astype(np.uint8)
-    value_MxN += np.where(step.trellis_N, PHASES // 2 * integers.parities(bit_MxN).astype(np.int32), 0)
+    value_MxN += PHASES // 2 * step.trellis_N * integers.parities((q_MxN & 1).astype(np.uint8))
   weight_MxN = value_MxN * (row_M / PHASES)[:, None] * column_N
   exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
   mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
@@ -108,8 +97,7 @@ def _fit_classes(value_MxN: np.ndarray, predicted: _Classes) -> tuple[_Classes, 
     before = classes
     for axis, unit in enumerate((1, ROW_STEP)):
       cost_OxK = _costs(size_MxN, classes, shape, [unit * move for move in moves], axis)
-      residual_K = classes[axis] - predicted[axis]
-      cost_OxK += np.stack([_names(residual_K, move)[0] for move in moves])
+      cost_OxK += np.stack([_names(classes[axis] - predicted[axis], move)[0] for move in moves])
       moved_K = classes[axis] + np.array(moves)[np.argmin(cost_OxK, axis=0)]
       classes = (moved_K, classes[1]) if axis == 0 else (classes[0], moved_K)
     bits_S = [int(_costs(size_MxN, classes, s, (0,), 0).sum()) for s in range(len(SHAPES))]
@@ -147,8 +135,7 @@ def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[
     moves: changes of the width classes.
   """
   column_N, row_M = classes
-  table = _cost_table(shape)
-  places = table.size // WIDE
+  table, places = _cost_table(shape)
   cost = np.zeros((len(moves), size_MxN.shape[1 - axis]), np.int64)
   for r in np.unique(row_M):
     row = np.flatnonzero(row_M == r)
@@ -170,8 +157,8 @@ def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[
 
 
 @functools.lru_cache(maxsize=len(SHAPES))
-def _cost_table(shape: int) -> np.ndarray:
-  """Cost in 1/_BIT by width class (narrow enough that no bits are split off) and size in 1/PHASES, flat."""
+def _cost_table(shape: int) -> tuple[np.ndarray, int]:
+  """(cost in 1/_BIT by width class below WIDE and size in 1/PHASES, flat; number of sizes)."""
   places = PHASES * (integers.reach_of(WIDE - 1) + 2)
   cost = np.empty((WIDE, places), np.int32)
   for width, cost_P in enumerate(cost):
@@ -181,7 +168,7 @@ def _cost_table(shape: int) -> np.ndarray:
       bits = np.rint(_BIT * np.log2(weights.sum() / weights))
       cost_P[phase::PHASES] = bits[-1] + _BIT * integers.ESCAPE_BITS
       cost_P[np.abs(PHASES * np.arange(-reach, reach + 1) - phase)] = bits[:-1]
-  return cost.reshape(-1)
+  return cost.reshape(-1), places
 
 
 def _counted_bits(symbols: np.ndarray, alphabet: int) -> float:
@@ -200,35 +187,44 @@ def fit_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
   flat = [np.asarray(array, np.int32).reshape(-1) for array in arrays]
   plans = []
   for i, values in enumerate(flat):
-    backs = [b for b in range(1, min(i, integers.MOST_BACK) + 1) if flat[i - b].size == values.size]
-    back = min(backs, key=lambda b: float(np.std(values - flat[i - b])), default=0)
-    choices = [_plan(0, values)] + ([_plan(back, values - flat[i - back])] if back else [])
-    plans.append(min(choices, key=lambda choice: choice[0])[1])
+    best = _plan(values, Plan(0, 0, 0, Law(0, 0)), flat[:i])
+    explained, slope, back = 0.0, 0.0, 0  # by the earlier array that leaves least
+    for b in range(1, min(i, integers.MOST_BACK) + 1):
+      if len(flat[i - b]) == len(values) and (variance := _covariance(flat[i - b], flat[i - b])):
+        shared = max(0.0, _covariance(values, flat[i - b]))
+        explained, slope, back = max((explained, slope, back), (shared**2 / variance, shared / variance, b))
+    if back:
+      quarters = min(max(round(4 * slope), 1), integers.SLOPES)
+      best = min(best, _plan(values, Plan(back, quarters - 1, 0, Law(0, 0)), flat[:i]))
+    plans.append(best[1])
   return plans
 
 
-def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
-  """(bits, plan) of an array as it is."""
-  low, span = (int(values.min()), int(np.ptp(values))) if len(values) else (0, 0)
-  best = math.inf, Plan(back, low, Law(0, integers.COUNTED))
-  if span < integers.MOST_COUNTED:
-    best = _counted_bits(values - low, span + 2), best[1]
-  if not span:
-    return best
+def _covariance(a: np.ndarray, b: np.ndarray) -> float:
+  """Times the square of the arrays' size: a whole number, exact for steps."""
+  return float(len(a) * np.sum(a * b.astype(np.float64)) - a.sum() * float(b.sum()))
+
+
+def _plan(values: np.ndarray, plan: Plan, before: Sequence[np.ndarray]) -> tuple[float, Plan]:
+  """(bits, plan) of an array that is stored by another one, or by none, in the best way."""
+  values = values - plan.base(before)
+  if not len(values):
+    return 0.0, plan
+  low, span = int(values.min()), int(np.ptp(values))
+  bits = _counted_bits(values - low, span + 2) if span < integers.MOST_COUNTED else math.inf
+  best = bits, plan._replace(centre=low, law=Law(0, integers.COUNTED))
   centre, phase = divmod(int(np.rint(PHASES * values.mean())), PHASES)
   near = min(WIDTHS - 1, CENTRE + round(STEPS * math.log2(values.std() + 2.0**-4)))
   size_Kx1 = np.abs(PHASES * (values - centre) - phase)[:, None]
   for shape in range(len(SHAPES)):
     classes = np.array([near]), np.zeros(len(values), np.int64)
-    for move, cost in zip(
-      _NEAR_A_MOMENT, _costs(size_Kx1, classes, shape, _NEAR_A_MOMENT, 0)[:, 0].tolist(), strict=True
-    ):
-      if cost / _BIT < best[0]:
-        best = cost / _BIT, Plan(back, centre, Law(min(max(near + move, 0), WIDTHS - 1), shape, phase))
+    cost_O = _costs(size_Kx1, classes, shape, _NEAR_A_MOMENT, 0)[:, 0] / _BIT
+    width = min(max(near + _NEAR_A_MOMENT[np.argmin(cost_O)], 0), WIDTHS - 1)
+    best = min(best, (float(cost_O.min()), plan._replace(centre=centre, law=Law(width, shape, phase))))
   return best
 
 
-def fit_grid(q_MxN: np.ndarray) -> Model:
+def fit(q_MxN: np.ndarray) -> Model:
   """Returns the model that stores an int8 matrix in the fewest bytes."""
   q_MxN = PHASES * q_MxN.astype(np.int32)
   *classes, least = fit_widths(q_MxN)
