@@ -14,7 +14,8 @@ from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.quantize.artifact.codecs import NAMES
-from pgolf_jax.quantize.artifact.tensors import Grid, kind
+from pgolf_jax.quantize.artifact.codecs.integers import Steps
+from pgolf_jax.quantize.artifact.tensors import Grid, LogGrid, kind
 from pgolf_jax.quantize.calibrate import Calibration
 from pgolf_jax.quantize.make import quantize
 from pgolf_jax.settings import QuantizeConfig
@@ -60,7 +61,7 @@ def compress(artifact: Path | None = None, layers: int = 11, gptq: bool = True, 
 
 def measure_files(tensors: Mapping, repeats: int) -> list[Measurement]:
   """Measures the making and reading of whole artifacts, by codec."""
-  work = Work(sum(t.q_MxN.size for t in tensors.values() if isinstance(t, Grid)), "values")
+  work = Work(sum(t.q_MxN.size for t in tensors.values() if isinstance(t, Grid | LogGrid)), "values")
   files: dict[str, bytes] = {}
 
   def remember(name: str, data: bytes) -> int:
@@ -82,22 +83,26 @@ def measure_files(tensors: Mapping, repeats: int) -> list[Measurement]:
 
 def measure_kinds(tensors: Mapping, repeats: int) -> list[Measurement]:
   """Measures the encoding of the integers of each kind of matrix; facts are its bytes."""
-  groups: dict[str, list[np.ndarray]] = {}
+  groups: dict[tuple[str, type], list[Grid | LogGrid]] = {}
   for name, tensor in tensors.items():
-    if isinstance(tensor, Grid):
-      groups.setdefault(kind(name), []).append(tensor.q_MxN)
-  ways = [list(_coders(name, matrices)) for name, matrices in groups.items()]
+    if isinstance(tensor, Grid | LogGrid):
+      groups.setdefault((kind(name), type(tensor)), []).append(tensor)
+  ways = [list(_coders(name, matrices)) for (name, _), matrices in groups.items()]
   return [m for coders in ways for m in harness.measure(coders, repeats, warmups=0)[0]]
 
 
-def _coders(name: str, matrices: list[np.ndarray]) -> Iterator[Way]:
+def _coders(name: str, tensors: list[Grid | LogGrid]) -> Iterator[Way]:
+  matrices = [tensor.q_MxN for tensor in tensors]
+  stream = ("grid", matrices)
+  if isinstance(tensors[0], LogGrid):
+    stream = ("matrix", matrices, [Steps(t.row_M, t.column_N, t.trellis_N) for t in tensors])
   work = Work(sum(q.size for q in matrices), "values")
   way = functools.partial(Way, work=work, inspect=int)
   if shutil.which("lrzip"):
     yield way({"kind": name, "by": "ZPAQ"}, lambda: lambda: zpaq_bytes(matrices), repeats=1)
   yield way({"kind": name, "by": "histogram"}, lambda: lambda: histogram_bytes(matrices))
   for codec in NAMES:
-    run = lambda codec=codec: len(writer.encode_stream(codec, "grid", matrices))  # noqa: E731
+    run = lambda codec=codec: len(writer.encode_stream(codec, *stream))  # noqa: E731
     yield way({"kind": name, "by": codec}, lambda run=run: run)
 
 

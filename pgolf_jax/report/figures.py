@@ -343,8 +343,10 @@ _WORDS = {
   "low_rank/a": "low rank, A",
   "low_rank/b": "low rank, B",
   "low_rank/steps": "low rank, steps",
+  "steps/log": "steps",
+  "small": "small tensors",
 }
-_FORMS = {"grid": (SERIES[0], "quantised"), "half": (SERIES[3], "fp16")}
+_FORMS = {"grid": (SERIES[0], "quantised"), "matrix": (SERIES[0], "quantised"), "half": (SERIES[3], "fp16")}
 
 
 @figure("Bytes by tensor")
@@ -387,7 +389,7 @@ def sizes(runs: Runs) -> Plot:
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: style.short(x, "B") if x else "0"))
     style.only_vertical_grid(axes)
-    forms = [form for form in _FORMS.values() if form[0] in {color for *_, color in bars}]
+    forms = dict.fromkeys(form for form in _FORMS.values() if form[0] in {color for *_, color in bars})
     axes.legend([Patch(color=color) for color, _ in forms], [name for _, name in forms], loc="lower left",
                 bbox_to_anchor=(-0.01, 1.0), ncols=2, borderaxespad=0.2, handlelength=1.0)  # fmt: skip
     return drawing

@@ -5,7 +5,7 @@ import pytest
 
 from pgolf_jax.bench import compress
 from pgolf_jax.quantize.artifact import writer
-from pgolf_jax.quantize.artifact.tensors import Grid
+from pgolf_jax.quantize.artifact.tensors import Grid, LogGrid
 
 ROWS = {"attn.c_q": 32, "attn.c_k": 16, "attn.c_v": 16, "attn.proj": 32, "mlp.fc": 64, "mlp.proj": 32}
 
@@ -35,6 +35,16 @@ def test_bytes_by_kind(tensors, monkeypatch):
   for row in rows:
     if row.way.labels["by"] == "histogram":
       assert row.facts == pytest.approx(row.way.work.amount * np.log2(7) / 8, rel=0.02)
+
+
+def test_bytes_by_kind_of_matrices_with_steps_by_row_and_column(tensors, monkeypatch):
+  """Of the integers of one of the grids."""
+  monkeypatch.setattr(compress.shutil, "which", lambda name: None)
+  steps = [np.zeros(32, np.int32), np.zeros(32, np.int32)]
+  logs = {"blocks.0.attn.c_q.weight": LogGrid(tensors["blocks.0.attn.c_q.weight"].q_MxN.astype(np.int32), *steps)}
+  histogram, zstd, entropy = compress.measure_kinds(logs, 1)
+  assert histogram.facts == pytest.approx(32 * 32 * np.log2(7) / 8, rel=0.02)
+  assert entropy.facts == pytest.approx(histogram.facts, rel=0.2) and zstd.facts > entropy.facts
 
 
 def test_gptq_is_timed_with_and_without_compiling(tensors):

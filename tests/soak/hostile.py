@@ -31,7 +31,7 @@ import zstandard
 from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from artifact_samples import ORIGIN, TOKENIZER, sample_tensors, sealed, with_header
+from artifact_samples import ORIGIN, TOKENIZER, rate_tensors, sample_tensors, sealed, with_header
 
 from pgolf_jax.data.corpus import JsonLines, Position, open_corpus
 from pgolf_jax.data.manifest import MANIFEST, File, Manifest, Split
@@ -171,7 +171,8 @@ class Artifacts:
       tensors[name] = Grid(q, np.abs(half)) if is_grid else Half(np.reshape(half, view.shape))
     self._whole = [write(to_dict(self._settings), tensors, codec) for codec in ("zstd", "entropy")]
     self._whole += [write({"note": 1}, sample_tensors(), codec, ORIGIN, TOKENIZER) for codec in ("zstd", "entropy")]
-    self._whole += [path.read_bytes() for path in sorted(VECTORS.glob("*.pgolf"))]  # of version 1 too
+    self._whole += [write({"note": 2}, rate_tensors(), codec, ORIGIN, TOKENIZER) for codec in ("zstd", "entropy")]
+    self._whole += [path.read_bytes() for path in sorted(VECTORS.glob("*.pgolf"))]  # of all versions
 
   def case(self, rng: random.Random) -> str:
     original = rng.choice(self._whole)
@@ -238,7 +239,7 @@ class Artifacts:
         return reader.PREFIX.pack(magic, version, codec, len(packed)) + bytes(16) + packed + whole[streams:]
       case _:
         magic, version, codec, _ = reader.PREFIX.unpack_from(whole)
-        version, codec = rng.choice([(version, 1 - codec), (version, codec), (rng.randrange(3), rng.randrange(4))])
+        version, codec = rng.choice([(version, 1 - codec), (version, codec), (rng.randrange(5), rng.randrange(4))])
         claimed = rng.choice([size, size + 1, size - 1, 0, 2**32 - 1, rng.randrange(len(whole))])
         return reader.PREFIX.pack(magic, version, codec, claimed) + whole[reader.PREFIX.size :]
 
@@ -252,7 +253,8 @@ class Artifacts:
       rank = rng.choice([1, 4, 64])
       factors = rng.choice([None, [rank, rng.choice([1, a]), rng.choice([rank, 1, rank * b])]])
       flat = [[form, name, shape] for form, shape in (("half", [a, b]), ("half", [a * b]), ("rows", [a, b]))]
-      table.append(rng.choice([*flat, ["grid", name, [a, b], fine, factors]]))
+      rate = [["log", name, [a, b], rng.random() < 0.5], ["even", name, [a, b], rng.randint(-400, 400)]]
+      table.append(rng.choice([*flat, *rate, ["grid", name, [a, b], fine, factors]]))
     with contextlib.suppress(Exception):
       count = len(reader.split(table))
       lengths = [4 * rng.randrange(20) for _ in range(count)]
@@ -261,7 +263,7 @@ class Artifacts:
 
   def _zstd_streams(self, whole: bytes, rng: random.Random) -> bytes:
     """Streams whose contents are mutated under frames that are right again, or replaced by bombs."""
-    frame = reader._unpack(self._whole[rng.choice([0, 2])])
+    frame = reader._unpack(self._whole[rng.choice([0, 2, 4])])
     at, parts = 0, []
     for length in frame.header["streams"]:
       stream, at = bytes(frame.streams[at : at + length]), at + length

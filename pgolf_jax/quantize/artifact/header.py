@@ -160,10 +160,10 @@ def split(table: list[Entry]) -> list[Stream]:
       continue
     if form == "log":
       add(f"matrix/{kind(name)}", "matrix", name, "q_MxN", shape)
-      add("matrix/steps", "integers", name, "column_N", shape[1:])
-      add("matrix/steps", "integers", name, "row_M", shape[:1])
+      add("steps/log", "integers", name, "column_N", shape[1:])
+      add("steps/log", "integers", name, "row_M", shape[:1])
       if more[0]:
-        add("matrix/steps", "integers", name, "trellis_N", shape[1:])
+        add("steps/log", "integers", name, "trellis_N", shape[1:])
       continue
     fine, low_rank = more
     add(f"grid/{kind(name)}", "grid", name, "q_MxN", shape)
