@@ -414,6 +414,20 @@ def test_memory_of_a_whole_model_stays_below_twice_its_weights():
   assert peak < 2 * sum(value.nbytes for value in params.values())
 
 
+@both_codecs
+def test_memory_of_a_whole_model_of_large_integers(name):
+  rng = np.random.default_rng(0)
+  steps = [rng.integers(-9, 9, 1024).astype(np.int32) for _ in range(2)]
+  q = np.rint(9 * rng.standard_normal((1024, 1024))).astype(np.int32)
+  tensors = {f"blocks.{i}.mlp.fc.weight": LogGrid(q, *steps, steps[0] < 0) for i in range(3)}
+  data = write({}, tensors, name)
+  tracemalloc.start()
+  params = read(data).params()
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 2 * (sum(value.nbytes for value in params.values()) + len(data)) + reader.WORKING_BYTES
+
+
 def test_values_that_fp16_cannot_hold_are_not_written():
   tensors = {"w": Half(np.array([1.0, np.inf], np.float16))}
   with pytest.raises(ArtifactError, match="w holds values that are not finite"):

@@ -73,7 +73,7 @@ def test_any_halves_come_back(name, values):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_large_integers_come_back(name, data):
   """Under any steps, with and without a trellis; and as arrays of any shape."""
@@ -361,7 +361,7 @@ def encoded_matrix(trellis: bool) -> bytes:
 
 
 @pytest.mark.parametrize("trellis", [False, True])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_damaged_matrices_give_arrays_or_an_error(trellis, data):
   whole = bytearray(encoded_matrix(trellis))

@@ -5,9 +5,9 @@ Layout, little-endian:
   magic "PGOLFJAX" | u16 version | u16 codec | u32 header bytes | 16-byte BLAKE2b of all that follows it and of the
   16 bytes before it | header | streams, one after the other | tokenizer, if it is embedded
 
-The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the table: form, name, shape and what else
-the form needs), `streams` (bytes of each), `origin` (see header.py), `tokenizer` (bytes of the embedded one, 0 without
-one). Which arrays lie in which stream follows from the table. The tokenizer is its SentencePiece model under Zstandard.
+The header is JSON under Zstandard: `config` (any JSON object), `tensors` (the table) and `origin` as in header.py,
+`streams` (bytes of each), `tokenizer` (bytes of the embedded one, 0 without one). Which arrays lie in which stream
+follows from the table. The tokenizer is its SentencePiece model under Zstandard.
 Version 1 had neither origin nor tokenizer, version 2 no integers with steps by row and column; both are read as well,
 and a file has the lowest version that its tensors need.
 
