@@ -17,6 +17,7 @@ from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.quantize.artifact import Origin, load, read, read_origin, reader
 from pgolf_jax.quantize.artifact.codecs import NAMES, ans
 from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids
+from pgolf_jax.quantize.artifact.codecs.integers import NEXT, PARITY, SEGMENT
 from pgolf_jax.quantize.artifact.tensors import Even, Grid, Half, LogGrid, LowRank, unbank
 from pgolf_jax.quantize.artifact.writer import write
 
@@ -89,6 +90,22 @@ def test_low_rank_product_is_a_chain_of_fused_multiply_adds():
       wanted.astype(np.longdouble) + np.multiply.outer(factors.a()[:, r], factors.b()[r], dtype=np.longdouble)
     ).astype(np.float32)
   assert np.array_equal(factors.dequantize(), wanted)
+
+
+@pytest.mark.parametrize("largest", [20, 1 << 23])
+def test_weights_under_a_trellis_lie_half_a_step_further_by_their_parity(largest):
+  """Value by value, over the bounds of segments and of the slabs in which weights are made."""
+  rng = np.random.default_rng(0)
+  q = rng.integers(-largest, largest, (150, 4500)).astype(np.int32)
+  row_M, column_N = rng.integers(-40, 40, 150), rng.integers(-40, 40, 4500)
+  trellis_N = rng.random(4500) < 0.5
+  weights = LogGrid(q, row_M.astype(np.int32), column_N.astype(np.int32), trellis_N).dequantize()
+  parity, state = np.empty(q.shape), np.zeros(4500, int)
+  for row in range(150):
+    state = state if row % SEGMENT else np.zeros(4500, int)
+    parity[row], state = PARITY[state], NEXT[state, q[row] & 1]
+  wanted = (q + 0.5 * parity * trellis_N) * np.exp2((row_M[:, None] + column_N) / 4)
+  assert np.allclose(weights, wanted, rtol=2e-7, atol=0)
 
 
 def refused(data: bytes, match: str) -> None:
