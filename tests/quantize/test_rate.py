@@ -1,0 +1,152 @@
+"""The rate quantiser: its integers against the formulas in float64, what an error costs, and whole artifacts."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from tiny_model import MODEL, SETTINGS, write_data
+
+from pgolf_jax.errors import UserError
+from pgolf_jax.model import params as parameters
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.artifact.codecs.integers import NEXT, PARITY, SEGMENT, parities
+from pgolf_jax.quantize.artifact.tensors import OCTAVE, Even, Half, LogGrid, unbank
+from pgolf_jax.quantize.fisher import Curvature, Statistics
+from pgolf_jax.quantize.make import make
+from pgolf_jax.quantize.rate import Solver, on_trellis
+from pgolf_jax.settings import QuantizeConfig
+
+CONFIG = QuantizeConfig(method="rate", block_size=16)
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, Curvature]:
+  rng = np.random.default_rng(seed)
+  inputs = rng.standard_normal((4 * columns, columns)) @ rng.standard_normal((columns, columns))
+  weight_MxN = rng.standard_normal((rows, columns)).astype(np.float32)
+  return weight_MxN, Curvature(inputs.T @ inputs / len(inputs), np.exp(rng.standard_normal(rows)))
+
+
+def by_the_formulas(weight_MxN: np.ndarray, curvature: Curvature, step: float) -> LogGrid:
+  """s_ij = c U_jj / √d_i with UᵀU = H⁻¹, one column after the other, in float64."""
+  hessian = curvature.hessian_NxN
+  hessian = hessian + CONFIG.damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+  order = np.argsort(-np.diag(hessian), kind="stable")
+  factor = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
+  row_M = np.rint(OCTAVE * np.log2(step / np.sqrt(curvature.row_M))).astype(int)
+  column_N = np.rint(OCTAVE * np.log2(np.diag(factor))).astype(int)
+  work = weight_MxN[:, order].astype(np.float64)
+  q = np.zeros(work.shape, int)
+  for j in range(work.shape[1]):
+    steps = 2.0 ** ((row_M + column_N[j]) / OCTAVE)
+    q[:, j] = np.rint(work[:, j] / steps)
+    error = (work[:, j] - q[:, j] * steps) / factor[j, j]
+    work[:, j + 1 :] -= np.outer(error, factor[j, j + 1 :])
+  back = np.argsort(order)
+  return LogGrid(q[:, back], row_M, column_N[back])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 40), (50, 16)])
+def test_integers_are_those_of_the_formulas(rows, columns):
+  weight, curvature = problem(rows, columns)
+  solver = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), CONFIG)
+  for step in (0.01, 1.0):
+    made, expected = solver.solve(step)["w"], by_the_formulas(weight, curvature, step)
+    np.testing.assert_array_equal(made.row_M, expected.row_M)
+    np.testing.assert_array_equal(made.column_N, expected.column_N)
+    same = np.mean(made.q_MxN == expected.q_MxN)
+    assert same > 0.98, same  # ties, and what follows from them
+
+
+def test_every_weight_costs_the_same():
+  # At a fine step an error is even over a step: each weight adds c²/12 to Σ d_i (E H Eᵀ)_ii, wherever it stands.
+  weight, curvature = problem(64, 48)
+  undamped = dataclasses.replace(CONFIG, damping=1e-6)
+  for step in (0.02, 0.005):
+    made = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), undamped).solve(step)["w"]
+    error = weight - made.dequantize().astype(np.float64)
+    cost_M = curvature.row_M * np.einsum("mi,ij,mj->m", error, curvature.hessian_NxN, error)
+    assert cost_M.sum() == pytest.approx(weight.size * step**2 / 12, rel=0.06)
+
+
+def paths(segment: np.ndarray) -> float:
+  """The least sum of squared errors over all paths of a short segment, one by one."""
+  best = np.inf
+  for bits in itertools.product((0, 1), repeat=len(segment)):
+    state, cost = 0, 0.0
+    for value, bit in zip(segment, bits, strict=True):
+      offset = bit + 0.5 * PARITY[state]
+      cost += (value - (2 * np.rint((value - offset) / 2) + offset)) ** 2
+      state = NEXT[state, bit]
+    best = min(best, cost)
+  return best
+
+
+def test_a_trellis_takes_the_best_path():
+  rng = np.random.default_rng(0)
+  for scale in (0.3, 2.0, 40.0):
+    column = (scale * rng.standard_normal(SEGMENT + 9)).astype(np.float32)
+    value = np.asarray(on_trellis(column))
+    q = np.floor(value).astype(np.int32)
+    parity = parities((q[:, None] & 1).astype(np.uint8))[:, 0]
+    np.testing.assert_array_equal(value, q + 0.5 * parity)
+    assert np.square(column - value)[SEGMENT:].sum() == pytest.approx(paths(column[SEGMENT:]), rel=1e-4)
+  wide = (100 * rng.standard_normal(64 * SEGMENT)).astype(np.float32)
+  # Rounding errs by 1/12; at the same rate these 8 states err by 0.9 dB less.
+  assert np.square(wide - np.asarray(on_trellis(wide))).mean() == pytest.approx(10**-0.09 / 12, rel=0.04)
+
+
+def test_what_a_trellis_made_is_what_is_read():
+  weight, curvature = problem(150, 48)
+  solver = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), dataclasses.replace(CONFIG, trellis=True))
+  plain = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), CONFIG)
+  made = solver.solve(0.02)["w"]
+  assert made.trellis_N.all()
+  stored = read(writer.write({}, {"w": made})).tensors["w"]
+  np.testing.assert_array_equal(stored.dequantize(), made.dequantize())
+  costs = []
+  for grid in (made, plain.solve(0.02)["w"]):
+    error = weight - grid.dequantize().astype(np.float64)
+    costs.append(np.sum(curvature.row_M * np.einsum("mi,ij,mj->m", error, curvature.hessian_NxN, error)))
+  assert costs[0] < 0.87 * costs[1]
+  assert solver.solve(1000.0)["w"].trellis_N is None
+
+
+def test_inputs_that_never_fire_get_no_integers():
+  weight, curvature = problem(8, 24)
+  hessian = curvature.hessian_NxN.copy()
+  hessian[3] = hessian[:, 3] = 0
+  made = Solver({"w": weight}, Statistics({"w": Curvature(hessian, curvature.row_M)}, {}, 0.0, 0), CONFIG).solve(0.1)
+  assert not made["w"].q_MxN[:, 3].any()
+  assert made["w"].q_MxN.any(axis=0).sum() == 23
+
+
+def test_small_parameters_get_one_step_or_stay_fp16():
+  scale, unread = np.linspace(0.5, 2, 9, dtype=np.float32), np.ones(3, np.float32)
+  solver = Solver({"scale": scale, "unread": unread}, Statistics({}, {"scale": 4.0, "unread": 0.0}, 0.0, 0), CONFIG)
+  made = solver.solve(0.01)
+  assert isinstance(made["scale"], Even)
+  assert np.abs(made["scale"].dequantize() - scale).max() <= 0.5 * 0.01 / 2 * 2 ** (0.5 / OCTAVE)
+  assert isinstance(solver.solve(1e-7)["scale"], Half)
+  with pytest.raises(UserError, match="no curvature of other"):
+    Solver({"other": scale}, Statistics({}, {}, 0.0, 0), CONFIG)
+
+
+def test_an_artifact_fills_its_budget_and_is_made_the_same_again(tmp_path):
+  write_data(tmp_path)
+  model = dataclasses.replace(MODEL, model_dim=64)
+  settings = dataclasses.replace(
+    SETTINGS, model=model, quantize=QuantizeConfig(method="rate", calibration_batches=1, calibration_micro_batches=1)
+  )
+  rng = np.random.default_rng(0)
+  params = {n: 0.1 * rng.standard_normal(s).astype(np.float32) for n, s in parameters.shapes(model).items()}
+  budget = 40_000
+  made = make(settings, params, tmp_path, fit_bytes=budget)
+  assert 0.998 * budget <= len(made.data) <= budget  # a stream is a whole number of words
+  again = make(dataclasses.replace(settings, quantize=made.config), params, tmp_path)
+  assert again.data == made.data
+  artifact = read(made.data)
+  assert artifact.tensors.keys() == unbank(params).keys()
+  assert isinstance(artifact.tensors["blocks.0.attn.c_q.weight"], LogGrid)
+  restored = artifact.params()
+  assert np.std(restored["mlp_up_bank"] - params["mlp_up_bank"]) < 0.25 * params["mlp_up_bank"].std()
