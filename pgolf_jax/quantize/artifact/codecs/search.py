@@ -67,14 +67,16 @@ def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
   exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
   mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
   predicted = (-ROW_STEP * step.column_N, -step.row_M)
-  best, least = None, math.inf
-  for rank in range(1 + (0 if mean is None else mean.rank)):
+  best, least, passed = None, math.inf, 0
+  # Without a mean, and with fewer and fewer directions for as long as that helps: see `fit`.
+  for rank in (0, *range(0 if mean is None else mean.rank, 0, -1)):
     part = integers.scaled(mean.leading(rank), exponent, step) if rank else None
     classes, shape, bits = _fit_classes(value_MxN - part.phases().T if rank else value_MxN, predicted)
     bits += _mean_bits(part) if rank else 0
+    passed = 0 if bits < least else passed + 1
     if bits < least:
       best, least = MatrixModel(Model(part, *(c.astype(np.int32) for c in classes)), shape, exponent), bits
-    elif rank - best.model.rank == _PATIENCE:
+    elif passed == _PATIENCE and best.model.rank:
       break
   return best
 
