@@ -1,0 +1,445 @@
+"""`pgolf bench quantize`: bits per byte that quantising a trained run costs, against bytes, by method and rate.
+
+All weights are scored on the same targets by the same compiled programs, so that differences are paired by document.
+"""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pgolf_jax import stages
+from pgolf_jax.data.folder import locate_prepared
+from pgolf_jax.data.shards import ValidationData, list_shards, load_validation, stream_hash
+from pgolf_jax.errors import UserError
+from pgolf_jax.model import params as parameters
+from pgolf_jax.model.params import Params
+from pgolf_jax.parity.paired import Paired, paired_ratio
+from pgolf_jax.quantize import make
+from pgolf_jax.quantize.artifact import read, writer
+from pgolf_jax.quantize.calibrate import calibrate, draw_rows
+from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
+from pgolf_jax.run_folder import RunFolder
+from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime.distributed import data_mesh, world_size
+from pgolf_jax.runtime.files import read_sealed, require_room, seal, write_json
+from pgolf_jax.runtime.log import log
+from pgolf_jax.scoring import plain, ttt
+from pgolf_jax.scoring.compiled import Programs
+from pgolf_jax.scoring.documents import find_documents, first_documents
+from pgolf_jax.settings import QuantizeConfig, Settings
+from pgolf_jax.settings.arguments import Positional
+from pgolf_jax.settings.load import changed, differences, written
+from pgolf_jax.tables import Table
+
+SAMPLE = 65_536
+"""Validation targets whose distributions are compared with the float model's, and which it scores twice."""
+TUNING_TOKENS = 32_768
+"""Training tokens by whose distributions the clips are tuned."""
+TUNING_FACTORS = (1.5, 1.2)
+"""By which a clip is tried larger and smaller, in one sweep over all clips each."""
+
+
+def quantize(
+  run: Positional[Path],
+  methods: tuple[Literal["gptq"], ...] = ("gptq",),
+  rates: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0, 2.8),
+  tune: bool = False,
+  targets: int | None = None,
+  ttt: bool = False,
+  ttt_docs: int | None = None,
+  json: Path | None = None,
+  again: bool = False,
+  quantize: QuantizeConfig = QuantizeConfig(),
+) -> None:
+  """Measure what quantising the averaged weights of a run costs in bits per byte, and how many bytes that saves.
+
+  Every row is one artifact. ΔBPB is its score less that of the float weights on the same targets, ± the standard error
+  over documents, with Student's two-sided p. Bits a weight count the artifact's streams, bytes the whole artifact. KL
+  is the divergence from the float model on the first 65,536 targets, in bits per byte. The run's folder is only read.
+
+  Example: pgolf bench quantize runs/demo --rates 1 1.4 2 --json demo.json
+
+  Args:
+    run: run folder with finished training.
+    methods: quantisers.
+    rates: factors on every clip: the larger, the coarser the grids and the fewer the bytes.
+    tune: add a row whose embedding bits and clips are tuned on training text, at the bytes of factor 1.
+    targets: number of validation targets to score; all if not given.
+    ttt: score with test-time training too.
+    ttt_docs: number of documents to score with it, from the first; all if not given.
+    json: file that keeps all figures; what it has of these weights and targets is not measured again.
+    again: measure the rows again that the file has.
+  """
+  if json is not None:
+    require_room(json)
+  distributed.start()
+  folder, mesh = RunFolder(run), data_mesh()
+  params = {name: np.asarray(x, np.float32) for name, x in stages.averaged_params(folder, mesh).items()}
+  data = locate_prepared(folder.settings)
+  source = Source(
+    dataclasses.replace(folder.settings, quantize=quantize), params, data, world_size(folder.settings, mesh)
+  )
+  scorer = Scorer(folder.settings, load_validation(data), mesh, targets, ttt_docs)
+  bench = Bench(source, folder.settings, scorer, json)
+  bench.measure_float(with_ttt=ttt)
+  for method in methods:
+    for label, config in bench.wanted(method, rates, tune=tune):
+      bench.measure(method, label, config, with_ttt=ttt, again=again)
+  print(bench.table(f"{run}, {sum(x.size for x in params.values()):,} parameters"))
+
+
+class Source(NamedTuple):
+  """What is quantised, and how.
+
+  Attributes:
+    settings: of the model, and the quantiser's at factor 1.
+    params: averaged weights, fp32.
+    data: folder with the training shards.
+    world: ranks of the run; see `calibrate`.
+  """
+
+  settings: Settings
+  params: Params
+  data: Path
+  world: int
+
+
+class Gptq:
+  """The recipe's quantiser, calibrated once."""
+
+  def __init__(self, source: Source):
+    self.source = source
+    self._calibration = calibrate(source.settings, source.params, source.data, world=source.world)
+    self._origin = origin_of(source.settings, source.data)
+    self._tokenizer = tokenizer_to_embed(source.settings, source.data)
+
+  def scaled(self, factor: float) -> QuantizeConfig:
+    """Returns the config of a rate."""
+    return make.scaled(self.source.settings.quantize, factor)
+
+  def artifact(self, config: QuantizeConfig) -> bytes:
+    """Returns the artifact of a config."""
+    tensors = make.quantize(self.source.params, self._calibration, config)
+    carried = make.portable(dataclasses.replace(self.source.settings, quantize=config))
+    return writer.write(carried, tensors, config.codec, self._origin, self._tokenizer)
+
+  def fit(self, config: QuantizeConfig, budget: int) -> tuple[QuantizeConfig, bytes]:
+    """Returns the config with one factor on all clips such that the artifact has `budget` bytes or just fewer."""
+    return make.fit(config, self.artifact, budget, sum(x.size for x in self.source.params.values()))
+
+
+METHODS: dict[str, Callable[[Source], Gptq]] = {"gptq": Gptq}
+"""Name → what calibrates a quantiser."""
+
+
+class Scorer:
+  """Scores weights of one model on the same targets; programs are compiled once.
+
+  Args:
+    settings: of the model and its scoring.
+    data: the validation stream.
+    targets: how many of it to score; None for all.
+    ttt_docs: documents to score with test-time training, from the first; None for all that are scored.
+
+  Attributes:
+    bytes_n: bytes of text of each document that is scored.
+    ttt_docs: number of documents that are scored with test-time training.
+
+  Raises:
+    UserError: there are fewer targets or documents.
+  """
+
+  def __init__(
+    self, settings: Settings, data: ValidationData, mesh: Mesh, targets: int | None = None, ttt_docs: int | None = None
+  ):
+    available = len(data.tokens) - 1
+    if targets is not None and not 0 < targets <= available:
+      raise UserError(f"There are {available:,} validation targets; ask for 1 to {available}, not {targets}.")
+    self.settings = changed(settings, {"eval.doc_fraction": 1.0})
+    self.mesh, self.data = mesh, ValidationData(*(x[: (targets or available) + 1] for x in data))
+    self._first = first_documents(self.data, ttt_docs, settings.model.bos_id)
+    self._programs = Programs(self.settings, mesh)
+    self.bytes_n = np.array(self._by_document(self.data, self.data.token_bytes[1:]))
+    self.ttt_docs = len(find_documents(self._first.tokens, settings.model.bos_id))
+
+  def _by_document(self, data: ValidationData, x_N: np.ndarray) -> list[float]:
+    starts = [document.start for document in find_documents(data.tokens, self.settings.model.bos_id)]
+    return np.add.reduceat(np.asarray(x_N, np.float64), starts).tolist()
+
+  def plain(self, params: Params) -> list[float]:
+    """Returns the nats of each document, without adaptation."""
+    return self._by_document(self.data, plain.losses(self.settings, params, self.data, self.mesh))
+
+  def sample(self, params: Params) -> list[float]:
+    """Returns the nats of each document in the first `SAMPLE` targets, scored by themselves."""
+    data = ValidationData(*(x[: SAMPLE + 1] for x in self.data))
+    return self._by_document(data, plain.losses(self.settings, params, data, self.mesh))
+
+  def ttt(self, params: Params) -> list[float]:
+    """Returns the nats of each document, with test-time training."""
+    result = ttt.evaluate(self.settings, params, self._first, self.mesh, programs=self._programs)
+    return self._by_document(self._first, result.nll_N)
+
+  def divergence(self, params: Params, other: Params) -> float:
+    """Returns the mean divergence of other weights' distributions, in bits per byte of the first `SAMPLE` targets."""
+    length = min(self.settings.eval.seq_len, len(self.data.tokens) - 1)
+    count = min(SAMPLE, len(self.data.tokens) - 1) // length * length
+    rows_BxT = self.data.tokens[:count].reshape(-1, length)
+    nats = plain.divergence(self.settings, params, other, rows_BxT, self.mesh) * count
+    return nats / math.log(2) / int(self.data.token_bytes[1 : count + 1].sum())
+
+
+class Bench:
+  """The figures of a run's quantised weights, in memory and in a file if one is given.
+
+  Args:
+    source: what is quantised.
+    settings: the run's own, from which a row's are told apart.
+    scorer: of all rows.
+    path: of the file; what it holds is taken up.
+
+  Attributes:
+    rows: by label, each as JSON has it.
+
+  Raises:
+    UserError: the file holds figures of other weights, targets or settings.
+  """
+
+  def __init__(self, source: Source, settings: Settings, scorer: Scorer, path: Path | None = None):
+    self.source, self._settings, self.scorer, self._path = source, settings, scorer, path
+    self._quantisers: dict[str, Gptq] = {}
+    self._made_with = _identify(source, settings, scorer)
+    record = read_sealed(path) if path is not None and path.exists() else {"made_with": self._made_with}
+    if other := [name for name, value in self._made_with.items() if record["made_with"].get(name, value) != value]:
+      raise UserError(f"{path} holds figures of another run or other targets ({other[0]} differs); name another file.")
+    self._float: dict[str, Any] = record.get("float", {})
+    self.rows: dict[str, dict] = record.get("rows", {})
+
+  def _save(self) -> None:
+    if self._path is not None and distributed.is_leader():
+      record = {"made_with": self._made_with, "float": self._float, "rows": self.rows}
+      write_json(self._path, seal(record))
+
+  def quantiser(self, method: str) -> Gptq:
+    """Returns a method's quantiser, calibrated at the first call."""
+    if method not in self._quantisers:
+      self._quantisers[method] = METHODS[method](self.source)
+    return self._quantisers[method]
+
+  def measure_float(self, *, with_ttt: bool) -> None:
+    """Scores the float weights, unless the file has their scores.
+
+    Raises:
+      UserError: the same weights score otherwise than in the file: another machine or version made it.
+    """
+    if "plain" not in self._float:
+      self._float["sample"] = self.scorer.sample(self.source.params)
+      self._float["plain"], self._float["plain_seconds"] = _timed(self.scorer.plain, self.source.params)
+      self._save()
+    if self.scorer.sample(self.source.params) != self._float["sample"]:
+      raise UserError(
+        "The float weights score otherwise than at first, so that rows would not be comparable: "
+        f"{self._path or 'scoring'} is of another machine or version; name another file."
+      )
+    if with_ttt and len(self._float.get("ttt", ())) != self.scorer.ttt_docs:
+      self._float["ttt"], self._float["ttt_seconds"] = _timed(self.scorer.ttt, self.source.params)
+      self._save()
+
+  def wanted(self, method: str, rates: tuple[float, ...], *, tune: bool) -> Iterator[tuple[str, Callable]]:
+    """Yields a label of each artifact and what makes its config."""
+    for rate in rates:
+      yield f"× {rate:g}", lambda rate=rate: self.quantiser(method).scaled(rate)
+    if tune:
+      yield "tuned", lambda: self.tuned(method)
+
+  def measure(self, method: str, label: str, config: Callable, *, with_ttt: bool, again: bool = False) -> None:
+    """Makes and scores an artifact, as far as the file lacks its scores."""
+    given = differences(self._settings, self.source.settings)
+    shown = ", ".join(f"{name.removeprefix('quantize.')}={value}" for name, (_, value) in given.items())
+    key = " ".join(filter(None, (method, label, shown)))
+    row = {} if again else self.rows.get(key, {})
+    if row and not (with_ttt and len(row.get("ttt", ())) != self.scorer.ttt_docs):
+      return
+    quantiser = self.quantiser(method)
+    made = changed(self._settings, row["settings"]).quantize if row else config()
+    data, seconds = _timed(quantiser.artifact, made)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if row and row["sha256"] != sha256:
+      raise UserError(f"The artifact of {key} is not the one that {self._path} tells of; --again measures it anew.")
+    artifact = read(data)
+    params = artifact.params()
+    if not row:
+      departures = differences(self._settings, dataclasses.replace(self._settings, quantize=made))
+      row |= {
+        "method": method,
+        "rate": label,
+        "given": shown,
+        "settings": {name: value for name, (_, value) in departures.items()},
+        "bytes": len(data),
+        "stream_bytes": sum(size for name, size in artifact.stream_bytes.items() if name != "header"),
+        "sha256": sha256,
+        "make_seconds": seconds,
+        "kl": self.scorer.divergence(self.source.params, params),
+      }
+      self._score("plain", row, params)
+    if with_ttt:
+      self._score("ttt", row, params)
+    self.rows[key] = row
+    self._save()
+
+  def _score(self, kind: str, row: dict, params: Params) -> None:
+    """Enters in a row what its weights lose to the float ones: nats of each document."""
+    nats_n, row[f"{kind}_seconds"] = _timed(getattr(self.scorer, kind), params)
+    row[kind] = (np.array(nats_n) - np.array(self._float[kind])).tolist()
+    text = "%s %s: %+.5f bits per byte (%s) with %d bytes"
+    log.info(text, row["method"], row["rate"], self.loss(row, kind).mean, kind, row["bytes"])
+
+  def loss(self, row: dict, kind: str) -> Paired | None:
+    """Returns what a row loses to the float weights, in bits per byte; None where it is not scored."""
+    count = len(self._float[kind])
+    if len(row.get(kind, ())) != count:
+      return None
+    return paired_ratio(np.array(row[kind]) / math.log(2), self.scorer.bytes_n[:count])
+
+  def tuned(self, method: str) -> QuantizeConfig:
+    """Returns the config whose distributions on training text are nearest to the float model's, at the bytes of × 1.
+
+    By coordinate search: every clip is tried larger and smaller, and the embedding with the other number of bits; one
+    factor on all clips keeps the bytes as they are. The divergence is what the errors add to the loss if labels are the
+    model's own; ½ Σ_i d_i (E H Eᵀ)_ii is its second order.
+    """
+    quantiser, settings, params = self.quantiser(method), self.source.settings, self.source.params
+    length = settings.train.seq_len
+    shards, count = list_shards(self.source.data, "train"), max(1, TUNING_TOKENS // length)
+    rows_BxT = draw_rows(shards, seq_len=length, count=count, seed=settings.seed + 1)
+    budget, tries = len(quantiser.artifact(settings.quantize)), 0
+
+    def tried(config: QuantizeConfig) -> tuple[float, QuantizeConfig]:
+      nonlocal tries
+      tries += 1
+      config, data = quantiser.fit(config, budget)
+      divergence = plain.divergence(settings, params, read(data).params(), rows_BxT, self.scorer.mesh)
+      clips = {name: getattr(config, name) for name in ("embed_bits", *_CLIPS)}
+      log.info("tuning: %.6f nats a token with %s", divergence, clips)
+      return divergence, config
+
+    best = tried(settings.quantize)
+    for factor in TUNING_FACTORS:
+      for moves in _moves(factor):
+        for move in moves:
+          before = best
+          while (candidate := tried(move(best[1])))[0] < best[0]:
+            best = candidate
+          if best is not before:
+            break
+    log.info("tuned %s in %d tries on %d tokens of training text", method, tries, rows_BxT.size)
+    return best[1]
+
+  def table(self, title: str) -> str:
+    """Returns the figures of all rows, and how the methods compare at equal bytes and at equal loss."""
+    parameters = sum(x.size for x in self.source.params.values())
+    kinds = [kind for kind in ("plain", "ttt") if kind in self._float]
+    head = ["method", "rate", "settings", ">bits a weight", ">bytes", ">KL"]
+    for kind in kinds:
+      size = self.scorer.bytes_n[: len(self._float[kind])].sum()
+      bpb = sum(self._float[kind]) / math.log(2) / size
+      after = f" with test-time training on {len(self._float[kind])} documents" if kind == "ttt" else ""
+      title += f"; float weights {bpb:.5f} bits per byte of {int(size):,}{after}"
+      head += [f">ΔBPB{' after TTT' if kind == 'ttt' else ''}", ">±", ">p"]
+    cells = []
+    for row in sorted(self.rows.values(), key=lambda row: (row["method"], row["given"], -row["bytes"])):
+      bits = 8 * row["stream_bytes"] / parameters
+      line = [row["method"], row["rate"], row["given"], f"{bits:.3f}", f"{row['bytes']:,}", f"{row['kl']:.5f}"]
+      for kind in kinds:
+        loss = self.loss(row, kind)
+        line += ["", "", ""] if loss is None else [f"{loss.mean:+.5f}", *_error_and_p(loss)]
+      cells.append(line)
+    return "\n".join([str(Table(head, cells, title)), *map(str, self._comparisons(kinds))])
+
+  def _comparisons(self, kinds: list[str]) -> Iterator[Table]:
+    """Yields a table of every other method against GPTQ: ratios at equal bytes and, by interpolation, at equal loss."""
+    groups: dict[str, list[dict]] = {}
+    for row in self.rows.values():
+      groups.setdefault(" ".join(filter(None, (row["method"], row["given"]))), []).append(row)
+    first = groups.pop("gptq", [])
+    for name, rows in groups.items():
+      head, cells = ["GPTQ"], [[row["rate"]] for row in first]
+      for kind in kinds:
+        after = " after TTT" if kind == "ttt" else ""
+        head += [f">ΔBPB ÷ GPTQ's at its bytes{after}", f">bytes ÷ GPTQ's at its ΔBPB{after}"]
+        points = [(row["bytes"], loss.mean) for row in rows if (loss := self.loss(row, kind))]
+        for line, row in zip(cells, first, strict=True):
+          loss = self.loss(row, kind)
+          at_bytes, at_loss = interpolated(points, row["bytes"], loss.mean) if loss else (None, None)
+          line.append("" if at_bytes is None else f"{at_bytes / loss.mean:.3f}")
+          line.append("" if at_loss is None else f"{at_loss / row['bytes']:.3f}")
+      if first:
+        yield Table(head, cells, f"{name} against gptq; empty where that lies outside its rows")
+
+
+def interpolated(points: list[tuple[float, float]], size: float, loss: float) -> tuple[float | None, float | None]:
+  """Returns (loss at these bytes, bytes at this loss) on a line through points (bytes, loss), in the loss's logarithm.
+
+  Points without a loss above 0 are left out; None stands for what lies outside the points.
+  """
+  usable = sorted((x, math.log(y)) for x, y in points if y > 0)
+  if not usable or loss <= 0:
+    return None, None
+  sizes, logs = np.array(usable).T
+  at_size = math.exp(np.interp(size, sizes, logs)) if sizes[0] <= size <= sizes[-1] else None
+  falling = np.minimum.accumulate(logs)[::-1]  # a loss that rises with the bytes is noise
+  at_loss = (
+    float(np.interp(math.log(loss), falling, sizes[::-1])) if falling[0] <= math.log(loss) <= falling[-1] else None
+  )
+  return at_size, at_loss
+
+
+_DECIDES = ("model.", "eval.", "ttt.", "hints.", "quantize.", "seed", "train.compute_dtype", "train.world_size")
+_CLIPS = ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
+
+
+def _moves(factor: float) -> Iterator[tuple[Callable[[QuantizeConfig], QuantizeConfig], ...]]:
+  """Yields, for each knob of GPTQ, the changes of a config that are tried, in turn until one is an improvement."""
+
+  def scale(name: str, by: float) -> Callable[[QuantizeConfig], QuantizeConfig]:
+    return lambda config: dataclasses.replace(config, **{name: getattr(config, name) * by})
+
+  def other_bits(config: QuantizeConfig) -> QuantizeConfig:
+    """The embedding with 7 or 8 bits, on the same step."""
+    bits = 15 - config.embed_bits
+    clip = config.embed_clip_sigmas * (2 ** (bits - 1) - 1) / (2 ** (config.embed_bits - 1) - 1)
+    return dataclasses.replace(config, embed_bits=bits, embed_clip_sigmas=clip)
+
+  yield (other_bits,)
+  for name in _CLIPS:
+    yield scale(name, factor), scale(name, 1 / factor)
+
+
+def _identify(source: Source, settings: Settings, scorer: Scorer) -> dict[str, object]:
+  """What a file's figures belong to, by name."""
+  return {
+    "weights": parameters.content_hash(source.params),
+    "targets": scorer.data.tokens_sha256,
+    "bytes of the targets": stream_hash(scorer.data.token_bytes),
+    **{name: value for name, value in written(settings).items() if name.startswith(_DECIDES)},
+  }
+
+
+def _timed(function: Callable, *arguments) -> tuple[Any, float]:
+  """Returns a result and the seconds that it took."""
+  began = time.perf_counter()
+  return function(*arguments), time.perf_counter() - began
+
+
+def _error_and_p(loss: Paired) -> tuple[str, str]:
+  return ("", "") if loss.error is None else (f"{loss.error:.5f}", f"{loss.p:.1g}")
+
+
+COMMAND = quantize
