@@ -7,9 +7,10 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,6 +26,7 @@ from pgolf_jax.quantize import make
 from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.quantize.calibrate import calibrate, draw_rows
 from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
+from pgolf_jax.report.statistics import interpolated
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, world_size
@@ -48,8 +50,9 @@ TUNING_FACTORS = (1.5, 1.2)
 
 def quantize(
   run: Positional[Path],
-  methods: tuple[Literal["gptq"], ...] = ("gptq",),
+  methods: tuple[str, ...] = ("gptq",),
   rates: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0, 2.8),
+  factors: tuple[float, ...] = (),
   tune: bool = False,
   targets: int | None = None,
   ttt: bool = False,
@@ -68,8 +71,10 @@ def quantize(
 
   Args:
     run: run folder with finished training.
-    methods: quantisers.
-    rates: factors on every clip: the larger, the coarser the grids and the fewer the bytes.
+    methods: quantisers, as in `quantize.method`.
+    rates: factors on every clip of GPTQ: the larger, the coarser the grids and the fewer the bytes. Another method is
+      given the bytes of these artifacts.
+    factors: factors on the steps of another method, for rows of their own.
     tune: add a row whose embedding bits and clips are tuned on training text, at the bytes of factor 1.
     targets: number of validation targets to score; all if not given.
     ttt: score with test-time training too.
@@ -77,38 +82,36 @@ def quantize(
     json: file that keeps all figures; what it has of these weights and targets is not measured again.
     again: measure the rows again that the file has.
   """
+  if unknown := [name for name in methods if name not in METHODS]:
+    raise UserError(f"--methods {unknown[0]} must be one of {', '.join(METHODS)}.")
   if json is not None:
     require_room(json)
   distributed.start()
   folder, mesh = RunFolder(run), data_mesh()
   params = {name: np.asarray(x, np.float32) for name, x in stages.averaged_params(folder, mesh).items()}
   data = locate_prepared(folder.settings)
-  source = Source(
-    dataclasses.replace(folder.settings, quantize=quantize), params, data, world_size(folder.settings, mesh)
-  )
+  given = dataclasses.replace(folder.settings, quantize=quantize)
+  source = Source(given, params, data, world_size(given, mesh))
   scorer = Scorer(folder.settings, load_validation(data), mesh, targets, ttt_docs)
   bench = Bench(source, folder.settings, scorer, json)
   bench.measure_float(with_ttt=ttt)
   for method in methods:
-    for label, config in bench.wanted(method, rates, tune=tune):
+    for label, config in bench.wanted(method, rates, factors, tune=tune):
       bench.measure(method, label, config, with_ttt=ttt, again=again)
-  print(bench.table(f"{run}, {sum(x.size for x in params.values()):,} parameters"))
+  print(bench.table(f"{run}, {source.parameters:,} parameters"))
 
 
 class Source(NamedTuple):
-  """What is quantised, and how.
+  """What is quantised, and how."""
 
-  Attributes:
-    settings: of the model, and the quantiser's at factor 1.
-    params: averaged weights, fp32.
-    data: folder with the training shards.
-    world: ranks of the run; see `calibrate`.
-  """
+  settings: Settings  # of the model, and the quantiser's at factor 1
+  params: Params  # averaged weights, fp32
+  data: Path  # folder with the training shards
+  world: int  # ranks of the run; see `calibrate`
 
-  settings: Settings
-  params: Params
-  data: Path
-  world: int
+  @property
+  def parameters(self) -> int:
+    return sum(x.size for x in self.params.values())
 
 
 class Gptq:
@@ -131,26 +134,21 @@ class Gptq:
     return writer.write(carried, tensors, config.codec, self._origin, self._tokenizer)
 
   def fit(self, config: QuantizeConfig, budget: int) -> tuple[QuantizeConfig, bytes]:
-    """Returns the config with one factor on all clips such that the artifact has `budget` bytes or just fewer."""
-    return make.fit(config, self.artifact, budget, sum(x.size for x in self.source.params.values()))
+    """Returns a config at the rate at which its artifact has `budget` bytes or just fewer, and that artifact."""
+    return make.fit(config, self.artifact, budget, self.source.parameters)
 
 
+Wanted = tuple[str, Callable[[], QuantizeConfig]]
 METHODS: dict[str, Callable[[Source], Gptq]] = {"gptq": Gptq}
 """Name → what calibrates a quantiser."""
 
 
 class Scorer:
-  """Scores weights of one model on the same targets; programs are compiled once.
-
-  Args:
-    settings: of the model and its scoring.
-    data: the validation stream.
-    targets: how many of it to score; None for all.
-    ttt_docs: documents to score with test-time training, from the first; None for all that are scored.
+  """Scores weights of one model on the same targets, the first of a stream; programs are compiled once.
 
   Attributes:
-    bytes_n: bytes of text of each document that is scored.
-    ttt_docs: number of documents that are scored with test-time training.
+    bytes_n: bytes of text of each document.
+    ttt_docs: number of documents, from the first, that are scored with test-time training.
 
   Raises:
     UserError: there are fewer targets or documents.
@@ -200,10 +198,7 @@ class Bench:
   """The figures of a run's quantised weights, in memory and in a file if one is given.
 
   Args:
-    source: what is quantised.
     settings: the run's own, from which a row's are told apart.
-    scorer: of all rows.
-    path: of the file; what it holds is taken up.
 
   Attributes:
     rows: by label, each as JSON has it.
@@ -214,8 +209,13 @@ class Bench:
 
   def __init__(self, source: Source, settings: Settings, scorer: Scorer, path: Path | None = None):
     self.source, self._settings, self.scorer, self._path = source, settings, scorer, path
-    self._quantisers: dict[str, Gptq] = {}
-    self._made_with = _identify(source, settings, scorer)
+    self.quantiser = cache(lambda method: METHODS[method](source))  # calibrates at the first call
+    self._made_with = {
+      "weights": parameters.content_hash(source.params),
+      "targets": scorer.data.tokens_sha256,
+      "bytes of the targets": stream_hash(scorer.data.token_bytes),
+      **{name: value for name, value in written(settings).items() if name.startswith(_DECIDES)},
+    }
     record = read_sealed(path) if path is not None and path.exists() else {"made_with": self._made_with}
     if other := [name for name, value in self._made_with.items() if record["made_with"].get(name, value) != value]:
       raise UserError(f"{path} holds figures of another run or other targets ({other[0]} differs); name another file.")
@@ -224,45 +224,40 @@ class Bench:
 
   def _save(self) -> None:
     if self._path is not None and distributed.is_leader():
-      record = {"made_with": self._made_with, "float": self._float, "rows": self.rows}
-      write_json(self._path, seal(record))
-
-  def quantiser(self, method: str) -> Gptq:
-    """Returns a method's quantiser, calibrated at the first call."""
-    if method not in self._quantisers:
-      self._quantisers[method] = METHODS[method](self.source)
-    return self._quantisers[method]
+      write_json(self._path, seal({"made_with": self._made_with, "float": self._float, "rows": self.rows}))
 
   def measure_float(self, *, with_ttt: bool) -> None:
-    """Scores the float weights, unless the file has their scores.
-
-    Raises:
-      UserError: the same weights score otherwise than in the file: another machine or version made it.
-    """
+    """Scores the float weights, unless the file has their scores, and some of them once more: A/A has to be exact."""
     if "plain" not in self._float:
       self._float["sample"] = self.scorer.sample(self.source.params)
       self._float["plain"], self._float["plain_seconds"] = _timed(self.scorer.plain, self.source.params)
       self._save()
     if self.scorer.sample(self.source.params) != self._float["sample"]:
-      raise UserError(
-        "The float weights score otherwise than at first, so that rows would not be comparable: "
-        f"{self._path or 'scoring'} is of another machine or version; name another file."
-      )
+      raise UserError(f"{self._path or 'This machine'} scores the float weights otherwise than the first time.")
     if with_ttt and len(self._float.get("ttt", ())) != self.scorer.ttt_docs:
       self._float["ttt"], self._float["ttt_seconds"] = _timed(self.scorer.ttt, self.source.params)
       self._save()
 
-  def wanted(self, method: str, rates: tuple[float, ...], *, tune: bool) -> Iterator[tuple[str, Callable]]:
-    """Yields a label of each artifact and what makes its config."""
+  def wanted(self, method: str, rates: Sequence[float], factors: Sequence[float], *, tune: bool) -> Iterator[Wanted]:
+    """Yields a label of each row that is asked for, and what makes its config."""
     for rate in rates:
-      yield f"× {rate:g}", lambda rate=rate: self.quantiser(method).scaled(rate)
-    if tune:
-      yield "tuned", lambda: self.tuned(method)
+      if method != "gptq":
+        yield f"bytes of × {rate:g}", partial(self._at_bytes_of_gptq, method, rate)
+    for factor in rates if method == "gptq" else factors:
+      yield f"× {factor:g}", lambda factor=factor: self.quantiser(method).scaled(factor)
+    if tune and method == "gptq":
+      yield "tuned", self.tuned
+
+  def _at_bytes_of_gptq(self, method: str, rate: float) -> QuantizeConfig:
+    if (row := self.rows.get(f"gptq × {rate:g}")) is None:
+      gptq = self.quantiser("gptq")
+      row = {"bytes": len(gptq.artifact(gptq.scaled(rate)))}
+    return self.quantiser(method).fit(self.source.settings.quantize, row["bytes"])[0]
 
   def measure(self, method: str, label: str, config: Callable, *, with_ttt: bool, again: bool = False) -> None:
     """Makes and scores an artifact, as far as the file lacks its scores."""
-    given = differences(self._settings, self.source.settings)
-    shown = ", ".join(f"{name.removeprefix('quantize.')}={value}" for name, (_, value) in given.items())
+    given = differences(self._settings, self.source.settings).items()
+    shown = ", ".join(f"{name.partition('.')[2]}={value}" for name, (_, value) in given)
     key = " ".join(filter(None, (method, label, shown)))
     row = {} if again else self.rows.get(key, {})
     if row and not (with_ttt and len(row.get("ttt", ())) != self.scorer.ttt_docs):
@@ -273,15 +268,14 @@ class Bench:
     sha256 = hashlib.sha256(data).hexdigest()
     if row and row["sha256"] != sha256:
       raise UserError(f"The artifact of {key} is not the one that {self._path} tells of; --again measures it anew.")
-    artifact = read(data)
-    params = artifact.params()
+    params = (artifact := read(data)).params()
     if not row:
-      departures = differences(self._settings, dataclasses.replace(self._settings, quantize=made))
+      departures = differences(self._settings, dataclasses.replace(self._settings, quantize=made)).items()
       row |= {
         "method": method,
         "rate": label,
         "given": shown,
-        "settings": {name: value for name, (_, value) in departures.items()},
+        "settings": {name: value for name, (_, value) in departures},
         "bytes": len(data),
         "stream_bytes": sum(size for name, size in artifact.stream_bytes.items() if name != "header"),
         "sha256": sha256,
@@ -297,56 +291,49 @@ class Bench:
   def _score(self, kind: str, row: dict, params: Params) -> None:
     """Enters in a row what its weights lose to the float ones: nats of each document."""
     nats_n, row[f"{kind}_seconds"] = _timed(getattr(self.scorer, kind), params)
-    row[kind] = (np.array(nats_n) - np.array(self._float[kind])).tolist()
-    text = "%s %s: %+.5f bits per byte (%s) with %d bytes"
-    log.info(text, row["method"], row["rate"], self.loss(row, kind).mean, kind, row["bytes"])
+    row[kind] = np.subtract(nats_n, self._float[kind]).tolist()
+    loss = self.loss(row, kind).mean
+    log.info("%s %s, %d bytes: %+.5f bits per byte (%s)", row["method"], row["rate"], row["bytes"], loss, kind)
 
   def loss(self, row: dict, kind: str) -> Paired | None:
     """Returns what a row loses to the float weights, in bits per byte; None where it is not scored."""
-    count = len(self._float[kind])
-    if len(row.get(kind, ())) != count:
+    if len(row.get(kind, ())) != len(self._float[kind]):
       return None
-    return paired_ratio(np.array(row[kind]) / math.log(2), self.scorer.bytes_n[:count])
+    return paired_ratio(np.array(row[kind]) / math.log(2), self.scorer.bytes_n[: len(row[kind])])
 
-  def tuned(self, method: str) -> QuantizeConfig:
-    """Returns the config whose distributions on training text are nearest to the float model's, at the bytes of × 1.
+  def tuned(self) -> QuantizeConfig:
+    """Returns GPTQ's config whose distributions on training text are nearest to the float model's, at the bytes of × 1.
 
-    By coordinate search: every clip is tried larger and smaller, and the embedding with the other number of bits; one
-    factor on all clips keeps the bytes as they are. The divergence is what the errors add to the loss if labels are the
-    model's own; ½ Σ_i d_i (E H Eᵀ)_ii is its second order.
+    By coordinate search: the embedding with other bits, and each clip larger and smaller; a factor on all clips keeps
+    the bytes. The divergence is the loss that errors add under the model's own labels.
     """
-    quantiser, settings, params = self.quantiser(method), self.source.settings, self.source.params
-    length = settings.train.seq_len
-    shards, count = list_shards(self.source.data, "train"), max(1, TUNING_TOKENS // length)
-    rows_BxT = draw_rows(shards, seq_len=length, count=count, seed=settings.seed + 1)
-    budget, tries = len(quantiser.artifact(settings.quantize)), 0
+    quantiser, settings, params = self.quantiser("gptq"), self.source.settings, self.source.params
+    length, shards = settings.train.seq_len, list_shards(self.source.data, "train")
+    rows_BxT = draw_rows(shards, seq_len=length, count=-(-TUNING_TOKENS // length), seed=settings.seed + 1)
+    budget = len(quantiser.artifact(settings.quantize))
 
     def tried(config: QuantizeConfig) -> tuple[float, QuantizeConfig]:
-      nonlocal tries
-      tries += 1
       config, data = quantiser.fit(config, budget)
       divergence = plain.divergence(settings, params, read(data).params(), rows_BxT, self.scorer.mesh)
-      clips = {name: getattr(config, name) for name in ("embed_bits", *_CLIPS)}
-      log.info("tuning: %.6f nats a token with %s", divergence, clips)
+      knobs = ", ".join(f"{name} {getattr(config, name):g}" for name in ("embed_bits", *_CLIPS))
+      log.info("tuning: %.6f nats a token with %s", divergence, knobs)
       return divergence, config
 
     best = tried(settings.quantize)
     for factor in TUNING_FACTORS:
-      for moves in _moves(factor):
-        for move in moves:
+      for moves in ((_other_bits,), *([partial(_scale, clip, by) for by in (factor, 1 / factor)] for clip in _CLIPS)):
+        for move in moves:  # in turn, until one is an improvement
           before = best
           while (candidate := tried(move(best[1])))[0] < best[0]:
             best = candidate
           if best is not before:
             break
-    log.info("tuned %s in %d tries on %d tokens of training text", method, tries, rows_BxT.size)
     return best[1]
 
   def table(self, title: str) -> str:
     """Returns the figures of all rows, and how the methods compare at equal bytes and at equal loss."""
-    parameters = sum(x.size for x in self.source.params.values())
     kinds = [kind for kind in ("plain", "ttt") if kind in self._float]
-    head = ["method", "rate", "settings", ">bits a weight", ">bytes", ">KL"]
+    head = ["method", "rate", "with", ">bits a weight", ">bytes", ">KL"]
     for kind in kinds:
       size = self.scorer.bytes_n[: len(self._float[kind])].sum()
       bpb = sum(self._float[kind]) / math.log(2) / size
@@ -355,12 +342,14 @@ class Bench:
       head += [f">ΔBPB{' after TTT' if kind == 'ttt' else ''}", ">±", ">p"]
     cells = []
     for row in sorted(self.rows.values(), key=lambda row: (row["method"], row["given"], -row["bytes"])):
-      bits = 8 * row["stream_bytes"] / parameters
+      bits = 8 * row["stream_bytes"] / self.source.parameters
       line = [row["method"], row["rate"], row["given"], f"{bits:.3f}", f"{row['bytes']:,}", f"{row['kl']:.5f}"]
       for kind in kinds:
-        loss = self.loss(row, kind)
-        line += ["", "", ""] if loss is None else [f"{loss.mean:+.5f}", *_error_and_p(loss)]
+        mean, error, _, p = self.loss(row, kind) or (None, None, None, None)
+        line += [_cell(mean, "+.5f"), _cell(error, ".5f"), _cell(p, ".1g")]
       cells.append(line)
+    columns = [column for column in zip(head, *cells, strict=True) if any(column[1:])]
+    head, *cells = zip(*columns, strict=True) if columns else [head]
     return "\n".join([str(Table(head, cells, title)), *map(str, self._comparisons(kinds))])
 
   def _comparisons(self, kinds: list[str]) -> Iterator[Table]:
@@ -378,68 +367,34 @@ class Bench:
         for line, row in zip(cells, first, strict=True):
           loss = self.loss(row, kind)
           at_bytes, at_loss = interpolated(points, row["bytes"], loss.mean) if loss else (None, None)
-          line.append("" if at_bytes is None else f"{at_bytes / loss.mean:.3f}")
-          line.append("" if at_loss is None else f"{at_loss / row['bytes']:.3f}")
+          line += [_cell(at_bytes and at_bytes / loss.mean, ".3f"), _cell(at_loss and at_loss / row["bytes"], ".3f")]
       if first:
         yield Table(head, cells, f"{name} against gptq; empty where that lies outside its rows")
-
-
-def interpolated(points: list[tuple[float, float]], size: float, loss: float) -> tuple[float | None, float | None]:
-  """Returns (loss at these bytes, bytes at this loss) on a line through points (bytes, loss), in the loss's logarithm.
-
-  Points without a loss above 0 are left out; None stands for what lies outside the points.
-  """
-  usable = sorted((x, math.log(y)) for x, y in points if y > 0)
-  if not usable or loss <= 0:
-    return None, None
-  sizes, logs = np.array(usable).T
-  at_size = math.exp(np.interp(size, sizes, logs)) if sizes[0] <= size <= sizes[-1] else None
-  falling = np.minimum.accumulate(logs)[::-1]  # a loss that rises with the bytes is noise
-  at_loss = (
-    float(np.interp(math.log(loss), falling, sizes[::-1])) if falling[0] <= math.log(loss) <= falling[-1] else None
-  )
-  return at_size, at_loss
 
 
 _DECIDES = ("model.", "eval.", "ttt.", "hints.", "quantize.", "seed", "train.compute_dtype", "train.world_size")
 _CLIPS = ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
 
 
-def _moves(factor: float) -> Iterator[tuple[Callable[[QuantizeConfig], QuantizeConfig], ...]]:
-  """Yields, for each knob of GPTQ, the changes of a config that are tried, in turn until one is an improvement."""
-
-  def scale(name: str, by: float) -> Callable[[QuantizeConfig], QuantizeConfig]:
-    return lambda config: dataclasses.replace(config, **{name: getattr(config, name) * by})
-
-  def other_bits(config: QuantizeConfig) -> QuantizeConfig:
-    """The embedding with 7 or 8 bits, on the same step."""
-    bits = 15 - config.embed_bits
-    clip = config.embed_clip_sigmas * (2 ** (bits - 1) - 1) / (2 ** (config.embed_bits - 1) - 1)
-    return dataclasses.replace(config, embed_bits=bits, embed_clip_sigmas=clip)
-
-  yield (other_bits,)
-  for name in _CLIPS:
-    yield scale(name, factor), scale(name, 1 / factor)
+def _scale(name: str, factor: float, config: QuantizeConfig) -> QuantizeConfig:
+  return dataclasses.replace(config, **{name: getattr(config, name) * factor})
 
 
-def _identify(source: Source, settings: Settings, scorer: Scorer) -> dict[str, object]:
-  """What a file's figures belong to, by name."""
-  return {
-    "weights": parameters.content_hash(source.params),
-    "targets": scorer.data.tokens_sha256,
-    "bytes of the targets": stream_hash(scorer.data.token_bytes),
-    **{name: value for name, value in written(settings).items() if name.startswith(_DECIDES)},
-  }
+def _other_bits(config: QuantizeConfig) -> QuantizeConfig:
+  """The embedding with 7 bits or, if it has them, 8, on the same step."""
+  bits = 8 if config.embed_bits == 7 else 7
+  clip = config.embed_clip_sigmas * (2 ** (bits - 1) - 1) / (2 ** (config.embed_bits - 1) - 1)
+  return dataclasses.replace(config, embed_bits=bits, embed_clip_sigmas=clip)
+
+
+def _cell(x: float | None, form: str) -> str:
+  return "" if x is None else format(x, form)
 
 
 def _timed(function: Callable, *arguments) -> tuple[Any, float]:
   """Returns a result and the seconds that it took."""
   began = time.perf_counter()
   return function(*arguments), time.perf_counter() - began
-
-
-def _error_and_p(loss: Paired) -> tuple[str, str]:
-  return ("", "") if loss.error is None else (f"{loss.error:.5f}", f"{loss.p:.1g}")
 
 
 COMMAND = quantize

@@ -136,3 +136,21 @@ def rules(baseline_loss: Sequence[float], loss: Sequence[float]) -> Rules:
   """Returns what the rules say of a challenger's losses, in nats per token, one a seed."""
   margin, better = welch(baseline_loss, loss, RULE_NATS), welch(baseline_loss, loss)
   return Rules(-better.mean, margin.p_lower, better.p_lower)
+
+
+def interpolated(points: Sequence[tuple[float, float]], size: float, loss: float) -> tuple[float | None, float | None]:
+  """Returns (loss at a size, size at a loss) on the line through points (size, logarithm of the loss).
+
+  Points without a loss above 0 are left out, and so are losses no lower than at a smaller size, which are noise. None
+  stands for what lies outside the points.
+  """
+  line: list[tuple[float, float]] = []
+  for x, y in sorted(points):
+    if y > 0 and (not line or math.log(y) < line[-1][1]):
+      line.append((x, math.log(y)))
+  if not line or loss <= 0:
+    return None, None
+  sizes, logs = np.array(line).T
+  at_size = math.exp(np.interp(size, sizes, logs)) if sizes[0] <= size <= sizes[-1] else None
+  is_within = logs[-1] <= math.log(loss) <= logs[0]
+  return at_size, float(np.interp(math.log(loss), logs[::-1], sizes[::-1])) if is_within else None
