@@ -21,12 +21,11 @@ from pgolf_jax.data.shards import ValidationData, list_shards, load_validation, 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
-from pgolf_jax.parity.paired import Paired, paired_ratio
 from pgolf_jax.quantize import make
 from pgolf_jax.quantize.artifact import read, writer
 from pgolf_jax.quantize.calibrate import calibrate, draw_rows
 from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
-from pgolf_jax.report.statistics import interpolated
+from pgolf_jax.report.statistics import Ratio, interpolated, ratio
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, world_size
@@ -292,14 +291,14 @@ class Bench:
     """Enters in a row what its weights lose to the float ones: nats of each document."""
     nats_n, row[f"{kind}_seconds"] = _timed(getattr(self.scorer, kind), params)
     row[kind] = np.subtract(nats_n, self._float[kind]).tolist()
-    loss = self.loss(row, kind).mean
+    loss = self.loss(row, kind).value
     log.info("%s %s, %d bytes: %+.5f bits per byte (%s)", row["method"], row["rate"], row["bytes"], loss, kind)
 
-  def loss(self, row: dict, kind: str) -> Paired | None:
+  def loss(self, row: dict, kind: str) -> Ratio | None:
     """Returns what a row loses to the float weights, in bits per byte; None where it is not scored."""
     if len(row.get(kind, ())) != len(self._float[kind]):
       return None
-    return paired_ratio(np.array(row[kind]) / math.log(2), self.scorer.bytes_n[: len(row[kind])])
+    return ratio(np.array(row[kind]) / math.log(2), self.scorer.bytes_n[: len(row[kind])])
 
   def tuned(self) -> QuantizeConfig:
     """Returns GPTQ's config whose distributions on training text are nearest to the float model's, at the bytes of × 1.
@@ -345,8 +344,8 @@ class Bench:
       bits = 8 * row["stream_bytes"] / self.source.parameters
       line = [row["method"], row["rate"], row["given"], f"{bits:.3f}", f"{row['bytes']:,}", f"{row['kl']:.5f}"]
       for kind in kinds:
-        mean, error, _, p = self.loss(row, kind) or (None, None, None, None)
-        line += [_cell(mean, "+.5f"), _cell(error, ".5f"), _cell(p, ".1g")]
+        value, error, p = self.loss(row, kind) or (None, None, None)
+        line += [_cell(value, "+.5f"), _cell(error, ".5f"), _cell(p, ".1g")]
       cells.append(line)
     columns = [column for column in zip(head, *cells, strict=True) if any(column[1:])]
     head, *cells = zip(*columns, strict=True) if columns else [head]
@@ -363,11 +362,11 @@ class Bench:
       for kind in kinds:
         after = " after TTT" if kind == "ttt" else ""
         head += [f">ΔBPB ÷ GPTQ's at its bytes{after}", f">bytes ÷ GPTQ's at its ΔBPB{after}"]
-        points = [(row["bytes"], loss.mean) for row in rows if (loss := self.loss(row, kind))]
+        points = [(row["bytes"], loss.value) for row in rows if (loss := self.loss(row, kind))]
         for line, row in zip(cells, first, strict=True):
           loss = self.loss(row, kind)
-          at_bytes, at_loss = interpolated(points, row["bytes"], loss.mean) if loss else (None, None)
-          line += [_cell(at_bytes and at_bytes / loss.mean, ".3f"), _cell(at_loss and at_loss / row["bytes"], ".3f")]
+          at_bytes, at_loss = interpolated(points, row["bytes"], loss.value) if loss else (None, None)
+          line += [_cell(at_bytes and at_bytes / loss.value, ".3f"), _cell(at_loss and at_loss / row["bytes"], ".3f")]
       if first:
         yield Table(head, cells, f"{name} against gptq; empty where that lies outside its rows")
 

@@ -27,16 +27,6 @@ def paired(difference_N: np.ndarray) -> Paired:
   return tested(mean, float(np.std(difference_N, ddof=1)) / math.sqrt(count), count)
 
 
-def paired_ratio(part_N: np.ndarray, whole_N: np.ndarray) -> Paired:
-  """Returns Σ part / Σ whole, such as bits per byte over documents, with the error of a ratio of two sums."""
-  count, whole = len(part_N), float(np.sum(whole_N))
-  ratio = float(np.sum(part_N)) / whole
-  if count < 2:
-    return Paired(ratio, None, count, None)
-  residual_N = part_N - ratio * whole_N
-  return tested(ratio, math.sqrt(count / (count - 1) * float(np.sum(residual_N**2))) / whole, count)
-
-
 def tested(mean: float, error: float, count: int) -> Paired:
   """Returns a mean with Student's test of it."""
   p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error > 0 else float(mean == 0)
