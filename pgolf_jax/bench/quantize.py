@@ -70,7 +70,7 @@ def quantize(
 
   Args:
     run: run folder with finished training.
-    methods: quantisers, as in `quantize.method`.
+    methods: quantisers; gptq is the recipe's.
     rates: factors on every clip of GPTQ: the larger, the coarser the grids and the fewer the bytes. Another method is
       given the bytes of these artifacts.
     factors: factors on the steps of another method, for rows of their own.
