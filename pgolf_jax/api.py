@@ -26,7 +26,7 @@ from pgolf_jax.model import generate as generation
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import artifact as artifacts
 from pgolf_jax.quantize.artifact import Origin
-from pgolf_jax.quantize.artifact.origin import UNKNOWN
+from pgolf_jax.quantize.artifact.header import UNKNOWN
 from pgolf_jax.quantize.provenance import NoTokenizer, find_tokenizer, origin_of, require_data
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed

@@ -7,7 +7,7 @@ import numpy as np
 import zstandard
 
 from pgolf_jax.quantize.artifact import Origin, reader
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, Rows
+from pgolf_jax.quantize.artifact.tensors import Even, Grid, Half, LogGrid, LowRank, Rows
 
 TOKENIZER = bytes(range(256)) * 20
 ORIGIN = Origin("0.1.0", "0.10.2", 320, hashlib.sha256(TOKENIZER).hexdigest(), "μ-texts", "a" * 64, "b" * 64)
@@ -43,6 +43,36 @@ def sample_tensors(seed: int = 0) -> dict:
   q = np.clip(np.rint(common + rng.standard_normal((96, 32))), -63, 63).astype(np.int8)
   tensors["tok_emb.weight"] = Grid(q, steps(96), (0, 24), 8, steps(96), group)
   tensors["softcap_pos"] = Half(np.float16(30).reshape(()))
+  return tensors
+
+
+def rate_tensors(seed: int = 0) -> dict:
+  """The same model in the forms of the rate quantiser: integers of all sizes, an embedding with a mean."""
+  rng = np.random.default_rng(seed)
+
+  def matrix(rows, columns, mean_MxN=0.0, trellis_N=None):
+    row_M = np.rint(2 * rng.standard_normal(rows) - 24).astype(np.int32)
+    column_N = np.rint(3 * rng.standard_normal(columns) - 6).astype(np.int32)
+    column_N[:2] -= 40  # two columns of tiny steps
+    scale_MxN = 0.3 * np.exp2(-(row_M[:, None] + column_N + 30) / 4)
+    q_MxN = np.rint((rng.standard_normal((rows, columns)) + mean_MxN) * scale_MxN)
+    return LogGrid(q_MxN.astype(np.int32), row_M, column_N, trellis_N)
+
+  def even(step, *shape):
+    return Even(np.rint(300 + 30 * rng.standard_normal(shape)).astype(np.int32), step)
+
+  tensors = {}
+  for i in range(2):
+    for name, rows, columns in (("c_q", 32, 32), ("proj", 32, 32), ("c_k", 16, 32), ("c_v", 16, 32)):
+      tensors[f"blocks.{i}.attn.{name}.weight"] = matrix(rows, columns)
+    tensors[f"blocks.{i}.mlp.fc.weight"] = matrix(64, 32, trellis_N=np.arange(32) < 24)
+    tensors[f"blocks.{i}.mlp.proj.weight"] = matrix(32, 64)
+    tensors[f"blocks.{i}.attn_scale"] = even(-32, 32)
+    tensors[f"blocks.{i}.attn.attn_gate_w"] = even(-40, 4, 12)
+  common = np.outer(rng.standard_normal(96) * 3, rng.standard_normal(32) * 3)
+  tensors["tok_emb.weight"] = matrix(96, 32, common, np.arange(32) % 2 == 0)
+  tensors["skip_weights"] = Even(np.zeros((0, 32), np.int32), 0)
+  tensors["softcap_pos"] = Even(np.full((), 15 << 10, np.int32), -36)
   return tensors
 
 

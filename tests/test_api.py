@@ -21,7 +21,7 @@ from pgolf_jax.judge import judge
 from pgolf_jax.judge.child import COUNTED
 from pgolf_jax.quantize import provenance
 from pgolf_jax.quantize.artifact import read, read_origin, writer
-from pgolf_jax.quantize.artifact.origin import UNKNOWN
+from pgolf_jax.quantize.artifact.header import UNKNOWN
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.settings import LoRAConfig, PhaseConfig, ShortConfig, TTTConfig

@@ -75,7 +75,7 @@ class LayerUse(NamedTuple):
     adapters: by kind, without the axis P.
     attend: (q, k, v) → y over the keys that each query may see.
     x0: [B, T, D], the normed embedding.
-    observe: called with the name and the input of every matrix; None where nobody asks.
+    watch: a `gpt.Watch`; None where nobody asks.
     tap: called with the name and the value of an activation of this use.
   """
 
@@ -85,8 +85,13 @@ class LayerUse(NamedTuple):
   attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   angles: Angles
   x0: jax.Array
-  observe: Callable[[str, jax.Array], None] | None
+  watch: Callable[[str, jax.Array, jax.Array], jax.Array] | None
   tap: Callable[[str, jax.Array], None]
+
+  def linear(self, name: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns y = x Wᵀ, or what `watch` makes of it."""
+    y = linear(x, weight)
+    return self.watch(name, x, y) if self.watch else y
 
   def adapted(self, kind: str, y: jax.Array, x: jax.Array) -> jax.Array:
     """Returns y plus what the adapter of this kind, if there is one, makes of x."""
@@ -108,10 +113,9 @@ class Attention(nnx.Module):
     B, T, _ = n.shape
 
     def project(kind: str, weight: jax.Array, heads: int) -> jax.Array:
-      return use.adapted(kind, linear(n, weight), n).reshape(B, T, heads, m.head_dim)
+      y = use.linear(f"blocks.{self.layer}.attn.c_{kind}.weight", n, weight)
+      return use.adapted(kind, y, n).reshape(B, T, heads, m.head_dim)
 
-    if use.observe:
-      use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
     q = rotate(rms_norm(project("q", w.q, m.num_heads)), use.angles)
     k = rotate(rms_norm(project("k", w.k, m.num_kv_heads)), use.angles)
     v = project("v", w.v, m.num_kv_heads)
@@ -125,9 +129,7 @@ class Attention(nnx.Module):
       gate = linear(n[..., : m.gate_window], self.attn_gate_w[...])
       y = y * jax.nn.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
     y = y.reshape(B, T, m.model_dim)
-    if use.observe:
-      use.observe(f"blocks.{self.layer}.attn.proj.weight", y)
-    return use.adapted("o", linear(y, w.o), n)
+    return use.adapted("o", use.linear(f"blocks.{self.layer}.attn.proj.weight", y, w.o), n)
 
 
 def without_own_value(y_BxTxHxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:
@@ -187,13 +189,13 @@ class Block(nnx.Module):
   def _mlp(self, x: jax.Array, use: LayerUse) -> jax.Array:
     n = rms_norm(x) * self.norm_scale
     w, slope = use.weights, self.config.leaky_relu_sq_slope
-    if use.observe:
-      use.observe(f"blocks.{self.layer}.mlp.fc.weight", n)
-      u = linear(n, w.up)
-      use.observe(f"blocks.{self.layer}.mlp.proj.weight", jnp.where(u > 0, u, slope * u) ** 2)
-    B, T, D = n.shape
-    up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
-    out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
+    if use.watch:
+      u = use.linear(f"blocks.{self.layer}.mlp.fc.weight", n, w.up)
+      out = use.linear(f"blocks.{self.layer}.mlp.proj.weight", jnp.where(u > 0, u, slope * u) ** 2, w.down)
+    else:
+      B, T, D = n.shape
+      up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
+      out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
     out = use.adapted("mlp", out, n)
     use.tap("mlp", out)
     return scaled(out, self.mlp_scale[...])

@@ -22,8 +22,11 @@ from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm, sc
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.settings import ModelConfig
 
-Collect = Callable[[str, jax.Array], Any]
-"""(name of a matrix, its input [B, T, N]) → a statistic: an array or a tree of arrays."""
+Watch = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(name of a matrix, its input [B, T, N], its output [B, T, M]) → the output with which the model goes on.
+
+It is called for every use of a matrix while the pass is traced. The embedding's input is tokens [B, T]; its use as head
+comes after the pass."""
 
 
 class Output(NamedTuple):
@@ -31,12 +34,10 @@ class Output(NamedTuple):
 
   Attributes:
     hidden: [B, T, D], after the final norm.
-    collected: matrix name → the statistics of `collect`, added up over the uses of the matrix.
     cache: for each position of the layer list, what `Context.attend` returned beside y.
   """
 
   hidden: jax.Array
-  collected: dict[str, Any]
   cache: tuple[Any, ...]
 
 
@@ -70,33 +71,25 @@ class GPT(nnx.Module):
     tokens_BxT: Int[Array, "B T"],
     context: Context,
     adaptation: Adaptation | None = None,
-    collect: Collect | None = None,
+    watch: Watch | None = None,
   ) -> Output:
     """Runs the layers.
 
     Args:
       context: what the tokens see of those before them, the form of the model and the type of the computation.
       adaptation: low-rank additions, one set for each row.
-      collect: makes a statistic of the input of every matrix, under the names of the single matrices
-        (`blocks.3.attn.c_q.weight` stands for query, key and value).
+      watch: sees, and may replace, what every matrix makes of its input. The MLP then runs without its fused kernel.
     """
     m = self.config
     adapters, scale = adaptation or Adaptation({}, 1.0)
-    x = self._embed(tokens_BxT, context)
+    x = self._embed(tokens_BxT, context, watch)
     angles = block.angles(
       context.first_position + jnp.arange(tokens_BxT.shape[1]), m.rope_dims or m.head_dim, m.rope_base
     )
     x0 = x
     tap = context.tap or (lambda name, value: None)
     tap("embedding", x)
-    collected: dict[str, Any] = {}
     cache: list[Any] = []
-
-    def observe(name: str, x_BxTxN: jax.Array) -> None:
-      statistic = collect(name, x_BxTxN)
-      if name in collected:
-        statistic = jax.tree.map(jnp.add, collected[name], statistic)
-      collected[name] = statistic
 
     def use(position: int, layer: int) -> LayerUse:
       def attend(q, k, v):
@@ -107,8 +100,7 @@ class GPT(nnx.Module):
       def tap_here(name: str, value: jax.Array) -> None:
         tap(f"{position:02d}.blocks.{layer}.{name}", value)
 
-      asked = observe if collect else None
-      return LayerUse(self._weights(layer), _at(adapters, position), scale, attend, angles, x0, asked, tap_here)
+      return LayerUse(self._weights(layer), _at(adapters, position), scale, attend, angles, x0, watch, tap_here)
 
     encoder, decoder = layer_order(m, context.looping)
     skips: list[jax.Array] = []
@@ -135,9 +127,7 @@ class GPT(nnx.Module):
       x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
     hidden = rms_norm(x)
     tap("hidden", hidden)
-    if collect:
-      observe("tok_emb.weight", hidden)
-    return Output(hidden, collected, tuple(cache))
+    return Output(hidden, tuple(cache))
 
   def logits(self, hidden_BxTxD: Float[Array, "B T D"], adaptation: Adaptation | None = None) -> jax.Array:
     """Returns the head's outputs before the softcap, [B, T, V], in the type of the hidden state."""
@@ -156,11 +146,13 @@ class GPT(nnx.Module):
       return self.softcap_pos[...], self.softcap_neg[...]
     return self.config.logit_softcap, self.config.logit_softcap
 
-  def _embed(self, tokens_BxT: jax.Array, context: Context) -> jax.Array:
+  def _embed(self, tokens_BxT: jax.Array, context: Context, watch: Watch | None) -> jax.Array:
     m, before_B, dtype = self.config, context.before_B, context.dtype
     if before_B is not None:
       tokens_BxT = jnp.concatenate([before_B[:, None], tokens_BxT], axis=1)
     x = embed(self.tok_emb.weight[...], tokens_BxT, dtype)
+    if watch:
+      x = watch("tok_emb.weight", tokens_BxT, x)
     if m.smear_gate:
       gate = jax.nn.sigmoid(linear(x[:, 1:, : m.gate_window], self.smear_gate.weight[...]))
       # A document's first token takes nothing from the document before it.

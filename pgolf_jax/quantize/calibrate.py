@@ -52,11 +52,15 @@ def calibrate(settings: Settings, params: Params, data: Path, *, world: int) -> 
   Raises:
     UserError: no shard is as long as a row.
   """
+  return moments(settings, params, calibration_rows(settings, data, world=world, length=settings.train.seq_len))
+
+
+def calibration_rows(settings: Settings, data: Path, *, world: int, length: int) -> Int[np.ndarray, "B T"]:
+  """Returns the rows of `length` tokens that calibration reads; arguments and errors as in `calibrate`."""
   shards = list_shards(data, "train")
   if settings.quantize.calibration_scope == "rank0":
     shards = shards[::world]
-  count = row_count(settings, world)
-  return moments(settings, params, draw_rows(shards, seq_len=settings.train.seq_len, count=count, seed=settings.seed))
+  return draw_rows(shards, seq_len=length, count=row_count(settings, world), seed=settings.seed)
 
 
 def row_count(settings: Settings, world: int) -> int:
@@ -111,19 +115,27 @@ def moments(
   form = {"looping": True, "dtype": jnp.dtype(settings.train.compute_dtype)}
 
   def device_moments(params, tokens_BxT, weight_B) -> dict[str, _Moments]:
-    def collect(name: str, x_BxTxN: jax.Array) -> _Moments:
-      del name
+    collected: dict[str, _Moments] = {}
+
+    def collect(name: str, x_BxTxN: jax.Array) -> None:
       x = (x_BxTxN * weight_B[:, None, None].astype(x_BxTxN.dtype)).reshape(-1, x_BxTxN.shape[-1])
       gram_NxN = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
       square_N = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
-      return _Moments(gram_NxN, square_N, jnp.sum(weight_B.astype(jnp.int32)) * length)
+      moments = _Moments(gram_NxN, square_N, jnp.sum(weight_B.astype(jnp.int32)) * length)
+      collected[name] = jax.tree.map(jnp.add, collected[name], moments) if name in collected else moments
+
+    def watch(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+      # Query, key and value have one input; the embedding multiplies the hidden state, as the head.
+      if name != "tok_emb.weight" and not name.endswith(("c_k.weight", "c_v.weight")):
+        collect(name, x)
+      return y
 
     if settings.quantize.calibration_respect_documents:
       context = packed(tokens_BxT, bos_id=settings.model.bos_id, seq_len=length, **form)
     else:
       context = segments(jnp.zeros_like(tokens_BxT), max_segment=length, **form)
-    output = bind(settings.model, params)(tokens_BxT, context, collect=collect)
-    return jax.lax.psum(output.collected, AXIS)
+    collect("tok_emb.weight", bind(settings.model, params)(tokens_BxT, context, watch=watch).hidden)
+    return jax.lax.psum(collected, AXIS)
 
   summed = jax.shard_map(device_moments, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False)
   step = jax.jit(lambda total, *arguments: jax.tree.map(jnp.add, total, summed(*arguments)), donate_argnames=("total",))

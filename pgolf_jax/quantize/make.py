@@ -1,7 +1,7 @@
 """From averaged weights to the bytes of an artifact: calibrate, quantise, encode.
 
-Recipe section 4: GPTQ on the grids of the rows for large matrices, corrected by AWQ and LQER; int8 rows for gates; fp16
-for the rest. Letters: see `pgolf_jax.quantize`.
+With `quantize.method` "gptq" as in recipe section 4: GPTQ on the grids of the rows for large matrices, corrected by AWQ
+and LQER; int8 rows for gates; fp16 for the rest. With "rate" as in `rate`. Letters: see `pgolf_jax.quantize`.
 """
 
 import dataclasses
@@ -10,15 +10,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.params import Params
+from pgolf_jax.quantize import fisher, rate
 from pgolf_jax.quantize.artifact import writer
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows, multiplies, unbank
-from pgolf_jax.quantize.calibrate import Calibration, calibrate
+from pgolf_jax.quantize.calibrate import Calibration, calibrate, calibration_rows
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
 from pgolf_jax.quantize.gptq import Grids, gptq, row_step
 from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
@@ -32,7 +34,7 @@ _GATE_SIZES = range(32, 8193)  # elements of an attention gate that is stored as
 def quantize(
   params: Mapping[str, np.ndarray], calibration: Calibration, config: QuantizeConfig
 ) -> dict[str, Quantized]:
-  """Returns every parameter of the model in its stored form, by matrix name (banks taken apart).
+  """Returns every parameter in the form that the recipe stores, by matrix name (banks taken apart).
 
   Args:
     params: fp32 parameters under their bank names.
@@ -42,10 +44,7 @@ def quantize(
   Raises:
     UserError: a large matrix has no calibration, or a value is not finite.
   """
-  matrices = {name: np.asarray(value, np.float32) for name, value in unbank(params).items()}
-  for name, value in matrices.items():
-    if not np.isfinite(value).all():
-      raise UserError(f"{name} holds values that are not finite, so it cannot be quantised; take an earlier state.")
+  matrices = _matrices(params)
   large = {name: value for name, value in matrices.items() if multiplies(name) and value.size > config.fp16_up_to}
   if missing := [name for name in large if name not in calibration.hessian or name not in calibration.act_rms]:
     raise UserError(f"There is no calibration for {', '.join(missing)}; calibrate with this model's settings.")
@@ -54,6 +53,15 @@ def quantize(
   if config.lqer:
     grids = add_low_rank(large, grids, config)
   return {name: grids[name] if name in grids else _small(name, value, config) for name, value in matrices.items()}
+
+
+def _matrices(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Every parameter in fp32, banks taken apart. Raises UserError if a value is not finite."""
+  matrices = {name: np.asarray(value, np.float32) for name, value in unbank(params).items()}
+  for name, value in matrices.items():
+    if not np.isfinite(value).all():
+      raise UserError(f"{name} holds values that are not finite, so it cannot be quantised; take an earlier state.")
+  return matrices
 
 
 def _grids(large: Mapping[str, np.ndarray], calibration: Calibration, config: QuantizeConfig) -> dict[str, Grid]:
@@ -134,10 +142,23 @@ def _levels(bits: int) -> int:
   return 2 ** (bits - 1) - 1
 
 
-_CLIPS = ("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
 _CLOSE = 0.0005  # share of the budget that may stay unused
-_TRIES = 8
-_LEAST, _MOST = 0.2, 8.0  # multiplier of the clips
+_TRIES = 12
+
+
+class _Scale(NamedTuple):
+  """How a method trades bytes for loss: one multiplier of some of its settings; the larger, the fewer the bytes."""
+
+  names: tuple[str, ...]
+  least: float
+  most: float
+
+
+SCALES = {
+  "gptq": _Scale(("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"), 0.2, 8.0),
+  "rate": _Scale(("step",), 2.0**-14, 2.0**14),
+}
+"""By `quantize.method`: clips, or the step that all others are multiples of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +166,7 @@ class Made:
   """An artifact and how it was made."""
 
   data: bytes
-  config: QuantizeConfig  # with the clips that were used
+  config: QuantizeConfig  # with the clips or the step that were used
   seconds: dict[str, float]  # by step: calibrate, quantize, encode
 
 
@@ -157,20 +178,21 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
     params: the averaged weights, fp32.
     data: folder with the training shards and the tokenizer.
     world: ranks of the run; see `calibrate`.
-    fit_bytes: searches one multiplier of all clips such that the artifact takes as many bytes as possible up to this.
+    fit_bytes: searches one multiplier of all clips, or of the step, such that the artifact takes as many bytes as
+      possible up to this.
 
   Raises:
     UserError: no multiplier within reason makes it fit, or as `calibrate` and `quantize`.
   """
   params = {name: np.asarray(value, np.float32) for name, value in params.items()}
   began = time.perf_counter()
-  calibration = calibrate(settings, params, data, world=world)
+  rounded = _rounder(settings, params, data, world)
   seconds = {"calibrate": time.perf_counter() - began, "quantize": 0.0, "encode": 0.0}
   origin, tokenizer = origin_of(settings, data), tokenizer_to_embed(settings, data)
 
   def attempt(config: QuantizeConfig) -> bytes:
     began = time.perf_counter()
-    tensors = quantize(params, calibration, config)
+    tensors = rounded(config)
     quantized = time.perf_counter()
     carried = portable(dataclasses.replace(settings, quantize=config))
     with progress("encoding the artifact"):
@@ -185,6 +207,19 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
   return Made(artifact, config, seconds)
 
 
+def _rounder(
+  settings: Settings, params: Mapping[str, np.ndarray], data: Path, world: int
+) -> Callable[[QuantizeConfig], dict[str, Quantized]]:
+  """Calibrates, and returns what makes stored forms of the parameters under a config of the same method."""
+  if settings.quantize.method == "gptq":
+    calibration = calibrate(settings, params, data, world=world)
+    return lambda config: quantize(params, calibration, config)
+  weights = _matrices(params)
+  rows_BxT1 = calibration_rows(settings, data, world=world, length=settings.train.seq_len + 1)
+  solver = rate.Solver(weights, fisher.measure(settings, params, rows_BxT1), settings.quantize)
+  return lambda config: solver.solve(config.step)
+
+
 def portable(settings: Settings) -> dict:
   """Returns the settings that travel in an artifact: all but the paths of the machine that made it."""
   config = to_dict(settings)
@@ -193,31 +228,33 @@ def portable(settings: Settings) -> dict:
 
 
 def scaled(config: QuantizeConfig, multiplier: float) -> QuantizeConfig:
-  """Returns the config with every clip multiplied: the larger, the coarser the grids and the fewer the bytes."""
-  return dataclasses.replace(config, **{name: round(getattr(config, name) * multiplier, 4) for name in _CLIPS})
+  """Returns the config with every clip, or the step, multiplied: the larger, the coarser and the fewer the bytes."""
+  values = {name: getattr(config, name) * multiplier for name in SCALES[config.method].names}
+  return dataclasses.replace(config, **{name: float(f"{value:.6g}") for name, value in values.items()})
 
 
 def fit(
   config: QuantizeConfig, attempt: Callable[[QuantizeConfig], bytes], budget: int, parameters: int
 ) -> tuple[QuantizeConfig, bytes]:
-  """Finds the finest grids whose artifact has at most `budget` bytes, by one multiplier of all clips.
+  """Finds the finest grids whose artifact has at most `budget` bytes, by one multiplier of all clips or of the step.
 
   Halving a grid's step costs every value one bit: bytes ≈ b − parameters/8 · log2(multiplier). Each attempt corrects b;
   once one attempt is too large and another is not, the next lies between them.
 
   Args:
-    config: with the clips that multiplier 1 stands for.
+    config: with the clips or the step that multiplier 1 stands for.
     attempt: makes the artifact of a config.
     budget: bytes.
     parameters: of the model.
 
   Returns:
-    The config with its clips, and the artifact's bytes.
+    The config with its clips or step, and the artifact's bytes.
 
   Raises:
     UserError: even the coarsest grids are too large.
   """
-  low, high = _LEAST, _MOST  # the multiplier sought lies between them
+  _, least, most = SCALES[config.method]
+  low, high = least, most  # the multiplier sought lies between them
   multiplier, best = 1.0, None
   for _ in range(_TRIES):
     tried = scaled(config, multiplier)
@@ -225,20 +262,20 @@ def fit(
     if len(data) <= budget:
       if best is None or len(data) > len(best[1]):
         best = tried, data
-      if len(data) >= budget * (1 - _CLOSE) or multiplier <= _LEAST:
+      if len(data) >= budget * (1 - _CLOSE) or multiplier <= least:
         break
       high = min(high, multiplier)
     else:
-      if multiplier >= _MOST:
+      if multiplier >= most:
         break
       low = max(low, multiplier)
     aim = budget * (1 - _CLOSE / 2)
     guess = multiplier * 2 ** ((len(data) - aim) * 8 / parameters)
-    bracketed = low > _LEAST and high < _MOST
+    bracketed = low > least and high < most
     multiplier = guess if low < guess < high else math.sqrt(low * high) if bracketed else min(max(guess, low), high)
   if best is None:
     raise UserError(
-      f"No clip up to {_MOST:g} times the configured ones brings the artifact below {budget:,} bytes "
-      f"(the last try took {len(data):,}); lower quantize.matrix_bits or train a smaller model."
+      f"No {' or '.join(SCALES[config.method].names)} up to {most:g} times the configured brings the artifact below "
+      f"{budget:,} bytes (the last try took {len(data):,}); train a smaller model."
     )
   return best

@@ -14,7 +14,7 @@ from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Origin, read_origin
 from pgolf_jax.quantize.artifact.codecs import zstd
-from pgolf_jax.quantize.artifact.origin import UNKNOWN
+from pgolf_jax.quantize.artifact.header import UNKNOWN
 from pgolf_jax.runtime.log import log
 from pgolf_jax.settings import Settings
 

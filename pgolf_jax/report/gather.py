@@ -15,7 +15,7 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.kernels.hardware import Peaks, peaks
 from pgolf_jax.model import flops
 from pgolf_jax.quantize import artifact
-from pgolf_jax.quantize.artifact import reader
+from pgolf_jax.quantize.artifact import header
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.files import file_hash, json_hash, read_json_lines
 from pgolf_jax.scoring.record import read_scores
@@ -294,9 +294,9 @@ def _streams(run: RunFolder) -> list[StreamSize]:
   if not run.artifact.is_file():
     raise Absent("there is no artifact yet; the stage after training makes it.")
   held = artifact.read(run.artifact.read_bytes())
-  table = [reader.describe(name, tensor) for name, tensor in held.tensors.items()]
+  table = [header.describe(name, tensor) for name, tensor in held.tensors.items()]
   values = {
-    stream.name: sum(math.prod(shape) for *_, shape in stream.arrays) for stream in reader.split(table)
+    stream.name: sum(math.prod(shape) for *_, shape in stream.arrays) for stream in header.split(table)
   }  # fmt: skip
   return [StreamSize(name, size, values.get(name, 0)) for name, size in held.stream_bytes.items()]
 

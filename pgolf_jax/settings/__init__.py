@@ -248,6 +248,13 @@ class EvalConfig:
 class QuantizeConfig:
   """How averaged weights become an artifact."""
 
+  method: Literal["gptq", "rate"] = setting(
+    "gptq", None, None,
+    "gptq: grids of few bits with clips, as in the record; rate: steps where the loss says, priced by entropy",
+  )  # fmt: skip
+  step: float = setting(
+    0.00025, None, POSITIVE, "rate: what every step is a multiple of; half of it takes a bit more for each weight"
+  )
   matrix_bits: int = setting(6, "MATRIX_BITS", BITS, "bits of the matrices")
   embed_bits: int = setting(7, "EMBED_BITS", BITS, "bits of the embedding")
   matrix_clip_sigmas: float = setting(

@@ -22,7 +22,7 @@ from pathlib import Path
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
-from pgolf_jax.quantize.artifact.reader import describe, split
+from pgolf_jax.quantize.artifact.header import describe, split
 from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.runtime.log import progress

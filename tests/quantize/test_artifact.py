@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from artifact_samples import CONFIG, ORIGIN, TOKENIZER, sample_tensors, sealed, with_header
+from artifact_samples import CONFIG, ORIGIN, TOKENIZER, rate_tensors, sample_tensors, sealed, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,35 +17,46 @@ from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.quantize.artifact import Origin, load, read, read_origin, reader
 from pgolf_jax.quantize.artifact.codecs import NAMES, ans
 from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids
-from pgolf_jax.quantize.artifact.tensors import Grid, Half, LowRank, unbank
+from pgolf_jax.quantize.artifact.tensors import Even, Grid, Half, LogGrid, LowRank, unbank
 from pgolf_jax.quantize.artifact.writer import write
 
 VECTORS = Path(__file__).parent / "vectors"
 WHOLE = {name: write(CONFIG, sample_tensors(), name, ORIGIN, TOKENIZER) for name in NAMES}
+RATE = {name: write(CONFIG, rate_tensors(), name, ORIGIN, TOKENIZER) for name in NAMES}
 both_codecs = pytest.mark.parametrize("name", NAMES)
 
 
+both_forms = pytest.mark.parametrize(
+  ("files", "tensors"), [(WHOLE, sample_tensors()), (RATE, rate_tensors())], ids=["gptq", "rate"]
+)
+
+
 @both_codecs
-def test_everything_comes_back(name):
-  tensors = sample_tensors()
-  artifact = read(WHOLE[name])
+@both_forms
+def test_everything_comes_back(name, files, tensors):
+  artifact = read(files[name])
   assert artifact.config == CONFIG and artifact.codec == name
   assert artifact.origin == ORIGIN and artifact.tokenizer == TOKENIZER
   assert list(artifact.tensors) == list(tensors)
-  assert sum(artifact.stream_bytes.values()) == len(WHOLE[name])
+  assert sum(artifact.stream_bytes.values()) == len(files[name])
   for key, tensor in tensors.items():
     assert type(artifact.tensors[key]) is type(tensor)
+    for field, value in vars(tensor).items():
+      if isinstance(value, np.ndarray):
+        stored = getattr(artifact.tensors[key], field)
+        assert stored.dtype == value.dtype and np.array_equal(stored, value), (key, field)
     assert np.array_equal(artifact.tensors[key].dequantize(), tensor.dequantize()), key
 
 
 @both_codecs
-def test_writing_what_was_read_gives_the_same_file(name):
-  artifact = read(WHOLE[name])
-  assert write(artifact.config, artifact.tensors, artifact.codec, artifact.origin, artifact.tokenizer) == WHOLE[name]
+@both_forms
+def test_writing_what_was_read_gives_the_same_file(name, files, tensors):
+  artifact = read(files[name])
+  assert write(artifact.config, artifact.tensors, artifact.codec, artifact.origin, artifact.tokenizer) == files[name]
 
 
 @both_codecs
-@pytest.mark.parametrize("version", ["", ".2"], ids=["version 1", "version 2"])
+@pytest.mark.parametrize("version", ["", ".2", ".3"], ids=["version 1", "version 2", "version 3"])
 def test_stored_artifact_decodes_to_the_same_bits(name, version):
   """`python tests/quantize/vectors/make.py` made these files, once."""
   stored = (VECTORS / f"{name}{version}.pgolf").read_bytes()
@@ -53,15 +64,21 @@ def test_stored_artifact_decodes_to_the_same_bits(name, version):
   assert (artifact.origin, artifact.tokenizer) == ((ORIGIN, TOKENIZER) if version else (Origin(), None))
   params = artifact.params()
   hashes = {key: hashlib.sha256(np.ascontiguousarray(v, "<f4").tobytes()).hexdigest() for key, v in params.items()}
-  assert hashes == json.loads((VECTORS / "params.json").read_text())
+  assert hashes == json.loads((VECTORS / f"params{version if version == '.3' else ''}.json").read_text())
 
 
-def test_params_are_in_banks():
-  params = read(WHOLE["entropy"]).params()
+@both_codecs
+def test_files_of_old_forms_stay_what_they_were(name):
+  assert WHOLE[name] == (VECTORS / f"{name}.2.pgolf").read_bytes()
+
+
+@both_forms
+def test_params_are_in_banks(files, tensors):
+  params = read(files["entropy"]).params()
   assert params["qo_bank"].shape == (4, 32, 32) and params["mlp_down_bank"].shape == (2, 32, 64)
   assert all(value.dtype == np.float32 for value in params.values())
   for key, value in unbank(params).items():
-    assert np.array_equal(value, sample_tensors()[key].dequantize()), key
+    assert np.array_equal(value, tensors[key].dequantize()), key
 
 
 def test_low_rank_product_is_a_chain_of_fused_multiply_adds():
@@ -157,6 +174,69 @@ def test_hostile_headers_are_refused(name, path, value, match):
   refused(with_header(WHOLE[name], edit(path, value)), match)
 
 
+RATE_NAMES = list(rate_tensors())
+FC, SCALE = RATE_NAMES.index("blocks.0.mlp.fc.weight"), RATE_NAMES.index("blocks.0.attn_scale")
+
+
+@both_codecs
+@pytest.mark.parametrize(
+  ("path", "value", "match"),
+  [
+    (["tensors", FC, 2], [1 << 18, 1 << 18], "claims .* parameters"),
+    (["tensors", FC, 2], [(1 << 18) + 1, 1], "impossible shape"),
+    (["tensors", FC, 2], [64, 0], "impossible shape"),
+    (["tensors", FC, 2], [64], "impossible shape"),
+    (["tensors", FC, 3], 1, "odd trellis"),
+    (["tensors", FC, 3], [], "odd trellis"),
+    (["tensors", FC, 3], False, "damaged"),
+    (["tensors", FC], ["log", "blocks.0.mlp.fc.weight", [64, 32]], "odd trellis"),
+    (["tensors", SCALE, 3], 401, "impossible step"),
+    (["tensors", SCALE, 3], -1.0, "impossible step"),
+    (["tensors", SCALE, 3], True, "impossible step"),
+    (["tensors", SCALE], ["even", "blocks.0.attn_scale", [32]], "impossible step"),
+    (["tensors", SCALE, 2], [1 << 40], "impossible shape"),
+    (["tensors", SCALE, 0], "log", "impossible shape"),
+    (["tensors", FC, 0], "rows", "too many fields"),
+  ],
+)
+def test_hostile_headers_of_the_rate_forms_are_refused(name, path, value, match):
+  refused(with_header(RATE[name], edit(path, value)), match)
+
+
+def test_an_old_version_has_no_new_forms():
+  refused(sealed(RATE["zstd"][:8] + b"\x02\x00" + RATE["zstd"][10:]), "forms that version 2 does not know")
+  assert read(sealed(WHOLE["zstd"][:8] + b"\x03\x00" + WHOLE["zstd"][10:])).config == CONFIG
+
+
+@both_codecs
+@pytest.mark.parametrize(
+  ("tensor", "match"),
+  [
+    (LogGrid(np.full((2, 2), 1 << 24), np.zeros(2, int), np.zeros(2, int)), "w holds integers beyond"),
+    (LogGrid(np.zeros((2, 2), int), np.full(2, 201), np.zeros(2, int)), "beyond -200 … 200"),
+    (LogGrid(np.zeros((2, 2), int), np.zeros(2, int), np.full(2, -201)), "beyond -200 … 200"),
+    (LogGrid(np.zeros((2, 2), int), np.zeros(2, int), np.zeros(2, int), np.full(2, 2)), "beyond 0 … 1"),
+    (Even(np.full(3, -(1 << 24)), 0), "w holds integers beyond"),
+    (Even(np.zeros(3, int), 401), "impossible step"),
+  ],
+)
+def test_what_no_reader_takes_is_not_written(name, tensor, match):
+  with pytest.raises(ArtifactError, match=match):
+    write({}, {"w": tensor}, name)
+
+
+@both_codecs
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_integers_on_the_largest_and_smallest_steps_are_finite(name, sign):
+  steps = np.full(40, sign * 200, np.int32)
+  q = np.full((40, 40), (1 << 24) - 1, np.int32)
+  q[::2] *= -1
+  tensors = {"w": LogGrid(q, steps, steps, np.arange(40) < 9), "x": Even(q, sign * 400)}
+  params = read(write({}, tensors, name)).params()
+  for key, tensor in tensors.items():
+    assert np.isfinite(params[key]).all() and np.array_equal(params[key], tensor.dequantize())
+
+
 def test_a_version_has_its_own_parts():
   """The parts of version 1 under the number of version 2, and the other way round."""
   old = (VECTORS / "zstd.pgolf").read_bytes()
@@ -232,7 +312,7 @@ def test_any_damage_is_an_error(name, data):
 @given(data=st.data())
 def test_damage_under_a_forged_checksum_is_an_error_or_other_weights(name, data):
   """Any bytes decode to some symbols, so other weights may result, but they have the declared shapes."""
-  whole = bytearray(WHOLE[name])
+  whole = bytearray(data.draw(st.sampled_from([WHOLE, RATE]))[name])
   for _ in range(data.draw(st.integers(1, 4))):
     place = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -283,7 +363,7 @@ def test_any_header_is_an_error_or_an_artifact(name, data):
         table[a], table[b] = table[b], table[a]
 
   with contextlib.suppress(ArtifactError):
-    read(with_header(WHOLE[name], change)).params()
+    read(with_header(data.draw(st.sampled_from([WHOLE, RATE]))[name], change)).params()
 
 
 @both_codecs
@@ -294,13 +374,16 @@ def test_any_header_is_an_error_or_an_artifact(name, data):
     ["grid", "w", [1 << 17, 32], None, None],
     ["half", "w", [1 << 22]],
     ["rows", "w", [1 << 11, 1 << 11]],
+    ["log", "w", [1 << 11, 1 << 11], True],
+    ["log", "w", [1 << 18, 16], False],
+    ["even", "w", [1 << 22], 0],
   ],
-  ids=["square", "tall", "half", "rows"],
+  ids=["square", "tall", "half", "rows", "log", "tall log", "even"],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_memory_stays_below_twice_what_the_table_declares(name, entry, seed):
   """A short file whose table declares large tensors takes the memory of those tensors at most, or is an error."""
-  streams = 1 if entry[0] == "half" else 2
+  streams = 1 if entry[0] in ("half", "even") else 2
   body = np.random.default_rng(seed).bytes(64 * streams)
   if name == "entropy":  # a method, where one is named, that reads on past the end
     body = b"\0" * 5 + body[5:]
@@ -311,7 +394,7 @@ def test_memory_stays_below_twice_what_the_table_declares(name, entry, seed):
     read(sealed(forged[:header_bytes] + body)).params()
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert peak < 2 * 4 * (1 << 22)  # fp32 weights
+  assert peak < 2 * 4 * (1 << 22) + (reader.WORKING_BYTES if entry[0] in ("log", "even") else 0)  # fp32 weights
 
 
 def test_memory_of_a_whole_model_stays_below_twice_its_weights():

@@ -32,9 +32,16 @@ def inputs_of_matrices(params, rows, respect_documents: bool) -> dict[str, list[
 
   def forward(params):
     inputs: dict[str, list] = {}
-    # Collected on the side and returned one by one: the model would add up what the collector returns.
-    collect = lambda name, x: inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))  # noqa: E731
-    bind(MODEL, params)(rows, context, collect=collect)
+
+    def keep(name: str, x) -> None:
+      inputs.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+
+    def watch(name, x, y):
+      if name != "tok_emb.weight" and not name.endswith(("c_k.weight", "c_v.weight")):
+        keep(name, x)
+      return y
+
+    keep("tok_emb.weight", bind(MODEL, params)(rows, context, watch=watch).hidden)
     return inputs
 
   return {name: [np.asarray(x, np.float64) for x in uses] for name, uses in jax.jit(forward)(params).items()}

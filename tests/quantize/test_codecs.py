@@ -88,7 +88,7 @@ def test_rows_and_columns_that_share_a_mean_take_less():
   drift = rng.standard_normal(128) * 6
   share = (rng.random((900, 1)) < 0.4).astype(float)
   q = rounded_noise(4, (900, 128), np.where(share > 0, 1.0, 4.0), share * drift, limit=63)
-  model = search.fit(q)
+  model = search.fit_grid(q)
   assert model.mean is not None and len(np.unique(model.row_M)) > 1
   assert len(assert_returns("entropy", "grid", [q])) < 0.77 * entropy_bytes(q)
 
@@ -106,20 +106,20 @@ def test_the_strongest_direction_comes_first_however_it_is_spread():
 def test_wide_matrices_have_a_mean_too():
   rng = np.random.default_rng(5)
   q = rounded_noise(6, (96, 700), 2.0, np.outer(rng.standard_normal(96), 4 * rng.standard_normal(700)))
-  model = search.fit(q)
+  model = search.fit_grid(q)
   assert model.mean is not None and model.mean.flipped
   assert len(assert_returns("entropy", "grid", [q])) < 0.85 * entropy_bytes(q)
 
 
 def test_noise_has_no_mean():
-  assert search.fit(rounded_noise(7, (512, 300))).mean is None
+  assert search.fit_grid(rounded_noise(7, (512, 300))).mean is None
 
 
 @pytest.mark.parametrize("shape", [(256, 288), (400, 256)])
 def test_a_few_wide_columns_are_no_mean(shape):
   width = np.where(np.arange(shape[1]) // 32 == 2, 16.0, 4.0)  # an AWQ group on its finer grid
   q = rounded_noise(10, shape, width, limit=127)
-  assert search.fit(q).mean is None
+  assert search.fit_grid(q).mean is None
   assert len(assert_returns("entropy", "grid", [q])) < 1.01 * (2.047 + np.log2(width)).sum() * shape[0] / 8
 
 

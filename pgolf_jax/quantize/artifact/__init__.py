@@ -5,7 +5,7 @@ what a file holds, and `writer.write` makes a file's bytes. A submission ships t
 `codecs.search`.
 """
 
-from pgolf_jax.quantize.artifact.origin import Origin
+from pgolf_jax.quantize.artifact.header import Origin
 from pgolf_jax.quantize.artifact.reader import Artifact, load, read, read_origin
 
 __all__ = ["Artifact", "Origin", "load", "read", "read_origin"]

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from pgolf_jax.quantize.artifact.codecs.integers import SEGMENT, parities
+
 _SLAB = 1 << 18  # values of a product worked on at a time
 
 
@@ -136,31 +138,47 @@ class Grid(Stored):
 
 OCTAVE = 4
 """Steps of a `LogGrid` for each factor of two."""
+MAX_STEP = 200
+"""Classes of rows and of columns are at most this in size, so that every weight is finite."""
 # 2^(i/4), i = 0 … 3, in float32.
 _ROOTS = np.array([1.0, 1.1892071150027210667, 1.4142135623730950488, 1.6817928305074290861], np.float32)
 
 
 def log_step(classes: np.ndarray) -> np.ndarray:
   """Returns 2^(class / OCTAVE) in fp32, the same bits on every machine."""
-  octave, part = np.divmod(classes, OCTAVE)
-  return np.ldexp(_ROOTS[part], octave)
+  low = int(classes.min(initial=0))
+  octave, part = np.divmod(np.arange(low, int(classes.max(initial=0)) + 1), OCTAVE)
+  return np.ldexp(_ROOTS[part], octave)[classes - low]
 
 
 @dataclasses.dataclass(frozen=True)
 class LogGrid(Stored):
-  """A matrix whose steps are the product of a row's and a column's: q_ij · 2^((row_i + column_j) / OCTAVE)."""
+  """A matrix whose steps are the product of a row's and a column's: q_ij · 2^((row_i + column_j) / OCTAVE).
+
+  In columns under a trellis it is q_ij + parity_ij / 2: the parities follow from the integers above (`parities`), so
+  that each value lies on one of two grids at half their spacing.
+  """
 
   q_MxN: np.ndarray  # int32, below 2^24 in size
   row_M: np.ndarray  # int32
   column_N: np.ndarray  # int32
+  trellis_N: np.ndarray | None = None  # bool; None if no column is under a trellis
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.q_MxN.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    for slab in _slabs(self.shape):
-      out[slab] = self.q_MxN[slab] * log_step(self.row_M[slab][:, None] + self.column_N)
+    rows = SEGMENT * max(1, _SLAB // self.shape[1] // SEGMENT)  # trellises begin with a slab
+    for row in _slices(self.shape[0], rows):
+      for column in _slices(self.shape[1], _SLAB // SEGMENT):
+        q_MxN = self.q_MxN[row, column]
+        # In fp32 where that holds halves; either way a weight is rounded once.
+        value_MxN = q_MxN.astype(np.float32 if np.abs(q_MxN).max(initial=0) < 1 << 22 else np.float64)
+        if self.trellis_N is not None:
+          trellis_K = np.flatnonzero(self.trellis_N[column])
+          value_MxN[:, trellis_K] += 0.5 * parities((q_MxN[:, trellis_K] & 1).astype(np.uint8))
+        out[row, column] = value_MxN * log_step(self.row_M[row][:, None] + self.column_N[column])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +193,18 @@ class Even(Stored):
     return self.q.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    out[...] = self.q * log_step(np.asarray(self.step))
+    step, q, values = log_step(np.array([self.step])), self.q.reshape(-1), out.reshape(-1)
+    for part in _slices(len(q), _SLAB):
+      values[part] = q[part] * step
 
 
 def _slabs(shape: tuple[int, int]) -> Iterator[slice]:
   """Yields the rows of a matrix in slices of at most `_SLAB` values, or one row."""
-  rows = max(1, _SLAB // shape[1])
-  return (slice(first, first + rows) for first in range(0, shape[0], rows))
+  return _slices(shape[0], max(1, _SLAB // shape[1]))
+
+
+def _slices(size: int, most: int) -> Iterator[slice]:
+  return (slice(first, first + most) for first in range(0, size, most))
 
 
 Quantized = Half | Rows | Grid | LogGrid | Even

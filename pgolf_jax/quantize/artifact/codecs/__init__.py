@@ -6,8 +6,9 @@ the model that an array is encoded under, is of no use to a reader and does not 
 
 from typing import Literal
 
-Content = Literal["grid", "small", "half"]
-"""What a stream holds: int8 matrices of one kind from the quantiser, other int8 arrays, or float16 arrays."""
+Content = Literal["grid", "small", "half", "matrix", "integers"]
+"""What a stream holds: int8 matrices of one kind from the quantiser, other int8 arrays, float16 arrays, int32 matrices
+of one kind whose steps are known, or other int32 arrays."""
 
 NAMES = ("zstd", "entropy")
 """The codecs; a file stores the index."""

@@ -22,7 +22,7 @@ Distribution = constriction.stream.model.Categorical
 
 SLAB = 1 << 16  # symbols that are held in a wider type at a time
 _FIRST_CHUNK = 16
-_COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
+COUNT_WEIGHT = 32  # of one observed symbol, against the 1 that every symbol starts with
 
 
 def distribution(weights: np.ndarray) -> Distribution:
@@ -69,11 +69,45 @@ class Reader:
       raise ArtifactError("A stream of the artifact has bytes left over: it is damaged.")
 
 
+_RAW_BITS = 8  # stored at once
+RAW = [distribution(np.ones(max(2, 1 << bits))) for bits in range(_RAW_BITS + 1)]
+"""Uniform distributions by number of bits."""
+_LENGTH = distribution(np.ones(33))
+
+
+def put_bits(writer: Writer, values: np.ndarray, bits: int) -> None:
+  """Writes the lowest bits of each value as they are."""
+  for first in range(0, bits, _RAW_BITS):
+    count = min(_RAW_BITS, bits - first)
+    writer.put(values >> first & ((1 << count) - 1), RAW[count])
+
+
+def take_bits(reader: Reader, count: int, bits: int) -> np.ndarray:
+  """Reads what `put_bits` wrote, int32."""
+  values = np.zeros(count, np.int32)
+  for first in range(0, bits, _RAW_BITS):
+    values |= reader.take(count, RAW[min(_RAW_BITS, bits - first)]) << first
+  return values
+
+
+def put_number(writer: Writer, number: int) -> None:
+  """Writes a whole number below 2^31 in size: the bits that it takes, and these."""
+  zigzag = number * 2 if number >= 0 else -2 * number - 1
+  writer.put(np.array([zigzag.bit_length()]), _LENGTH)
+  put_bits(writer, np.array([zigzag]), zigzag.bit_length())
+
+
+def take_number(reader: Reader) -> int:
+  bits = int(reader.take(1, _LENGTH)[0])
+  zigzag = int(take_bits(reader, 1, bits)[0]) & 0xFFFFFFFF
+  return -(zigzag + 1 >> 1) if zigzag & 1 else zigzag >> 1
+
+
 def put_counted(writer: Writer, symbols: np.ndarray, alphabet: int) -> None:
   """Writes symbols of 0 … alphabet − 1 in growing chunks, each under the counts of all before it."""
   counts = np.zeros(alphabet, np.int64)
-  for start, end in _chunks(len(symbols)):
-    writer.put(symbols[start:end], distribution(1 + _COUNT_WEIGHT * counts))
+  for start, end in chunks(len(symbols)):
+    writer.put(symbols[start:end], distribution(1 + COUNT_WEIGHT * counts))
     _add_counts(counts, symbols[start:end])
 
 
@@ -81,8 +115,8 @@ def take_counted(reader: Reader, count: int, alphabet: int) -> np.ndarray:
   """Reads what `put_counted` wrote, as 16-bit numbers so that they take less memory than the weights."""
   symbols = np.zeros(count, np.int16)
   counts = np.zeros(alphabet, np.int64)
-  for start, end in _chunks(count):
-    symbols[start:end] = reader.take(end - start, distribution(1 + _COUNT_WEIGHT * counts))
+  for start, end in chunks(count):
+    symbols[start:end] = reader.take(end - start, distribution(1 + COUNT_WEIGHT * counts))
     _add_counts(counts, symbols[start:end])
   return symbols
 
@@ -92,7 +126,7 @@ def _add_counts(counts: np.ndarray, symbols: np.ndarray) -> None:
     counts += np.bincount(symbols[start : start + SLAB], minlength=len(counts))
 
 
-def _chunks(count: int) -> list[tuple[int, int]]:
+def chunks(count: int) -> list[tuple[int, int]]:
   """Returns bounds that cut `count` into chunks, each a quarter of all before it, but at least 16."""
   bounds = [0]
   while bounds[-1] < count:

@@ -1,13 +1,13 @@
 """The `entropy` codec: an ANS coder under a model of what each kind of array holds.
 
-Grids are coded under the models of grids.py. An fp16 value is split into a high part (sign, exponent, leading digits),
-which is coded under the counts of those before it, and a low part, which is nearly noise and stored as it is. Small
-integers are coded under counts. All distributions are built from whole numbers alone.
+Grids are coded under the models of grids.py, matrices of integers of any size and other arrays of them under those of
+integers.py. An fp16 value is split into a high part (sign, exponent, leading digits), which is coded under the counts
+of those before it, and a low part, which is nearly noise and stored as it is. Integers of 8 bits are coded under
+counts. All distributions are built from whole numbers alone.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -23,7 +23,14 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   put_counted,
   take_counted,
 )
-from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids, take_grids
+from pgolf_jax.quantize.artifact.codecs.grids import put_grids, take_grids
+from pgolf_jax.quantize.artifact.codecs.integers import (
+  Steps,
+  put_integers,
+  put_matrices,
+  take_integers,
+  take_matrices,
+)
 
 _LOW_BITS = 6  # of a float16, stored as they are
 _LOW = distribution(np.ones(1 << _LOW_BITS))
@@ -31,23 +38,36 @@ _HIGH_ALPHABET = 1 << (16 - _LOW_BITS)
 _COUNTED, _ZSTD = 0, 1  # first byte of a stream that holds no grids
 
 
-def encode(content: Content, arrays: Sequence[np.ndarray], models: Sequence[Model] = ()) -> bytes:
+def encode(content: Content, arrays: Sequence[np.ndarray], models: Sequence = (), steps: Sequence[Steps] = ()) -> bytes:
   """Encodes the arrays of one stream.
 
   Args:
-    models: one for each array of content "grid", as `search.fit` chooses them.
+    models: what arrays of content "grid", "matrix" or "integers" are stored under, as search.py chooses it.
+    steps: of each matrix, for content "matrix".
   """
-  if content == "grid":
-    return _written(partial(put_grids, models=models), arrays)
+  match content:
+    case "grid":
+      return _written(put_grids, arrays, models)
+    case "matrix":
+      return _written(put_matrices, arrays, steps, models)
+    case "integers":
+      return _written(put_integers, arrays, models)
   # Zstandard is smaller for a model that has hardly been trained: rows of equal norm and scales still at 1 repeat.
   counted = bytes([_COUNTED]) + _written(_put_halves if content == "half" else _put_small, arrays)
   return min(counted, bytes([_ZSTD]) + zstd.encode(content, arrays), key=len)
 
 
-def decode(content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def decode(
+  content: Content, data: bytes, shapes: Sequence[tuple[int, ...]], steps: Sequence[Steps] = ()
+) -> list[np.ndarray]:
   """Returns arrays of exactly these shapes. Raises ArtifactError if `data` cannot hold them."""
-  if content == "grid":
-    return _read(take_grids, data, shapes)
+  match content:
+    case "grid":
+      return _read(take_grids, data, shapes)
+    case "matrix":
+      return _read(take_matrices, data, shapes, steps)
+    case "integers":
+      return _read(take_integers, data, shapes)
   method = bytes(data[:1])
   if method == bytes([_ZSTD]):
     return zstd.decode(content, data[1:], shapes)
@@ -56,15 +76,15 @@ def decode(content: Content, data: bytes, shapes: Sequence[tuple[int, ...]]) -> 
   return _read(_take_halves if content == "half" else _take_small, data[1:], shapes)
 
 
-def _written(put: Callable, arrays: Sequence[np.ndarray]) -> bytes:
+def _written(put: Callable, *what: Sequence) -> bytes:
   writer = Writer()
-  put(writer, arrays)
+  put(writer, *what)
   return writer.finish()
 
 
-def _read(take: Callable, data: bytes, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+def _read(take: Callable, data: bytes, *what: Sequence) -> list[np.ndarray]:
   reader = Reader(data)
-  arrays = take(reader, shapes)
+  arrays = take(reader, *what)
   reader.finish()
   return arrays
 

@@ -50,37 +50,55 @@ _MAX_SHIFT = 7
 _BASIS = distribution(ans.weights(CENTRE + 3 * STEPS, 0, 0, -B_LIMIT, B_LIMIT))
 _ROW_CENTRE = 128  # row classes are stored as 0 … 255
 _CELL = 1 << 20  # values
+_MOST_MEAN = 1 << 24  # with scales
 _FREE_CELLS, _VALUES_PER_CELL = 1 << 14, 1 << 8  # of a stream; a trained model has thousands of values to a cell
 _REACH = 255  # of an integer less its mean: −128 … 127 less −127 … 127
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """mean_MxN = A·B · factor / 2^16 in units of 1/PHASES; of the transposed matrix where `flipped`."""
+  """mean_MxN = A·B · factor / 2^16 in units of 1/PHASES; of the transposed matrix where `flipped`.
+
+  With scales it is A·B times those of a value's row and column, which hold the factor, and may be of any size.
+  """
 
   a_MxR: np.ndarray  # int32
   b_RxN: np.ndarray  # int32
   factor: int
   flipped: bool
+  scales: tuple[np.ndarray, np.ndarray] | None = None  # float64 [M], [N]
 
   @property
   def rank(self) -> int:
     return self.b_RxN.shape[0]
 
+  def leading(self, rank: int) -> "Mean":
+    """Returns the mean of the first directions only."""
+    return dataclasses.replace(self, a_MxR=self.a_MxR[:, :rank], b_RxN=self.b_RxN[:rank])
+
   def phases(self, row=slice(None), column=slice(None)) -> np.ndarray:
-    """Returns a part of the mean, int32 [columns, rows], in units of 1/PHASES and within the range of int8.
+    """Returns a part of the mean, int32 [columns, rows], in units of 1/PHASES.
 
     Args:
       row, column: indices of the part.
     """
     left, right = (column, row) if self.flipped else (row, column)
     a_MxR, b_RxN = self.a_MxR[left], self.b_RxN[:, right].astype(np.float64)
+    if self.scales is not None:
+      scale_M, scale_N = (scale[part] for scale, part in zip(self.scales, (row, column), strict=True))
+      scale_M, scale_N = (scale_N, scale_M) if self.flipped else (scale_M, scale_N)
     mean_MxN = np.empty((a_MxR.shape[0], b_RxN.shape[1]), np.int32)
     rows = max(1, SLAB // max(1, b_RxN.shape[1]))
     for first in range(0, len(mean_MxN), rows):  # a slab at a time, for the memory that wide types take
-      product = np.matmul(a_MxR[first : first + rows].astype(np.float64), b_RxN).astype(np.int64)
-      product = (product * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
-      mean_MxN[first : first + rows] = np.clip(product, -127 * PHASES, 127 * PHASES)
+      slab = slice(first, first + rows)
+      product = np.matmul(a_MxR[slab].astype(np.float64), b_RxN)
+      if self.scales is None:
+        product = (product.astype(np.int64) * self.factor + (1 << (FACTOR_BITS - 1))) >> FACTOR_BITS
+        mean_MxN[slab] = np.clip(product, -127 * PHASES, 127 * PHASES)
+      else:  # single operations of IEEE arithmetic, in this order
+        product *= scale_M[slab, None]
+        product *= scale_N
+        mean_MxN[slab] = np.clip(np.rint(product), -_MOST_MEAN * PHASES, _MOST_MEAN * PHASES)
     return mean_MxN if self.flipped else mean_MxN.T
 
 
@@ -129,7 +147,7 @@ def put_grids(writer: Writer, arrays: Sequence[np.ndarray], models: Sequence[Mod
   put_counted(writer, joined([model.row_M for model in models]) + _ROW_CENTRE, 2 * _ROW_CENTRE)
   for model, matrix_pieces in zip(models, pieces, strict=True):
     if model.mean is not None:
-      _put_mean(writer, model.mean)
+      put_mean(writer, model.mean)
     for width, phase, values in matrix_pieces:
       writer.put(values - low, stream.of(width, phase))
 
@@ -148,7 +166,7 @@ def take_grids(reader: Reader, shapes: Sequence[tuple[int, ...]]) -> list[np.nda
   _check_cells(shapes, columns, rows)
   matrices = []
   for size, rank, column_N, row_M in zip(shapes, ranks, columns, rows, strict=True):
-    model = Model(_take_mean(reader, size, rank) if rank else None, column_N, row_M)
+    model = Model(take_mean(reader, size, rank) if rank else None, column_N, row_M)
     matrices.append(_take_grid(reader, model, stream))
   return matrices
 
@@ -222,7 +240,7 @@ def _best_shape(pieces: Iterable[tuple[int, int, np.ndarray]], low: int, high: i
   return min(range(len(SHAPES)), key=bits)
 
 
-def _put_mean(writer: Writer, mean: Mean) -> None:
+def put_mean(writer: Writer, mean: Mean) -> None:
   """Writes a mean."""
   for word in (int(mean.flipped), mean.factor >> 16, mean.factor & 0xFFFF):
     writer.put(np.array([word]), _WORD)
@@ -231,7 +249,7 @@ def _put_mean(writer: Writer, mean: Mean) -> None:
   writer.put(mean.b_RxN + B_LIMIT, _BASIS)
 
 
-def _take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
+def take_mean(reader: Reader, shape: tuple[int, ...], rank: int) -> Mean:
   """Reads the mean of a matrix of this shape. Raises ArtifactError if such a matrix cannot have one."""
   if min(shape) < LEAST_SIDE:
     raise ArtifactError("A stream of the artifact gives a mean to a matrix too small for it: it is damaged.")

@@ -1,19 +1,23 @@
-"""The search for the model that stores a quantised matrix in the fewest bytes, by estimates from second moments.
+"""The search for the model that stores a quantised matrix in the fewest bytes.
+
+For integers of 8 bits it is by estimates from second moments, for integers of any size by the laws themselves.
 
 Directions of the mean and width classes are found in whole-number arithmetic, done in float64 where that is exact: the
 same matrix gets the same model on every machine, so writing an artifact twice gives the same file. M rows, N columns,
 R directions.
 """
 
-import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pgolf_jax.quantize.artifact.codecs import ans
-from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, PHASES
+from pgolf_jax.quantize.artifact.codecs import ans, integers
+from pgolf_jax.quantize.artifact.codecs.ans import CENTRE, CLASSES, COUNT_WEIGHT, PHASES, SHAPES, STEPS, chunks
 from pgolf_jax.quantize.artifact.codecs.grids import B_LIMIT, FACTOR_BITS, LEAST_SIDE, MAX_RANK, ROW_STEP, Mean, Model
+from pgolf_jax.quantize.artifact.codecs.integers import WIDE, WIDTHS, Law, MatrixModel, MatrixModels, Plan, Steps
 
 _PATIENCE = 2  # directions that may pass without saving anything
 
@@ -24,6 +28,14 @@ _HEADER_BITS = 64  # about what a direction takes beside its coefficients and en
 _STEP_SIGMAS = 2.5  # step of A's coefficients, in standard deviations of what remains
 _GLANCE, _ROUNDS = 3, 12  # of subspace iteration: to see whether there is a mean at all, and to compute it
 
+_MOST_WEIGHT = 2**13  # in the search for a mean
+_SLAB = 1 << 18  # values whose costs are looked up at a time
+_BIT = 256  # costs are counted in this part of a bit
+_ROUNDS_OF_CLASSES = 4
+_FAR, _NEAR = (-8, -4, -2, 0, 2, 4, 8), (-2, -1, 0, 1, 2)  # moves of classes from a first guess, and later
+_NEAR_A_MOMENT = range(-7, 4)  # moves from the class that the second moment names
+_MOST_BACK = 16  # arrays before an array that it may be stored by
+
 _HALF_LOG2E = 0.5 * 1.4426950408889634
 _UNIT = 3 * PHASES**2  # variances are counted in 1/_UNIT, in which that of rounding, 1/12, is whole
 _ROUNDING = _UNIT // 12
@@ -32,14 +44,186 @@ _BOUNDS = np.array([_UNIT * (ans.sigma(c) * 1.0442737824274138) ** 2 for c in ra
 _INVERSE_VARIANCE = np.array([np.rint(2.0**20 / ans.sigma(c) ** 2) for c in range(-CLASSES, 2 * CLASSES)])
 
 
-def fit_all(arrays: Sequence[np.ndarray]) -> list[Model]:
+def fit_grids(arrays: Sequence[np.ndarray]) -> list[Model]:
   """Returns the model of each int8 matrix."""
   # Many products of a few megaflops: with more threads they wait for each other and take three times the core-seconds.
   with threadpool_limits(1, "blas"):
-    return [fit(q_MxN) for q_MxN in arrays]
+    return [fit_grid(q_MxN) for q_MxN in arrays]
 
 
-def fit(q_MxN: np.ndarray) -> Model:
+def fit_matrices(arrays: Sequence[np.ndarray], steps: Sequence[Steps]) -> MatrixModels:
+  """Returns the models of matrices of integers of any size, given their steps."""
+  with threadpool_limits(1, "blas"):
+    models = [_fit_matrix(q_MxN, step) for q_MxN, step in zip(arrays, steps, strict=True)]
+  return MatrixModels(models, fit_integers(integers.class_residuals([model.model for model in models], steps)))
+
+
+def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
+  """Returns the model that stores a matrix of integers of any size in the fewest bytes, given its steps."""
+  # Directions are sought in the weights, which differ less in size than the integers, as whole numbers of about 2^7.
+  row_M, column_N = (np.array([ans.sigma(CENTRE + ROW_STEP * k) for k in steps.tolist()]) for steps in step[:2])
+  value_MxN = PHASES * q_MxN
+  if step.trellis_N is not None:
+    bit_MxN = np.where(step.trellis_N, q_MxN & 1, 0).astype(np.uint8)
+    value_MxN += np.where(step.trellis_N, PHASES // 2 * integers.parities(bit_MxN).astype(np.int32), 0)
+  weight_MxN = value_MxN * (row_M / PHASES)[:, None] * column_N
+  exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
+  mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
+  predicted = (-ROW_STEP * step.column_N, -step.row_M)
+  best, least = None, math.inf
+  for rank in range(1 + (0 if mean is None else mean.rank)):
+    part = integers.scaled(mean.leading(rank), exponent, step) if rank else None
+    classes, shape, bits = _fit_classes(value_MxN - part.phases().T if rank else value_MxN, predicted)
+    bits += _mean_bits(part) if rank else 0
+    if bits < least:
+      best, least = MatrixModel(Model(part, *(c.astype(np.int32) for c in classes)), shape, exponent), bits
+    elif rank - best.model.rank == _PATIENCE:
+      break
+  return best
+
+
+_Classes = tuple[np.ndarray, np.ndarray]  # of columns and rows
+
+
+def _fit_classes(value_MxN: np.ndarray, predicted: _Classes) -> tuple[_Classes, int, float]:
+  """Returns the classes and the shape that are best by the laws themselves, and all bits of values and classes.
+
+  Second moments say little of values that are nearly all 0, or of laws with long tails.
+
+  Args:
+    value_MxN: values less their mean, in units of 1/PHASES.
+    predicted: classes up to a constant, by the steps.
+  """
+  size_MxN = np.abs(value_MxN)
+  classes, shape, moves = (_first_columns(size_MxN, predicted[1]), predicted[1]), 0, _FAR
+  for _ in range(_ROUNDS_OF_CLASSES):
+    before = classes
+    for axis, unit in enumerate((1, ROW_STEP)):
+      cost_OxK = _costs(size_MxN, classes, shape, [unit * move for move in moves], axis)
+      residual_K = classes[axis] - predicted[axis]
+      cost_OxK += np.stack([_names(residual_K, move)[0] for move in moves])
+      moved_K = classes[axis] + np.array(moves)[np.argmin(cost_OxK, axis=0)]
+      classes = (moved_K, classes[1]) if axis == 0 else (classes[0], moved_K)
+    bits_S = [int(_costs(size_MxN, classes, s, (0,), 0).sum()) for s in range(len(SHAPES))]
+    shape = int(np.argmin(bits_S))
+    if moves == _NEAR and all(np.array_equal(a, b) for a, b in zip(before, classes, strict=True)):
+      break
+    moves = _NEAR
+  total = bits_S[shape] + sum(_names(c - p)[1] for c, p in zip(classes, predicted, strict=True))
+  return classes, shape, total / _BIT
+
+
+def _first_columns(size_MxN: np.ndarray, row_M: np.ndarray) -> np.ndarray:
+  """Classes of columns by their second moments, for rows of these classes."""
+  square_N = np.square(np.minimum(size_MxN, 1 << 24), dtype=np.int64).sum(axis=0) / len(row_M)
+  variance = [_UNIT / 3 * (ans.sigma(c) ** 2 + 1 / 12) for c in range(WIDTHS - 1)]
+  return np.searchsorted(variance, square_N) - int(np.median(ROW_STEP * row_M))
+
+
+def _names(residual_K: np.ndarray, move: int = 0) -> tuple[np.ndarray, int]:
+  """(cost of each class less its prediction after a move, in 1/_BIT, were all others to stay; cost of all)."""
+  low = int(residual_K.min(initial=0)) - 8
+  count = np.bincount(residual_K - low, minlength=int(residual_K.max(initial=0)) - low + 9)
+  share = np.convolve(count, (0.125, 0.75, 0.125), "same") + 0.125  # classes are stored under a law, neighbours alike
+  cost = np.rint(-_BIT * np.log2(share / share.sum())).astype(np.int64)
+  return cost[residual_K + move - low], int(cost[residual_K - low].sum())
+
+
+def _costs(size_MxN: np.ndarray, classes: _Classes, shape: int, moves: Sequence[int], axis: int) -> np.ndarray:
+  """Cost in 1/_BIT of each column's (axis 0) or row's (1) values, [moves, N] or [moves, M], when all widths move.
+
+  Args:
+    size_MxN: sizes of the values less their mean, in units of 1/PHASES.
+    moves: changes of the width classes.
+  """
+  column_N, row_M = classes
+  table = _cost_table(shape)
+  places = table.size // WIDE
+  cost = np.zeros((len(moves), size_MxN.shape[1 - axis]), np.int64)
+  for r in np.unique(row_M):
+    row = np.flatnonzero(row_M == r)
+    slab = max(1, _SLAB // size_MxN.shape[1])
+    for rows in np.split(row, range(slab, len(row), slab)):
+      part = size_MxN[rows]
+      for move, total in zip(moves, cost, strict=True):
+        width_N = np.clip(column_N + ROW_STEP * int(r) + move, 0, WIDTHS - 1)
+        shift_N = np.maximum((width_N - WIDE) // STEPS + 1, 0)
+        place = np.minimum(part >> shift_N, places - 1)
+        place += (width_N - STEPS * shift_N) * places
+        bits = table.take(place)
+        bits += (_BIT * shift_N).astype(np.int32)
+        if axis == 0:
+          total += bits.sum(axis=0)
+        else:
+          total[rows] += bits.sum(axis=1)
+  return cost
+
+
+@functools.lru_cache(maxsize=len(SHAPES))
+def _cost_table(shape: int) -> np.ndarray:
+  """Cost in 1/_BIT by width class (narrow enough that no bits are split off) and size in 1/PHASES, flat."""
+  places = PHASES * (integers.reach_of(WIDE - 1) + 2)
+  cost = np.empty((WIDE, places), np.int32)
+  for width, cost_P in enumerate(cost):
+    reach = integers.reach_of(width)
+    for phase in range(PHASES):
+      weights = integers.law_weights(width, shape, phase)
+      bits = np.rint(_BIT * np.log2(weights.sum() / weights))
+      cost_P[phase::PHASES] = bits[-1] + _BIT * integers.ESCAPE_BITS
+      cost_P[np.abs(PHASES * np.arange(-reach, reach + 1) - phase)] = bits[:-1]
+  return cost.reshape(-1)
+
+
+def _counted_bits(symbols: np.ndarray, alphabet: int) -> float:
+  """About how many bits `put_counted` takes."""
+  counts, bits = np.zeros(alphabet, np.int64), 0.0
+  for start, end in chunks(len(symbols)):
+    chunk = np.bincount(symbols[start:end], minlength=alphabet)
+    weights = 1 + COUNT_WEIGHT * counts
+    bits += float(np.sum(chunk * np.log2(weights.sum() / weights)))
+    counts += chunk
+  return bits
+
+
+def fit_integers(arrays: Sequence[np.ndarray]) -> list[Plan]:
+  """Returns how each array is stored in the fewest bytes."""
+  flat = [np.asarray(array, np.int32).reshape(-1) for array in arrays]
+  plans = []
+  for i, values in enumerate(flat):
+    backs = [b for b in range(1, min(i, _MOST_BACK) + 1) if flat[i - b].size == values.size]
+    back = min(backs, key=lambda b: _entropy(values - flat[i - b]), default=0)
+    choices = [_plan(0, values)] + ([_plan(back, values - flat[i - back])] if back else [])
+    plans.append(min(choices, key=lambda choice: choice[0])[1])
+  return plans
+
+
+def _entropy(values: np.ndarray) -> float:
+  count = np.unique(values, return_counts=True)[1]
+  return float(-np.sum(count * np.log2(count / len(values))))
+
+
+def _plan(back: int, values: np.ndarray) -> tuple[float, Plan]:
+  """(bits, plan) of an array as it is."""
+  low, span = (int(values.min()), int(np.ptp(values))) if len(values) else (0, 0)
+  best = math.inf, Plan(back, low, Law(0, integers.COUNTED))
+  if span < integers.MOST_COUNTED:
+    best = _counted_bits(values - low, span + 2), best[1]
+  if not span:
+    return best
+  centre, phase = divmod(int(np.rint(PHASES * values.mean())), PHASES)
+  near = min(WIDTHS - 1, CENTRE + round(STEPS * math.log2(values.std() + 2.0**-4)))
+  size_Kx1 = np.abs(PHASES * (values - centre) - phase)[:, None]
+  for shape in range(len(SHAPES)):
+    classes = np.array([near]), np.zeros(len(values), np.int64)
+    for move, cost in zip(
+      _NEAR_A_MOMENT, _costs(size_Kx1, classes, shape, _NEAR_A_MOMENT, 0)[:, 0].tolist(), strict=True
+    ):
+      if cost / _BIT < best[0]:
+        best = cost / _BIT, Plan(back, centre, Law(min(max(near + move, 0), WIDTHS - 1), shape, phase))
+  return best
+
+
+def fit_grid(q_MxN: np.ndarray) -> Model:
   """Returns the model that stores an int8 matrix in the fewest bytes."""
   q_MxN = PHASES * q_MxN.astype(np.int32)
   *classes, least = fit_widths(q_MxN)
@@ -48,7 +232,7 @@ def fit(q_MxN: np.ndarray) -> Model:
   # A few wide columns or rows may look like a direction, but classes of their own describe them in fewer bytes.
   # Directions are therefore added one by one for as long as that helps.
   for rank in range(1, 1 + (0 if mean is None else mean.rank)):
-    part = dataclasses.replace(mean, a_MxR=mean.a_MxR[:, :rank], b_RxN=mean.b_RxN[:rank])
+    part = mean.leading(rank)
     *classes, bits = fit_widths(q_MxN - part.phases().T)
     bits += _mean_bits(part)
     if bits < least:
