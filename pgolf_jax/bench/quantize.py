@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,9 +22,8 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize import make
-from pgolf_jax.quantize.artifact import read, writer
-from pgolf_jax.quantize.calibrate import calibrate, draw_rows
-from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
+from pgolf_jax.quantize.artifact import read
+from pgolf_jax.quantize.calibrate import draw_rows
 from pgolf_jax.report.statistics import Ratio, interpolated, ratio
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
@@ -49,7 +48,7 @@ TUNING_FACTORS = (1.5, 1.2)
 
 def quantize(
   run: Positional[Path],
-  methods: tuple[str, ...] = ("gptq",),
+  methods: tuple[Literal["gptq", "rate"], ...] = ("gptq", "rate"),
   rates: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0, 2.8),
   factors: tuple[float, ...] = (),
   tune: bool = False,
@@ -70,76 +69,42 @@ def quantize(
 
   Args:
     run: run folder with finished training.
-    methods: quantisers; gptq is the recipe's.
-    rates: factors on every clip of GPTQ: the larger, the coarser the grids and the fewer the bytes. Another method is
-      given the bytes of these artifacts.
-    factors: factors on the steps of another method, for rows of their own.
-    tune: add a row whose embedding bits and clips are tuned on training text, at the bytes of factor 1.
+    methods: values of `quantize.method`.
+    rates: factors on every clip of GPTQ: the larger, the coarser the grids and the fewer the bytes. The method rate has
+      a row at the bytes of each.
+    factors: factors on `quantize.step`, for rows of the method rate at bytes of their own.
+    tune: add a row of GPTQ whose embedding bits and clips are tuned on training text, at the bytes of factor 1.
     targets: number of validation targets to score; all if not given.
     ttt: score with test-time training too.
     ttt_docs: number of documents to score with it, from the first; all if not given.
     json: file that keeps all figures; what it has of these weights and targets is not measured again.
     again: measure the rows again that the file has.
   """
-  if unknown := [name for name in methods if name not in METHODS]:
-    raise UserError(f"--methods {unknown[0]} must be one of {', '.join(METHODS)}.")
   if json is not None:
     require_room(json)
   distributed.start()
   folder, mesh = RunFolder(run), data_mesh()
-  params = {name: np.asarray(x, np.float32) for name, x in stages.averaged_params(folder, mesh).items()}
-  data = locate_prepared(folder.settings)
-  given = dataclasses.replace(folder.settings, quantize=quantize)
-  source = Source(given, params, data, world_size(given, mesh))
-  scorer = Scorer(folder.settings, load_validation(data), mesh, targets, ttt_docs)
-  bench = Bench(source, folder.settings, scorer, json)
+  params = {name: np.asarray(value) for name, value in stages.averaged_params(folder, mesh).items()}
+  source = Source(folder.settings, quantize, params, locate_prepared(folder.settings))
+  bench = Bench(source, Scorer(folder.settings, load_validation(source.data), mesh, targets, ttt_docs), json)
   bench.measure_float(with_ttt=ttt)
   for method in methods:
     for label, config in bench.wanted(method, rates, factors, tune=tune):
       bench.measure(method, label, config, with_ttt=ttt, again=again)
-  print(bench.table(f"{run}, {source.parameters:,} parameters"))
+  print(bench.table(str(run)))
 
 
 class Source(NamedTuple):
-  """What is quantised, and how."""
+  """What is quantised."""
 
-  settings: Settings  # of the model, and the quantiser's at factor 1
-  params: Params  # averaged weights, fp32
+  settings: Settings  # the run's own
+  given: QuantizeConfig  # for all rows; the rates are factors on it
+  params: Params
   data: Path  # folder with the training shards
-  world: int  # ranks of the run; see `calibrate`
 
-  @property
-  def parameters(self) -> int:
-    return sum(x.size for x in self.params.values())
-
-
-class Gptq:
-  """The recipe's quantiser, calibrated once."""
-
-  def __init__(self, source: Source):
-    self.source = source
-    self._calibration = calibrate(source.settings, source.params, source.data, world=source.world)
-    self._origin = origin_of(source.settings, source.data)
-    self._tokenizer = tokenizer_to_embed(source.settings, source.data)
-
-  def scaled(self, factor: float) -> QuantizeConfig:
-    """Returns the config of a rate."""
-    return make.scaled(self.source.settings.quantize, factor)
-
-  def artifact(self, config: QuantizeConfig) -> bytes:
-    """Returns the artifact of a config."""
-    tensors = make.quantize(self.source.params, self._calibration, config)
-    carried = make.portable(dataclasses.replace(self.source.settings, quantize=config))
-    return writer.write(carried, tensors, config.codec, self._origin, self._tokenizer)
-
-  def fit(self, config: QuantizeConfig, budget: int) -> tuple[QuantizeConfig, bytes]:
-    """Returns a config at the rate at which its artifact has `budget` bytes or just fewer, and that artifact."""
-    return make.fit(config, self.artifact, budget, self.source.parameters)
-
-
-Wanted = tuple[str, Callable[[], QuantizeConfig]]
-METHODS: dict[str, Callable[[Source], Gptq]] = {"gptq": Gptq}
-"""Name → what calibrates a quantiser."""
+  def config(self, method: str) -> QuantizeConfig:
+    """Returns the given config with a method."""
+    return dataclasses.replace(self.given, method=method)
 
 
 class Scorer:
@@ -196,30 +161,32 @@ class Scorer:
 class Bench:
   """The figures of a run's quantised weights, in memory and in a file if one is given.
 
-  Args:
-    settings: the run's own, from which a row's are told apart.
-
   Attributes:
+    maker: what makes a method's artifacts, calibrated at the first call.
     rows: by label, each as JSON has it.
 
   Raises:
     UserError: the file holds figures of other weights, targets or settings.
   """
 
-  def __init__(self, source: Source, settings: Settings, scorer: Scorer, path: Path | None = None):
-    self.source, self._settings, self.scorer, self._path = source, settings, scorer, path
-    self.quantiser = cache(lambda method: METHODS[method](source))  # calibrates at the first call
+  def __init__(self, source: Source, scorer: Scorer, path: Path | None = None):
+    self.source, self.scorer, self._path = source, scorer, path
+    self.maker = cache(self._maker)
     self._made_with = {
       "weights": parameters.content_hash(source.params),
       "targets": scorer.data.tokens_sha256,
       "bytes of the targets": stream_hash(scorer.data.token_bytes),
-      **{name: value for name, value in written(settings).items() if name.startswith(_DECIDES)},
+      **{name: value for name, value in written(source.settings).items() if name.startswith(_DECIDES)},
     }
     record = read_sealed(path) if path is not None and path.exists() else {"made_with": self._made_with}
     if other := [name for name, value in self._made_with.items() if record["made_with"].get(name, value) != value]:
       raise UserError(f"{path} holds figures of another run or other targets ({other[0]} differs); name another file.")
     self._float: dict[str, Any] = record.get("float", {})
     self.rows: dict[str, dict] = record.get("rows", {})
+
+  def _maker(self, method: str) -> make.Maker:
+    settings = dataclasses.replace(self.source.settings, quantize=self.source.config(method))
+    return make.Maker(settings, self.source.params, self.source.data, world=world_size(settings, self.scorer.mesh))
 
   def _save(self) -> None:
     if self._path is not None and distributed.is_leader():
@@ -237,44 +204,43 @@ class Bench:
       self._float["ttt"], self._float["ttt_seconds"] = _timed(self.scorer.ttt, self.source.params)
       self._save()
 
-  def wanted(self, method: str, rates: Sequence[float], factors: Sequence[float], *, tune: bool) -> Iterator[Wanted]:
+  def wanted(
+    self, method: str, rates: Sequence[float], factors: Sequence[float], *, tune: bool
+  ) -> Iterator[tuple[str, Callable]]:
     """Yields a label of each row that is asked for, and what makes its config."""
-    for rate in rates:
-      if method != "gptq":
+    if method != "gptq":
+      for rate in rates:
         yield f"bytes of × {rate:g}", partial(self._at_bytes_of_gptq, method, rate)
     for factor in rates if method == "gptq" else factors:
-      yield f"× {factor:g}", lambda factor=factor: self.quantiser(method).scaled(factor)
+      yield f"× {factor:g}", partial(make.scaled, self.source.config(method), factor)
     if tune and method == "gptq":
       yield "tuned", self.tuned
 
   def _at_bytes_of_gptq(self, method: str, rate: float) -> QuantizeConfig:
     if (row := self.rows.get(f"gptq × {rate:g}")) is None:
-      gptq = self.quantiser("gptq")
-      row = {"bytes": len(gptq.artifact(gptq.scaled(rate)))}
-    return self.quantiser(method).fit(self.source.settings.quantize, row["bytes"])[0]
+      row = {"bytes": len(self.maker("gptq").artifact(make.scaled(self.source.config("gptq"), rate)))}
+    return self.maker(method).fit(self.source.config(method), row["bytes"])[0]
 
   def measure(self, method: str, label: str, config: Callable, *, with_ttt: bool, again: bool = False) -> None:
     """Makes and scores an artifact, as far as the file lacks its scores."""
-    given = differences(self._settings, self.source.settings).items()
-    shown = ", ".join(f"{name.partition('.')[2]}={value}" for name, (_, value) in given)
+    given = self._departures(dataclasses.replace(self.source.given, method=self.source.settings.quantize.method))
+    shown = ", ".join(f"{name.partition('.')[2]}={value}" for name, value in given.items())
     key = " ".join(filter(None, (method, label, shown)))
     row = {} if again else self.rows.get(key, {})
     if row and not (with_ttt and len(row.get("ttt", ())) != self.scorer.ttt_docs):
       return
-    quantiser = self.quantiser(method)
-    made = changed(self._settings, row["settings"]).quantize if row else config()
-    data, seconds = _timed(quantiser.artifact, made)
+    made = changed(self.source.settings, row["settings"]).quantize if row else config()
+    data, seconds = _timed(self.maker(method).artifact, made)
     sha256 = hashlib.sha256(data).hexdigest()
     if row and row["sha256"] != sha256:
       raise UserError(f"The artifact of {key} is not the one that {self._path} tells of; --again measures it anew.")
     params = (artifact := read(data)).params()
     if not row:
-      departures = differences(self._settings, dataclasses.replace(self._settings, quantize=made)).items()
       row |= {
         "method": method,
         "rate": label,
         "given": shown,
-        "settings": {name: value for name, (_, value) in departures},
+        "settings": self._departures(made),
         "bytes": len(data),
         "stream_bytes": sum(size for name, size in artifact.stream_bytes.items() if name != "header"),
         "sha256": sha256,
@@ -286,6 +252,12 @@ class Bench:
       self._score("ttt", row, params)
     self.rows[key] = row
     self._save()
+
+  def _departures(self, config: QuantizeConfig) -> dict[str, object]:
+    settings = self.source.settings
+    return {
+      name: value for name, (_, value) in differences(settings, dataclasses.replace(settings, quantize=config)).items()
+    }
 
   def _score(self, kind: str, row: dict, params: Params) -> None:
     """Enters in a row what its weights lose to the float ones: nats of each document."""
@@ -306,19 +278,24 @@ class Bench:
     By coordinate search: the embedding with other bits, and each clip larger and smaller; a factor on all clips keeps
     the bytes. The divergence is the loss that errors add under the model's own labels.
     """
-    quantiser, settings, params = self.quantiser("gptq"), self.source.settings, self.source.params
+    maker, start, settings, params = (
+      self.maker("gptq"),
+      self.source.config("gptq"),
+      self.source.settings,
+      self.source.params,
+    )
     length, shards = settings.train.seq_len, list_shards(self.source.data, "train")
     rows_BxT = draw_rows(shards, seq_len=length, count=-(-TUNING_TOKENS // length), seed=settings.seed + 1)
-    budget = len(quantiser.artifact(settings.quantize))
+    budget = len(maker.artifact(start))
 
     def tried(config: QuantizeConfig) -> tuple[float, QuantizeConfig]:
-      config, data = quantiser.fit(config, budget)
+      config, data = maker.fit(config, budget)
       divergence = plain.divergence(settings, params, read(data).params(), rows_BxT, self.scorer.mesh)
       knobs = ", ".join(f"{name} {getattr(config, name):g}" for name in ("embed_bits", *_CLIPS))
       log.info("tuning: %.6f nats a token with %s", divergence, knobs)
       return divergence, config
 
-    best = tried(settings.quantize)
+    best = tried(start)
     for factor in TUNING_FACTORS:
       for moves in ((_other_bits,), *([partial(_scale, clip, by) for by in (factor, 1 / factor)] for clip in _CLIPS)):
         for move in moves:  # in turn, until one is an improvement
@@ -331,6 +308,8 @@ class Bench:
 
   def table(self, title: str) -> str:
     """Returns the figures of all rows, and how the methods compare at equal bytes and at equal loss."""
+    weights = sum(value.size for value in self.source.params.values())
+    title += f": {weights:,} weights"
     kinds = [kind for kind in ("plain", "ttt") if kind in self._float]
     head = ["method", "rate", "with", ">bits a weight", ">bytes", ">KL"]
     for kind in kinds:
@@ -341,7 +320,7 @@ class Bench:
       head += [f">ΔBPB{' after TTT' if kind == 'ttt' else ''}", ">±", ">p"]
     cells = []
     for row in sorted(self.rows.values(), key=lambda row: (row["method"], row["given"], -row["bytes"])):
-      bits = 8 * row["stream_bytes"] / self.source.parameters
+      bits = 8 * row["stream_bytes"] / weights
       line = [row["method"], row["rate"], row["given"], f"{bits:.3f}", f"{row['bytes']:,}", f"{row['kl']:.5f}"]
       for kind in kinds:
         value, error, p = self.loss(row, kind) or (None, None, None)

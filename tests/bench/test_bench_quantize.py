@@ -63,7 +63,7 @@ def measured(tmp_path_factory, settings):
   (folder / "run").mkdir()
   (folder / "run" / "config.toml").write_text(tomli_w.dumps(to_dict(settings)))
   write_json(folder / "run" / "results.json", {"train": seal({"steps": 1})})
-  bench(folder, "--rates", "1", "4")
+  bench(folder, "--methods", "gptq", "--rates", "1", "4")
   return folder
 
 
@@ -117,9 +117,9 @@ def test_divergence_by_its_definition(settings):
 
 
 def test_finished_rows_are_not_measured_again(copied, capsys, monkeypatch):
-  monkeypatch.setattr(quantize, "METHODS", {"gptq": None})  # cannot be called
+  monkeypatch.setattr(quantize.make, "Maker", None)  # cannot be called
   before = read_sealed(copied / "figures.json")
-  bench(copied, "--rates", "1", "4")
+  bench(copied, "--methods", "gptq", "--rates", "1", "4")
   assert read_sealed(copied / "figures.json") == before
   row = before["rows"]["gptq × 4"]
   bytes_n = np.add.reduceat(random_documents(LENGTHS).token_bytes[1:], np.cumsum([0, *LENGTHS[:-1]]))
@@ -141,38 +141,38 @@ def test_figures_of_other_targets_are_refused(copied):
     bench(copied, "--rates", "1", "--targets", "100")
 
 
-def test_another_method_beside_gptq(copied, capsys, monkeypatch):
-  """Half of GPTQ's loss at its bytes, and its loss at nine tenths of them."""
-  monkeypatch.setattr(quantize, "METHODS", {"gptq": None, "other": None})
+def test_two_methods_side_by_side(copied, capsys, monkeypatch):
+  monkeypatch.setattr(quantize.make, "Maker", None)
   record = read_sealed(copied / "figures.json")
   loss = np.abs(record["rows"]["gptq × 4"]["plain"])
   for rate, size, share in (("bytes of × 1", 10_000, 0.5), ("bytes of × 4", 5_000, 2.0)):
-    row = {**record["rows"]["gptq × 4"], "method": "other", "rate": rate, "bytes": size}
-    record["rows"][f"other {rate}"] = row | {"plain": (share * loss).tolist()}
+    row = {**record["rows"]["gptq × 4"], "method": "rate", "rate": rate, "bytes": size}
+    record["rows"][f"rate {rate}"] = row | {"plain": (share * loss).tolist()}
   record["rows"]["gptq × 1"] |= {"plain": loss.tolist(), "bytes": 10_000}
   record["rows"]["gptq × 4"] |= {"plain": (2 * loss).tolist(), "bytes": 6_000}
   write_json(copied / "figures.json", seal(record))
-  bench(copied, "--methods", "gptq", "other", "--rates", "1", "4")
+  bench(copied, "--rates", "1", "4")
   lines = [line.split() for line in capsys.readouterr().out.splitlines()]
   # The loss falls by half in 2,500 bytes: one is reached at 7,500, two at 5,000, and 6,000 have 2 / 2^0.4.
   assert ["×", "1", "0.500", "0.750"] in lines
   assert ["×", "4", f"{2**-0.4:.3f}", f"{5 / 6:.3f}"] in lines
 
 
-def test_an_unknown_method_is_refused(copied):
-  with pytest.raises(UserError, match="--methods awq must be one of gptq"):
-    bench(copied, "--methods", "awq")
-
-
 @pytest.mark.slow
-def test_tuning_and_test_time_training(copied, settings, monkeypatch):
+def test_every_kind_of_row(copied, settings, monkeypatch):
   monkeypatch.setattr(quantize, "TUNING_TOKENS", 96)
   monkeypatch.setattr(quantize, "TUNING_FACTORS", (1.5,))
-  bench(copied, "--rates", "4", "--tune", "--ttt", "--ttt-docs", "3")
+  bench(copied, "--rates", "4", "--factors", "0.5", "--tune", "--ttt", "--ttt-docs", "3")
+  bench(copied, "--methods", "gptq", "--rates", "4", "--quantize.damping", "0.02")
   record = read_sealed(copied / "figures.json")
-  assert list(record["rows"]) == ["gptq × 1", "gptq × 4", "gptq tuned"]
-  plain_row, coarse, tuned = record["rows"].values()
-  assert 0.99 * plain_row["bytes"] < tuned["bytes"] <= plain_row["bytes"]
-  assert "ttt" not in plain_row and len(coarse["ttt"]) == len(tuned["ttt"]) == 3
+  names = ["gptq × 1", "gptq × 4", "gptq tuned", "rate bytes of × 4", "rate × 0.5", "gptq × 4 damping=0.02"]
+  assert list(record["rows"]) == names
+  first, coarse, tuned, same_bytes, fine, damped = record["rows"].values()
+  assert damped["given"] == "damping=0.02" and damped["sha256"] != coarse["sha256"]
+  assert 0.99 * first["bytes"] < tuned["bytes"] <= first["bytes"]
+  assert 0.99 * coarse["bytes"] < same_bytes["bytes"] <= coarse["bytes"]
+  assert same_bytes["kl"] < 0.5 * coarse["kl"]
+  assert fine["settings"] == {"quantize.method": "rate", "quantize.step": 0.5 * settings.quantize.step}
+  assert "ttt" not in first and all(len(row["ttt"]) == 3 for row in (coarse, tuned, same_bytes, fine))
   scorer = quantize.Scorer(settings, load_validation(settings.data.path), data_mesh(jax.devices()[:1]), ttt_docs=3)
   assert scorer.ttt(random_params()) == record["float"]["ttt"]
