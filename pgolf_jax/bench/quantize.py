@@ -255,9 +255,8 @@ class Bench:
 
   def _departures(self, config: QuantizeConfig) -> dict[str, object]:
     settings = self.source.settings
-    return {
-      name: value for name, (_, value) in differences(settings, dataclasses.replace(settings, quantize=config)).items()
-    }
+    found = differences(settings, dataclasses.replace(settings, quantize=config))
+    return {name: value for name, (_, value) in found.items()}
 
   def _score(self, kind: str, row: dict, params: Params) -> None:
     """Enters in a row what its weights lose to the float ones: nats of each document."""
@@ -278,12 +277,8 @@ class Bench:
     By coordinate search: the embedding with other bits, and each clip larger and smaller; a factor on all clips keeps
     the bytes. The divergence is the loss that errors add under the model's own labels.
     """
-    maker, start, settings, params = (
-      self.maker("gptq"),
-      self.source.config("gptq"),
-      self.source.settings,
-      self.source.params,
-    )
+    maker, start = self.maker("gptq"), self.source.config("gptq")
+    settings, params = self.source.settings, self.source.params
     length, shards = settings.train.seq_len, list_shards(self.source.data, "train")
     rows_BxT = draw_rows(shards, seq_len=length, count=-(-TUNING_TOKENS // length), seed=settings.seed + 1)
     budget = len(maker.artifact(start))

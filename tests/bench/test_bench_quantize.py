@@ -162,6 +162,7 @@ def test_two_methods_side_by_side(copied, capsys, monkeypatch):
 def test_every_kind_of_row(copied, settings, monkeypatch):
   monkeypatch.setattr(quantize, "TUNING_TOKENS", 96)
   monkeypatch.setattr(quantize, "TUNING_FACTORS", (1.5,))
+  monkeypatch.setattr(quantize, "_CLIPS", ("embed_clip_sigmas",))
   bench(copied, "--rates", "4", "--factors", "0.5", "--tune", "--ttt", "--ttt-docs", "3")
   bench(copied, "--methods", "gptq", "--rates", "4", "--quantize.damping", "0.02")
   record = read_sealed(copied / "figures.json")
