@@ -16,7 +16,7 @@ from pgolf_jax.audit import audit
 from pgolf_jax.audit.verdict import verdict
 from pgolf_jax.data.folder import ensure_prepared, locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
-from pgolf_jax.errors import Check, checks_summary, checks_table
+from pgolf_jax.errors import Check, UserError, checks_summary, checks_table
 from pgolf_jax.model.params import Params
 from pgolf_jax.plan import advice
 from pgolf_jax.quantize import artifact
@@ -82,7 +82,13 @@ def _train(run: RunFolder, mesh: Mesh) -> dict:
 
 
 def averaged_params(run: RunFolder, mesh: Mesh) -> Params:
-  """Returns the averaged weights of a trained run."""
+  """Returns the averaged weights of a trained run.
+
+  Raises:
+    UserError: its training is not finished.
+  """
+  if "train" not in run.results():
+    raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
   checkpoints = Checkpoints(run.checkpoints, TrainStep(run.settings, mesh))
   try:
     return checkpoints.restore_average(run.results()["train"]["steps"])

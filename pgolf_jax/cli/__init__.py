@@ -32,7 +32,7 @@ VERBS = {
   "runs": "a table of runs",
   "parity": "golden cases of the PyTorch reference, and two runs side by side",
   "convert": "weights from and to PyTorch, safetensors and Orbax",
-  "bench": "time kernels, steps and stages",
+  "bench": "time kernels, steps and stages; what quantising costs",
   "plan": "compile the steps for hardware that is not there",
   "generate": "text from an artifact",
   "doctor": "what is here, what is missing, and the command that mends it",

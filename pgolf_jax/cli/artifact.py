@@ -35,7 +35,8 @@ def quantize(
     _quantize(folder, out or folder.artifact, fit, quantize)
 
 
-def _read_run(path: Path | None) -> dict[str, QuantizeConfig]:
+def read_run(path: Path | None) -> dict[str, QuantizeConfig]:
+  """Returns the quantiser's settings of a run, as the defaults of its options."""
   from pgolf_jax.run_folder import RunFolder
 
   return {} if path is None else {"quantize": RunFolder(path).settings.quantize}
@@ -50,8 +51,6 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax.runtime.files import write_bytes
   from pgolf_jax.submission import bundle, package
 
-  if "train" not in run.results():
-    raise UserError(f"{run.path}: training is not finished; `pgolf train CONFIG --out {run.path}` resumes it.")
   mesh = data_mesh()
   settings = dataclasses.replace(run.given, quantize=config)
   code = bundle.code()
@@ -166,7 +165,7 @@ def generate(
 
 
 COMMANDS = {
-  "quantize": {"": Defaults(quantize, _read_run, example="runs/demo")},
+  "quantize": {"": Defaults(quantize, read_run, example="runs/demo")},
   "package": {"": package},
   "generate": {"": generate},
 }

@@ -1,6 +1,8 @@
 """`pgolf bench`: every benchmark, by its module's name."""
 
-from pgolf_jax.bench import compress, data, kernels, ngram, step, ttt
+from pgolf_jax.bench import compress, data, kernels, ngram, quantize, step, ttt
+from pgolf_jax.cli.artifact import read_run
+from pgolf_jax.settings.arguments import Defaults
 
 COMMANDS = {
   "bench": {
@@ -11,5 +13,6 @@ COMMANDS = {
     "data": data.COMMAND,
     "ngram": ngram.COMMAND,
     "compress": compress.COMMAND,
+    "quantize": Defaults(quantize.COMMAND, read_run, example="runs/demo"),
   }
 }

@@ -184,27 +184,49 @@ def make(settings: Settings, params: Params, data: Path, *, world: int = 1, fit_
   Raises:
     UserError: no multiplier within reason makes it fit, or as `calibrate` and `quantize`.
   """
-  params = {name: np.asarray(value, np.float32) for name, value in params.items()}
-  began = time.perf_counter()
-  rounded = _rounder(settings, params, data, world)
-  seconds = {"calibrate": time.perf_counter() - began, "quantize": 0.0, "encode": 0.0}
-  origin, tokenizer = origin_of(settings, data), tokenizer_to_embed(settings, data)
+  maker = Maker(settings, params, data, world=world)
+  if fit_bytes is None:
+    return Made(maker.artifact(settings.quantize), settings.quantize, maker.seconds)
+  config, artifact = maker.fit(settings.quantize, fit_bytes)
+  return Made(artifact, config, maker.seconds)
 
-  def attempt(config: QuantizeConfig) -> bytes:
+
+class Maker:
+  """Makes artifacts of the same weights under several configs of one method, for all of which it calibrates once.
+
+  Args:
+    settings, params, data, world: as in `make`; of `settings.quantize` the method and the calibration.
+
+  Attributes:
+    seconds: by step, of all artifacts so far.
+
+  Raises:
+    UserError: as `calibrate` and `quantize`.
+  """
+
+  def __init__(self, settings: Settings, params: Params, data: Path, *, world: int = 1):
+    params = {name: np.asarray(value, np.float32) for name, value in params.items()}
+    self._settings, self._parameters = settings, sum(value.size for value in params.values())
     began = time.perf_counter()
-    tensors = rounded(config)
+    self._rounded = _rounder(settings, params, data, world)
+    self.seconds = {"calibrate": time.perf_counter() - began, "quantize": 0.0, "encode": 0.0}
+    self._carried = origin_of(settings, data), tokenizer_to_embed(settings, data)
+
+  def artifact(self, config: QuantizeConfig) -> bytes:
+    """Returns the artifact under a config of the method."""
+    began = time.perf_counter()
+    tensors = self._rounded(config)
     quantized = time.perf_counter()
-    carried = portable(dataclasses.replace(settings, quantize=config))
+    settings = portable(dataclasses.replace(self._settings, quantize=config))
     with progress("encoding the artifact"):
-      data = writer.write(carried, tensors, config.codec, origin, tokenizer)
-    seconds["quantize"] += quantized - began
-    seconds["encode"] += time.perf_counter() - quantized
+      data = writer.write(settings, tensors, config.codec, *self._carried)
+    self.seconds["quantize"] += quantized - began
+    self.seconds["encode"] += time.perf_counter() - quantized
     return data
 
-  if fit_bytes is None:
-    return Made(attempt(settings.quantize), settings.quantize, seconds)
-  config, artifact = fit(settings.quantize, attempt, fit_bytes, sum(value.size for value in params.values()))
-  return Made(artifact, config, seconds)
+  def fit(self, config: QuantizeConfig, budget: int) -> tuple[QuantizeConfig, bytes]:
+    """Returns what `fit` finds for these weights."""
+    return fit(config, self.artifact, budget, self._parameters)
 
 
 def _rounder(

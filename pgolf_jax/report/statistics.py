@@ -108,6 +108,27 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
   return Difference(mean, float(test.pvalue), p_lower, float(high - low) / 2, count)
 
 
+class Ratio(NamedTuple):
+  """A ratio of two sums, its standard error and Student's two-sided p that it is 0; None for one pair."""
+
+  value: float
+  error: float | None
+  p: float | None
+
+
+def ratio(part_n: Sequence[float], whole_n: Sequence[float]) -> Ratio:
+  """Returns Σ part / Σ whole over independent pairs, such as the bits and the bytes of documents.
+
+  The error is that of the mean residual, part − ratio · whole, over the mean of the whole (the delta method).
+  """
+  part_n, whole_n = np.asarray(part_n, np.float64), np.asarray(whole_n, np.float64)
+  count, value = len(part_n), float(part_n.sum() / whole_n.sum())
+  if count < 2:
+    return Ratio(value, None, None)
+  error = float(np.std(part_n - value * whole_n, ddof=1)) * math.sqrt(count) / float(whole_n.sum())
+  return Ratio(value, error, float(2 * stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0))
+
+
 class Rules(NamedTuple):
   """The field's rules for a new record over a baseline.
 
@@ -136,3 +157,21 @@ def rules(baseline_loss: Sequence[float], loss: Sequence[float]) -> Rules:
   """Returns what the rules say of a challenger's losses, in nats per token, one a seed."""
   margin, better = welch(baseline_loss, loss, RULE_NATS), welch(baseline_loss, loss)
   return Rules(-better.mean, margin.p_lower, better.p_lower)
+
+
+def interpolated(points: Sequence[tuple[float, float]], size: float, loss: float) -> tuple[float | None, float | None]:
+  """Returns (loss at a size, size at a loss) on the line through points (size, logarithm of the loss).
+
+  Points without a loss above 0 are left out, and so are losses no lower than at a smaller size, which are noise. None
+  stands for what lies outside the points.
+  """
+  line: list[tuple[float, float]] = []
+  for x, y in sorted(points):
+    if y > 0 and (not line or math.log(y) < line[-1][1]):
+      line.append((x, math.log(y)))
+  if not line or loss <= 0:
+    return None, None
+  sizes, logs = np.array(line).T
+  at_size = math.exp(np.interp(size, sizes, logs)) if sizes[0] <= size <= sizes[-1] else None
+  is_within = logs[-1] <= math.log(loss) <= logs[0]
+  return at_size, float(np.interp(math.log(loss), logs[::-1], sizes[::-1])) if is_within else None

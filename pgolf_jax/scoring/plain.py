@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float32
+from jaxtyping import Float32, Integer
 
 from pgolf_jax.data.shards import ValidationData
+from pgolf_jax.model import packed
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime import distributed
@@ -122,4 +123,45 @@ def _program(config: ModelConfig, seq_len: int, dtype: str, mesh: Mesh):
     return jax.lax.map(row_nll, tokens_RxT1)
 
   on_devices = jax.shard_map(device_nll, mesh=mesh, check_vma=False, in_specs=(P(), P(AXIS)), out_specs=P(AXIS))
+  return jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))
+
+
+def divergence(
+  settings: Settings, params: Params, other: Params, rows_BxT: Integer[np.ndarray, "B T"], mesh: Mesh
+) -> float:
+  """Returns KL(params ‖ other) of the next token's distribution, in nats: the mean over all positions of the rows.
+
+  Args:
+    params: float32, under the recipe's names; `other` as well.
+    rows_BxT: documents end to end, each row a segment.
+    mesh: has the axis `data`; rows are shared out over it.
+  """
+  row_sums = _divergence(settings.model, settings.train.compute_dtype, mesh)
+  params, other = jax.device_put((params, other), replicated(mesh))
+  total = 0.0
+  with progress("comparing distributions", total=len(rows_BxT), unit="rows") as bar:
+    for first in range(0, len(rows_BxT), mesh.size):
+      part = rows_BxT[first : first + mesh.size]
+      tokens_BxT = np.zeros((mesh.size, rows_BxT.shape[1]), np.int32)
+      tokens_BxT[: len(part)] = part
+      sums_B = np.asarray(row_sums(params, other, place(mesh, tokens_BxT, P(AXIS))))
+      total += float(np.sum(sums_B[: len(part)], dtype=np.float64))
+      bar.advance(len(part))
+  return total / rows_BxT.size
+
+
+@functools.lru_cache(maxsize=8)
+def _divergence(config: ModelConfig, dtype: str, mesh: Mesh):
+  """(parameters, others, tokens of one row a device) → nats of KL, added up over each row."""
+
+  def device_divergence(params, other, tokens_RxT):
+    form = {"seq_len": tokens_RxT.shape[1], "looping": True, "dtype": jnp.dtype(dtype)}
+    context = packed(tokens_RxT, bos_id=config.bos_id, **form)
+    models = (bind(config, values) for values in (params, other))
+    logp, logq = (jax.nn.log_softmax(m.evaluation_logits(m(tokens_RxT, context).hidden)) for m in models)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=(1, 2))
+
+  on_devices = jax.shard_map(
+    device_divergence, mesh=mesh, check_vma=False, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS)
+  )
   return jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))

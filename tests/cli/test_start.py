@@ -68,10 +68,12 @@ def test_verbs_start_before_they_look(verb, stop_at_the_start, run, capsys):
     main([verb, *(word.replace("RUN", str(run)) for word in COMMANDS[verb]), "--debug"])
 
 
-@pytest.mark.parametrize("what", [["kernels"], ["ttt", "configs/demo.toml"], ["start", "configs/demo.toml"]])
-def test_benchmarks_do_too(what, stop_at_the_start):
+@pytest.mark.parametrize(
+  "what", [["kernels"], ["ttt", "configs/demo.toml"], ["start", "configs/demo.toml"], ["quantize", "RUN"]]
+)
+def test_benchmarks_do_too(what, stop_at_the_start, run):
   with pytest.raises(Started):
-    main(["bench", *what, "--debug"])
+    main(["bench", *(word.replace("RUN", str(run)) for word in what), "--debug"])
 
 
 def test_the_start_is_all_three(monkeypatch):

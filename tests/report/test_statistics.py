@@ -65,3 +65,27 @@ def test_rules_ask_for_the_margin_first_and_for_any_gain_later():
   assert not worse.holds and not worse.holds_later
   single = statistics.rules(FIRST, [2.0])
   assert single.p_margin is None and not single.holds and not single.holds_later
+
+
+def test_a_ratio_is_tested_over_pairs():
+  rng = np.random.default_rng(0)
+  whole = rng.integers(50, 500, 400)
+  draws = [statistics.ratio(0.3 * whole + rng.normal(0, np.sqrt(whole)), whole) for _ in range(300)]
+  assert np.std([draw.value for draw in draws]) == pytest.approx(np.mean([draw.error for draw in draws]), rel=0.15)
+  assert draws[0].value == pytest.approx(0.3, abs=4 * draws[0].error)
+  # Where all wholes are alike, it is the test of a mean.
+  values = rng.normal(0.1, 1.0, 30)
+  found, known = statistics.ratio(7 * values, np.full(30, 7.0)), stats.ttest_1samp(values, 0.0)
+  assert found == pytest.approx((values.mean(), stats.sem(values), known.pvalue))
+  assert statistics.ratio([1.0], [4.0]) == (0.25, None, None)
+  assert statistics.ratio([0.0, 0.0], [4.0, 5.0]) == (0.0, 0.0, 1.0)
+
+
+def test_a_curve_is_read_between_its_points():
+  points = [(100.0, 0.08), (300.0, 0.02), (200.0, 0.04)]
+  assert statistics.interpolated(points, 150, 0.02) == pytest.approx((0.08 / math.sqrt(2), 300))
+  assert statistics.interpolated(points, 90, 0.01) == (None, None)
+  # Noise: more bytes, and no less loss; and a loss that is not there.
+  noisy = [*points, (250.0, 0.05), (400.0, -0.001)]
+  assert statistics.interpolated(noisy, 250, 0.03) == statistics.interpolated(points, 250, 0.03)
+  assert statistics.interpolated(points, 150, -0.1) == (None, None)
