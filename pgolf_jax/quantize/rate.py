@@ -32,51 +32,43 @@ from pgolf_jax.settings import QuantizeConfig
 _LARGEST = 2**24 - 1  # of an integer, which fp32 holds exactly
 _NORMAL_BITS = 2.05  # of a normal value in steps of its standard deviation
 _TRELLIS_BITS = 1.5  # a value; where it takes fewer, most are 0, which only half of a trellis's states can take
+_FEW = 0.01  # share of the rows that may take fewer
+_MOST_RIDGE = 1.0  # of the mean diagonal
 _FLOOR = 2.0**-60  # of a curvature: that of a parameter which nothing reads
 
 
 class _Batch(NamedTuple):
-  """The matrices of one shape, ready to be rounded at any c."""
+  """The matrices of one shape and their curvatures."""
 
   names: list[str]
-  work_QxNxM: Float[Array, "Q N M"]  # transposed, columns in their order
-  factor_QxNxN: Float[Array, "Q N N"]
-  order_QxN: Int[Array, "Q N"]
-  row_QxM: Float[np.ndarray, "Q M"]  # −½ log2 d_i
-  column_QxN: Int[np.ndarray, "Q N"]  # classes, in the order of the matrix
-  bits_QxN: Float[np.ndarray, "Q N"]  # about what a value of the column takes at c = 1
+  weight_QxMxN: Float[Array, "Q M N"]
+  hessian_QxNxN: Float[Array, "Q N N"]
+  row_QxM: Float[np.ndarray, "Q M"]  # log2 √d_i
+  spread_QxM: Float[np.ndarray, "Q M"]  # log2 of a row's root mean square
 
 
 class Solver:
   """A model's weights and curvatures; `solve` rounds them at a step."""
 
   def __init__(self, weights: Mapping[str, np.ndarray], statistics: Statistics, config: QuantizeConfig):
-    """Takes fp32 matrices and other parameters by name (`unbank`), and factors every curvature once.
+    """Takes fp32 matrices and other parameters by name (`unbank`).
 
     Raises:
       UserError: the statistics are another model's.
     """
     if missing := [n for n in weights if n not in statistics.matrices and n not in statistics.small]:
       raise UserError(f"There is no curvature of {missing[0]}; measure it with this model's settings.")
-    self._weights, self._small = weights, statistics.small
-    self._block, self._trellis = config.block_size, config.trellis
+    self._weights, self._small, self._config = weights, statistics.small, config
     by_shape = defaultdict(list)
     for name in statistics.matrices:
       by_shape[weights[name].shape].append(name)
     self._batches = []
     for names in by_shape.values():
-      curvatures = [statistics.matrices[n] for n in names]
-      hessian_QxNxN = np.stack([c.hessian_NxN for c in curvatures])
-      work, factor, order = _prepare(
-        np.stack([weights[n] for n in names]), hessian_QxNxN.astype(np.float32), config.damping
-      )
-      pivot_QxN = np.diagonal(np.asarray(factor, np.float64), axis1=1, axis2=2)
-      column_QxN = np.empty(pivot_QxN.shape, np.int32)
-      np.put_along_axis(column_QxN, np.asarray(order), _classes(np.log2(pivot_QxN)), axis=1)
-      row_QxM = np.stack([-0.5 * np.log2(np.maximum(c.row_M, _FLOOR)) for c in curvatures])
-      in_steps_QxMxN = np.stack([weights[n] for n in names]) * np.exp2(-row_QxM)[..., None]
-      spread_QxN = np.log2(np.maximum(np.sqrt(np.mean(in_steps_QxMxN**2, axis=1)), 1e-30)) - column_QxN / OCTAVE
-      self._batches.append(_Batch(names, work, factor, order, row_QxM, column_QxN, spread_QxN + _NORMAL_BITS))
+      weight_QxMxN = np.stack([weights[n] for n in names])
+      hessian_QxNxN = np.stack([statistics.matrices[n].hessian_NxN for n in names]).astype(np.float32)
+      row_QxM = 0.5 * np.log2(np.maximum([statistics.matrices[n].row_M for n in names], _FLOOR))
+      spread_QxM = 0.5 * np.log2(np.maximum(np.mean(np.square(weight_QxMxN, dtype=np.float64), axis=2), _FLOOR))
+      self._batches.append(_Batch(names, jnp.asarray(weight_QxMxN), jnp.asarray(hessian_QxNxN), row_QxM, spread_QxM))
 
   def solve(self, step: float) -> dict[str, Quantized]:
     """Returns every parameter in its stored form, with c = `step`."""
@@ -84,27 +76,45 @@ class Solver:
     rounded: dict[str, Quantized] = {}
     with progress("quantising", total=len(self._weights), unit="parameters") as bar:
       for batch in self._batches:
-        row_QxM = _classes(log2_step + batch.row_QxM)
-        order_QxN = np.asarray(batch.order_QxN)
-        trellis_QxN = (batch.bits_QxN - log2_step > _TRELLIS_BITS) & self._trellis
-        column_QxN, ordered_QxN = (
-          np.take_along_axis(values, order_QxN, axis=1) for values in (batch.column_QxN, trellis_QxN)
-        )
-        q_QxMxN = _round(
-          *batch[1:4],
-          row_QxM,
-          column_QxN,
-          ordered_QxN,
-          block=self._block,
-          trellis=self._trellis,
-        )
-        of_each = zip(batch.names, np.asarray(q_QxMxN), row_QxM, batch.column_QxN, trellis_QxN, strict=True)
-        for name, q_MxN, row_M, column_N, trellis_N in of_each:
-          rounded[name] = LogGrid(q_MxN, row_M, column_N, trellis_N if trellis_N.any() else None)
+        rounded |= self._solve_batch(batch, log2_step)
         bar.advance(len(batch.names))
       for name in self._weights.keys() - rounded.keys():
         rounded[name] = _even(self._weights[name], log2_step - 0.5 * math.log2(max(self._small[name], _FLOOR)))
     return {name: rounded[name] for name in self._weights}
+
+  def _solve_batch(self, batch: _Batch, log2_step: float) -> dict[str, LogGrid]:
+    columns = batch.weight_QxMxN.shape[2]
+    # The error of a weight may be larger than the weight. A ridge of c²/12 over what the weights' own size is worth, as
+    # a Wiener filter has it, then keeps the columns that follow from repaying it.
+    worth_Q = 2 * np.mean(batch.row_QxM + batch.spread_QxM, axis=1)
+    ridge_Q = np.minimum(columns / 12 * np.exp2(2 * log2_step - worth_Q), _MOST_RIDGE)
+    damping_Q = (self._config.damping + ridge_Q).astype(np.float32)
+    work_QxNxM, factor_QxNxN, order_QxN = _prepare(batch.weight_QxMxN, batch.hessian_QxNxN, damping_Q)
+    pivot_QxN = np.log2(np.diagonal(np.asarray(factor_QxNxN, np.float64), axis1=1, axis2=2))
+    row_QxM, column_QxN = _classes(log2_step - batch.row_QxM), _classes(pivot_QxN)
+    trellis_QxN = np.zeros(column_QxN.shape, bool)
+    if self._config.trellis:
+      row_bits_QxM = batch.row_QxM + batch.spread_QxM - log2_step + _NORMAL_BITS - pivot_QxN.mean(axis=1)[:, None]
+      column_bits_QxN = row_bits_QxM.mean(axis=1)[:, None] + pivot_QxN.mean(axis=1)[:, None] - pivot_QxN
+      has_trellis_Q = np.quantile(row_bits_QxM, _FEW, axis=1) > _TRELLIS_BITS
+      trellis_QxN = has_trellis_Q[:, None] & (column_bits_QxN > _TRELLIS_BITS)
+    q_QxMxN = _round(
+      work_QxNxM,
+      factor_QxNxN,
+      order_QxN,
+      row_QxM,
+      column_QxN,
+      trellis_QxN,
+      block=self._config.block_size,
+      trellis=bool(trellis_QxN.any()),
+    )
+    back_QxN = np.argsort(np.asarray(order_QxN), axis=1)
+    column_QxN, trellis_QxN = (np.take_along_axis(x, back_QxN, axis=1) for x in (column_QxN, trellis_QxN))
+    each = zip(batch.names, np.asarray(q_QxMxN), row_QxM, column_QxN, trellis_QxN, strict=True)
+    return {
+      name: LogGrid(q_MxN, row_M, column_N, trellis_N if trellis_N.any() else None)
+      for name, q_MxN, row_M, column_N, trellis_N in each
+    }
 
 
 def _classes(log2_step: np.ndarray) -> np.ndarray:
@@ -121,14 +131,14 @@ def _even(value: np.ndarray, log2_step: float) -> Even | Half:
 
 
 @jax.jit
-def _prepare(weight_QxMxN, hessian_QxNxN, damping):
+def _prepare(weight_QxMxN, hessian_QxNxN, damping_Q):
   """The transposed matrices with columns in order, U, and the order."""
 
-  def prepare(weight_MxN, hessian_NxN):
+  def prepare(weight_MxN, hessian_NxN, damping):
     order_N, factor_NxN, dead_N = column_order(hessian_NxN, damping)
     return jnp.where(dead_N[:, None], 0.0, weight_MxN.T)[order_N], factor_NxN, order_N
 
-  return jax.vmap(prepare)(weight_QxMxN, hessian_QxNxN)
+  return jax.vmap(prepare)(weight_QxMxN, hessian_QxNxN, damping_Q)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "trellis"))
@@ -181,8 +191,10 @@ def on_trellis(ratio_M: Float[Array, " M"]) -> Float[Array, " M"]:
     offset = 0.5 * PARITY[:, None] + np.arange(2)
     return 2 * jnp.round((ratio_S[:, None, None] - offset) / 2) + offset
 
-  def forward(cost_SxK, ratio_S):
-    cost_SxKxB = cost_SxK[..., None] + jnp.square(ratio_S[:, None, None] - nearest(ratio_S))
+  def forward(cost_SxK, inputs):
+    ratio_S, is_row_S = inputs
+    error_SxKxB = jnp.square(ratio_S[:, None, None] - nearest(ratio_S)) * is_row_S[:, None, None]
+    cost_SxKxB = cost_SxK[..., None] + error_SxKxB
     # Two ways lead into each state.
     arriving_SxKx2 = cost_SxKxB.reshape(len(ratio_S), -1)[:, _ARRIVING]
     return arriving_SxKx2.min(-1), jnp.argmin(arriving_SxKx2, -1).astype(jnp.int8)
@@ -194,7 +206,8 @@ def on_trellis(ratio_M: Float[Array, " M"]) -> Float[Array, " M"]:
     return state_S, nearest(ratio_S)[segment, state_S, bit_S]
 
   start_SxK = jnp.full((len(ratio_SxT), len(PARITY)), jnp.inf).at[:, 0].set(0.0)
-  cost_SxK, choice_TxSxK = jax.lax.scan(forward, start_SxK, ratio_SxT.T)
+  is_row_TxS = (jnp.arange(ratio_SxT.size) < rows).astype(ratio_M.dtype).reshape(ratio_SxT.shape).T
+  cost_SxK, choice_TxSxK = jax.lax.scan(forward, start_SxK, (ratio_SxT.T, is_row_TxS))
   inputs = ratio_SxT.T, choice_TxSxK
   value_TxS = jax.lax.scan(backward, jnp.argmin(cost_SxK, -1), inputs, reverse=True)[1]
   return value_TxS.T.reshape(-1)[:rows]
