@@ -103,7 +103,13 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
   settings, code = run.settings, bundle.code()
-  made = make(run.given, averaged_params(run, mesh), locate_prepared(settings), world=world_size(settings, mesh))
+  made = make(
+    run.given,
+    averaged_params(run, mesh),
+    locate_prepared(settings),
+    world=world_size(settings, mesh),
+    fit_bytes=settings.quantize.budget_bytes - code.size if settings.quantize.fill_budget else None,
+  )
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
@@ -309,7 +315,8 @@ def table(run: RunFolder) -> Table:
     rows.append(("averaged weights", f"{plain_['bpb']:.5f}", plain_["seconds"], f"loss {plain_['loss']:.5f}"))
   if made := results.get("artifact"):
     total = made["artifact_bytes"] + made["code_bytes"]
-    note = f"{made['artifact_bytes']:,} bytes, {total:,} with the code, of {run.settings.quantize.budget_bytes:,}"
+    tax = f"{made['bpb'] - plain_['bpb']:+.5f} by quantising; " if plain_ else ""
+    note = f"{tax}{made['artifact_bytes']:,} bytes, {total:,} with the code, of {run.settings.quantize.budget_bytes:,}"
     rows.append(("artifact", f"{made['bpb']:.5f}", made["seconds"], note))
   if ttt := results.get("ttt"):
     note = f"{ttt['order']} order, {ttt['method']}; without hints {ttt['bpb_without_hints']:.5f}"

@@ -21,7 +21,7 @@ def quantize(
   Args:
     run: run folder with finished training.
     out: the artifact's file; artifact.pgolf in the run folder if not given.
-    fit: search for the finest clips with which artifact and code fit the budget.
+    fit: search for the finest clips, or the finest step, with which artifact and code fit the budget.
   """
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
@@ -45,7 +45,7 @@ def read_run(path: Path | None) -> dict[str, QuantizeConfig]:
 def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
   from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.quantize.make import make
+  from pgolf_jax.quantize.make import SCALES, make
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh, world_size
   from pgolf_jax.runtime.files import write_bytes
@@ -67,8 +67,8 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
     write_bytes(out, made.data)
   print(package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
   if fit:
-    clips = {k: v for k, v in dataclasses.asdict(made.config).items() if k.endswith("clip_sigmas")}
-    print("clips: " + ", ".join(f"quantize.{name}={value:g}" for name, value in clips.items()))
+    fitted = {name: getattr(made.config, name) for name in SCALES[made.config.method].names}
+    print("fitted: " + ", ".join(f"quantize.{name}={value:g}" for name, value in fitted.items()))
   print(f"{out}: " + ", ".join(f"{what} {seconds:.1f} s" for what, seconds in made.seconds.items()))
 
 

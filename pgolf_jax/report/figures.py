@@ -364,14 +364,8 @@ def sizes(runs: Runs) -> Plot:
     form, _, kind = stream.name.partition("/")
     color = _FORMS[form][0] if form in _FORMS else SOFT
     bits = 8 * stream.num_bytes / stream.values if stream.values else None
-    bars.append(
-      (
-        kind.removesuffix(".weight") if form in _FORMS and kind else _WORDS.get(stream.name, stream.name),
-        stream.num_bytes,
-        bits,
-        color,
-      )
-    )
+    name = kind.removesuffix(".weight") if form in _FORMS and kind else _WORDS.get(stream.name, stream.name)
+    bars.append((name, stream.num_bytes, bits, color))
   bars += [("the rest", rest, None, SOFT)] if rest else []
   bars += [("code", code, None, SERIES[4])] if code else []
 

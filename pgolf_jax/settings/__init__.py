@@ -259,7 +259,7 @@ class QuantizeConfig:
     "rate: whether values lie on two grids at half their spacing: a tenth of a bit less at equal loss",
   )
   step: float = setting(
-    0.00025, None, POSITIVE, "rate: what every step is a multiple of; half of it takes a bit more for each weight"
+    0.00025, None, POSITIVE, "rate: what all steps are multiples of; half of it takes about one bit more a weight"
   )
   matrix_bits: int = setting(6, "MATRIX_BITS", BITS, "bits of the matrices")
   embed_bits: int = setting(7, "EMBED_BITS", BITS, "bits of the embedding")
@@ -315,6 +315,9 @@ class QuantizeConfig:
     "whether the tokenizer travels in the artifact, where its bytes count; small: if it takes at most 16 KiB",
   )  # fmt: skip
   budget_bytes: int = setting(16_000_000, None, INDEX, "most bytes of artifact and code")
+  fill_budget: bool = setting(
+    False, None, None, "whether a run searches for the finest clips, or the finest step, that fit the budget"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
