@@ -259,7 +259,7 @@ class QuantizeConfig:
     "rate: whether values lie on two grids at half their spacing: a tenth of a bit less at equal loss",
   )
   step: float = setting(
-    0.00025, None, POSITIVE, "rate: what all steps are multiples of; half of it takes about one bit more a weight"
+    0.00015, None, POSITIVE, "rate: what all steps are multiples of; half of it takes about one bit more a weight"
   )
   matrix_bits: int = setting(6, "MATRIX_BITS", BITS, "bits of the matrices")
   embed_bits: int = setting(7, "EMBED_BITS", BITS, "bits of the embedding")
