@@ -50,13 +50,13 @@ def rate_tensors(seed: int = 0) -> dict:
   """The same model in the forms of the rate quantiser: integers of all sizes, an embedding with a mean."""
   rng = np.random.default_rng(seed)
 
-  def matrix(rows, columns, mean_MxN=0.0, trellis_N=None):
+  def matrix(rows, columns, mean_MxN=0.0, *trellis):
     row_M = np.rint(2 * rng.standard_normal(rows) - 24).astype(np.int32)
     column_N = np.rint(3 * rng.standard_normal(columns) - 6).astype(np.int32)
     column_N[:2] -= 40  # two columns of tiny steps
     scale_MxN = 0.3 * np.exp2(-(row_M[:, None] + column_N + 30) / 4)
     q_MxN = np.rint((rng.standard_normal((rows, columns)) + mean_MxN) * scale_MxN)
-    return LogGrid(q_MxN.astype(np.int32), row_M, column_N, trellis_N)
+    return LogGrid(q_MxN.astype(np.int32), row_M, column_N, *trellis)
 
   def even(step, *shape):
     return Even(np.rint(300 + 30 * rng.standard_normal(shape)).astype(np.int32), step)
@@ -65,12 +65,12 @@ def rate_tensors(seed: int = 0) -> dict:
   for i in range(2):
     for name, rows, columns in (("c_q", 32, 32), ("proj", 32, 32), ("c_k", 16, 32), ("c_v", 16, 32)):
       tensors[f"blocks.{i}.attn.{name}.weight"] = matrix(rows, columns)
-    tensors[f"blocks.{i}.mlp.fc.weight"] = matrix(64, 32, trellis_N=np.arange(32) < 24)
+    tensors[f"blocks.{i}.mlp.fc.weight"] = matrix(64, 32, 0.0, np.arange(32) < 24, np.ones(64, bool))
     tensors[f"blocks.{i}.mlp.proj.weight"] = matrix(32, 64)
     tensors[f"blocks.{i}.attn_scale"] = even(-32, 32)
     tensors[f"blocks.{i}.attn.attn_gate_w"] = even(-40, 4, 12)
   common = np.outer(rng.standard_normal(96) * 3, rng.standard_normal(32) * 3)
-  tensors["tok_emb.weight"] = matrix(96, 32, common, np.arange(32) % 2 == 0)
+  tensors["tok_emb.weight"] = matrix(96, 32, common, np.arange(32) % 2 == 0, np.arange(96) % 5 > 0)
   tensors["skip_weights"] = Even(np.zeros((0, 32), np.int32), 0)
   tensors["softcap_pos"] = Even(np.full((), 15 << 10, np.int32), -36)
   return tensors

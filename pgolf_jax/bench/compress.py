@@ -95,7 +95,7 @@ def _coders(name: str, tensors: list[Grid | LogGrid]) -> Iterator[Way]:
   matrices = [tensor.q_MxN for tensor in tensors]
   stream = ("grid", matrices)
   if isinstance(tensors[0], LogGrid):
-    stream = ("matrix", matrices, [Steps(t.row_M, t.column_N, t.trellis_N) for t in tensors])
+    stream = ("matrix", matrices, [Steps(t.row_M, t.column_N, t.trellis_N, t.trellis_M) for t in tensors])
   work = Work(sum(q.size for q in matrices), "values")
   way = functools.partial(Way, work=work, inspect=int)
   if shutil.which("lrzip"):

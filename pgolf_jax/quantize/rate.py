@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.quantize.artifact.codecs.integers import NEXT, PARITY, SEGMENT
+from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT
 from pgolf_jax.quantize.artifact.tensors import OCTAVE, Even, Half, LogGrid, Quantized, log_step
 from pgolf_jax.quantize.fisher import Statistics
 from pgolf_jax.quantize.gptq import column_order, round_columns
@@ -31,8 +31,7 @@ from pgolf_jax.settings import QuantizeConfig
 
 _LARGEST = 2**24 - 1  # of an integer, which fp32 holds exactly
 _NORMAL_BITS = 2.05  # of a normal value in steps of its standard deviation
-_TRELLIS_BITS = 1.5  # a value; where it takes fewer, most are 0, which only half of a trellis's states can take
-_FEW = 0.01  # share of the rows that may take fewer
+_TRELLIS_BITS = 1.0  # a value; where it takes fewer, most are 0, which only half of a trellis's states can take
 _MOST_RIDGE = 1.0  # of the mean diagonal
 _FLOOR = 2.0**-60  # of a curvature: that of a parameter which nothing reads
 
@@ -92,29 +91,33 @@ class Solver:
     work_QxNxM, factor_QxNxN, order_QxN = _prepare(batch.weight_QxMxN, batch.hessian_QxNxN, damping_Q)
     pivot_QxN = np.log2(np.diagonal(np.asarray(factor_QxNxN, np.float64), axis1=1, axis2=2))
     row_QxM, column_QxN = _classes(log2_step - batch.row_QxM), _classes(pivot_QxN)
-    trellis_QxN = np.zeros(column_QxN.shape, bool)
+    trellis = np.zeros(row_QxM.shape, bool), np.zeros(column_QxN.shape, bool)
     if self._config.trellis:
-      row_bits_QxM = batch.row_QxM + batch.spread_QxM - log2_step + _NORMAL_BITS - pivot_QxN.mean(axis=1)[:, None]
-      column_bits_QxN = row_bits_QxM.mean(axis=1)[:, None] + pivot_QxN.mean(axis=1)[:, None] - pivot_QxN
-      has_trellis_Q = np.quantile(row_bits_QxM, _FEW, axis=1) > _TRELLIS_BITS
-      trellis_QxN = has_trellis_Q[:, None] & (column_bits_QxN > _TRELLIS_BITS)
-    q_QxMxN = _round(
-      work_QxNxM,
-      factor_QxNxN,
-      order_QxN,
-      row_QxM,
-      column_QxN,
-      trellis_QxN,
-      block=self._config.block_size,
-      trellis=bool(trellis_QxN.any()),
-    )
+      trellis = _under_trellis(batch.row_QxM + batch.spread_QxM - log2_step + _NORMAL_BITS, pivot_QxN)
+    classes, has_trellis = (row_QxM, column_QxN), trellis[1].any()
+    work = work_QxNxM, factor_QxNxN, order_QxN
+    q_QxMxN = _round(*work, classes, trellis if has_trellis else None, block=self._config.block_size)
     back_QxN = np.argsort(np.asarray(order_QxN), axis=1)
-    column_QxN, trellis_QxN = (np.take_along_axis(x, back_QxN, axis=1) for x in (column_QxN, trellis_QxN))
-    each = zip(batch.names, np.asarray(q_QxMxN), row_QxM, column_QxN, trellis_QxN, strict=True)
+    column_QxN, trellis_QxN = (np.take_along_axis(x, back_QxN, axis=1) for x in (column_QxN, trellis[1]))
+    each = zip(batch.names, np.asarray(q_QxMxN), row_QxM, column_QxN, trellis_QxN, trellis[0], strict=True)
     return {
-      name: LogGrid(q_MxN, row_M, column_N, trellis_N if trellis_N.any() else None)
-      for name, q_MxN, row_M, column_N, trellis_N in each
+      name: LogGrid(q_MxN, row_M, column_N, *((trellis_N, trellis_M) if trellis_N.any() else ()))
+      for name, q_MxN, row_M, column_N, trellis_N, trellis_M in each
     }
+
+
+def _under_trellis(bits_QxM: np.ndarray, pivot_QxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns which rows and which columns of each matrix are under a trellis: those of many bits.
+
+  Args:
+    bits_QxM: of a value of each row in a column of pivot 1.
+    pivot_QxN: log2 of the columns' pivots.
+  """
+  mean_Qx1 = pivot_QxN.mean(axis=1, keepdims=True)
+  trellis_QxM = bits_QxM - mean_Qx1 > _TRELLIS_BITS
+  rows_Qx1 = trellis_QxM.sum(axis=1, keepdims=True)
+  bits_Qx1 = (bits_QxM * trellis_QxM).sum(axis=1, keepdims=True) / np.maximum(rows_Qx1, 1)
+  return trellis_QxM, (rows_Qx1 >= SEGMENT) & (bits_Qx1 - pivot_QxN > _TRELLIS_BITS)
 
 
 def _classes(log2_step: np.ndarray) -> np.ndarray:
@@ -141,50 +144,58 @@ def _prepare(weight_QxMxN, hessian_QxNxN, damping_Q):
   return jax.vmap(prepare)(weight_QxMxN, hessian_QxNxN, damping_Q)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "trellis"))
+@functools.partial(jax.jit, static_argnames="block")
 def _round(
   work_QxNxM: Float[Array, "Q N M"],
   factor_QxNxN: Float[Array, "Q N N"],
   order_QxN: Int[Array, "Q N"],
-  row_QxM: Int[Array, "Q M"],
-  column_QxN: Int[Array, "Q N"],
-  trellis_QxN: Bool[Array, "Q N"],
+  classes: tuple[Int[Array, "Q M"], Int[Array, "Q N"]],
+  trellis: tuple[Bool[Array, "Q M"], Bool[Array, "Q N"]] | None,
   *,
   block: int,
-  trellis: bool,
 ) -> Int32[Array, "Q M N"]:
   """Returns integers on steps 2^((row + column) / OCTAVE); columns are given in the order in which they are taken.
 
   Args:
-    trellis_QxN: columns under a trellis.
-    trellis: whether there are any.
+    classes: of rows and columns.
+    trellis: which rows and columns are under a trellis; None if nothing is.
   """
 
-  def round_matrix(work_NxM, factor_NxN, order_N, row_M, column_N, trellis_N):
+  def round_matrix(work_NxM, factor_NxN, order_N, classes, trellis):
+    row_M, column_N = classes
     padding = (0, -len(column_N) % block)
-    column_N, trellis_N = jnp.pad(column_N, padding), jnp.pad(trellis_N, padding)
+    column_N = jnp.pad(column_N, padding)
+    if trellis is not None:
+      trellis_M, trellis_N = trellis[0], jnp.pad(trellis[1], padding)
+      # Rows under a trellis come first; what is done to one row depends on no other.
+      row_order_M, rows = jnp.argsort(~trellis_M), trellis_M.sum()
+      work_NxM, row_M = work_NxM[:, row_order_M], row_M[row_order_M]
+      takes_part_M = jnp.arange(len(row_M)) < rows
 
     def round_column(j, column_M):
       step_M = jnp.exp2((row_M + column_N[j]) / OCTAVE)
       ratio_M = jnp.clip(column_M / step_M, -_LARGEST, _LARGEST)
       value_M = jnp.round(ratio_M)
-      if trellis:
-        value_M = jnp.where(trellis_N[j], on_trellis(ratio_M), value_M)
+      if trellis is not None:
+        value_M = jnp.where(trellis_N[j] & takes_part_M, on_trellis(ratio_M, rows), value_M)
       return jnp.floor(value_M), value_M * step_M
 
-    return round_columns(work_NxM, factor_NxN, round_column, block=block)[jnp.argsort(order_N)].T
+    q_NxM = round_columns(work_NxM, factor_NxN, round_column, block=block)[jnp.argsort(order_N)]
+    return (q_NxM if trellis is None else q_NxM[:, jnp.argsort(row_order_M)]).T
 
-  return jax.vmap(round_matrix)(work_QxNxM, factor_QxNxN, order_QxN, row_QxM, column_QxN, trellis_QxN)
+  return jax.vmap(round_matrix)(work_QxNxM, factor_QxNxN, order_QxN, classes, trellis)
 
 
-def on_trellis(ratio_M: Float[Array, " M"]) -> Float[Array, " M"]:
+def on_trellis(ratio_M: Float[Array, " M"], rows: int | Int[Array, ""]) -> Float[Array, " M"]:
   """Returns the values nearest to a column, in units of its steps, of those that a trellis can take: whole or halves.
 
   Each segment of rows is one path through the states, found by Viterbi's algorithm: the sum of squared errors is the
-  least possible. See `artifact.tensors.parities`.
+  least possible. See `trellis.parities`.
+
+  Args:
+    rows: how many of the first rows take part; what the others get has no meaning.
   """
-  rows = len(ratio_M)
-  ratio_SxT = jnp.pad(ratio_M, (0, -rows % SEGMENT)).reshape(-1, SEGMENT)
+  ratio_SxT = jnp.pad(ratio_M, (0, -len(ratio_M) % SEGMENT)).reshape(-1, SEGMENT)
 
   def nearest(ratio_S: jax.Array) -> jax.Array:
     """[S, state, bit]: the nearest value with the state's parity whose integer has this lowest bit."""
@@ -210,7 +221,7 @@ def on_trellis(ratio_M: Float[Array, " M"]) -> Float[Array, " M"]:
   cost_SxK, choice_TxSxK = jax.lax.scan(forward, start_SxK, (ratio_SxT.T, is_row_TxS))
   inputs = ratio_SxT.T, choice_TxSxK
   value_TxS = jax.lax.scan(backward, jnp.argmin(cost_SxK, -1), inputs, reverse=True)[1]
-  return value_TxS.T.reshape(-1)[:rows]
+  return value_TxS.T.reshape(-1)[: len(ratio_M)]
 
 
 # [state, 2]: the two pairs of state before and lowest bit, as 2 · state + bit, that lead into a state.

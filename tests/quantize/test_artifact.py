@@ -17,7 +17,7 @@ from pgolf_jax.errors import ArtifactError, UserError
 from pgolf_jax.quantize.artifact import Origin, load, read, read_origin, reader
 from pgolf_jax.quantize.artifact.codecs import NAMES, ans
 from pgolf_jax.quantize.artifact.codecs.grids import Model, put_grids
-from pgolf_jax.quantize.artifact.codecs.integers import NEXT, PARITY, SEGMENT
+from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT
 from pgolf_jax.quantize.artifact.tensors import Even, Grid, Half, LogGrid, LowRank, unbank
 from pgolf_jax.quantize.artifact.writer import write
 
@@ -98,11 +98,11 @@ def test_weights_under_a_trellis_lie_half_a_step_further_by_their_parity(largest
   rng = np.random.default_rng(0)
   q = rng.integers(-largest, largest, (150, 4500)).astype(np.int32)
   row_M, column_N = rng.integers(-40, 40, 150), rng.integers(-40, 40, 4500)
-  trellis_N = rng.random(4500) < 0.5
-  weights = LogGrid(q, row_M.astype(np.int32), column_N.astype(np.int32), trellis_N).dequantize()
-  parity, state = np.empty(q.shape), np.zeros(4500, int)
-  for row in range(150):
-    state = state if row % SEGMENT else np.zeros(4500, int)
+  trellis_N, trellis_M = rng.random(4500) < 0.5, rng.random(150) < 0.8
+  weights = LogGrid(q, row_M.astype(np.int32), column_N.astype(np.int32), trellis_N, trellis_M).dequantize()
+  parity = np.zeros(q.shape)
+  for place, row in enumerate(np.flatnonzero(trellis_M)):
+    state = state if place % SEGMENT else np.zeros(4500, int)
     parity[row], state = PARITY[state], NEXT[state, q[row] & 1]
   wanted = (q + 0.5 * parity * trellis_N) * np.exp2((row_M[:, None] + column_N) / 4)
   assert np.allclose(weights, wanted, rtol=2e-7, atol=0)
@@ -232,7 +232,8 @@ def test_an_old_version_has_no_new_forms():
     (LogGrid(np.full((2, 2), 1 << 24), np.zeros(2, int), np.zeros(2, int)), "w holds integers beyond"),
     (LogGrid(np.zeros((2, 2), int), np.full(2, 201), np.zeros(2, int)), "beyond -200 … 200"),
     (LogGrid(np.zeros((2, 2), int), np.zeros(2, int), np.full(2, -201)), "beyond -200 … 200"),
-    (LogGrid(np.zeros((2, 2), int), np.zeros(2, int), np.zeros(2, int), np.full(2, 2)), "beyond 0 … 1"),
+    (LogGrid(np.zeros((2, 2), int), *[np.zeros(2, int)] * 2, np.full(2, 2), np.ones(2, bool)), "beyond 0 … 1"),
+    (LogGrid(np.zeros((2, 2), int), *[np.zeros(2, int)] * 2, np.ones(2, bool), np.full(2, 2)), "beyond 0 … 1"),
     (Even(np.full(3, -(1 << 24)), 0), "w holds integers beyond"),
     (Even(np.zeros(3, int), 401), "impossible step"),
   ],
@@ -248,7 +249,7 @@ def test_the_largest_integers_on_the_largest_and_smallest_steps_are_finite(name,
   steps = np.full(40, sign * 200, np.int32)
   q = np.full((40, 40), (1 << 24) - 1, np.int32)
   q[::2] *= -1
-  tensors = {"w": LogGrid(q, steps, steps, np.arange(40) < 9), "x": Even(q, sign * 400)}
+  tensors = {"w": LogGrid(q, steps, steps, np.arange(40) < 9, np.arange(40) > 3), "x": Even(q, sign * 400)}
   params = read(write({}, tensors, name)).params()
   for key, tensor in tensors.items():
     assert np.isfinite(params[key]).all() and np.array_equal(params[key], tensor.dequantize())
@@ -436,7 +437,7 @@ def test_memory_of_a_whole_model_of_large_integers(name):
   rng = np.random.default_rng(0)
   steps = [rng.integers(-9, 9, 1024).astype(np.int32) for _ in range(2)]
   q = np.rint(9 * rng.standard_normal((1024, 1024))).astype(np.int32)
-  tensors = {f"blocks.{i}.mlp.fc.weight": LogGrid(q, *steps, steps[0] < 0) for i in range(3)}
+  tensors = {f"blocks.{i}.mlp.fc.weight": LogGrid(q, *steps, steps[0] < 0, steps[1] < 0) for i in range(3)}
   data = write({}, tensors, name)
   tracemalloc.start()
   params = read(data).params()

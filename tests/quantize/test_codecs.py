@@ -21,7 +21,8 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   take_counted,
   take_number,
 )
-from pgolf_jax.quantize.artifact.codecs.integers import LIMIT, NEXT, PARITY, WIDTHS, Steps, law_weights, parities
+from pgolf_jax.quantize.artifact.codecs.integers import LIMIT, WIDTHS, Steps, law_weights
+from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, parities
 from pgolf_jax.quantize.artifact.reader import decode_stream
 from pgolf_jax.quantize.artifact.writer import encode_stream
 
@@ -87,14 +88,16 @@ def test_any_large_integers_come_back(name, data):
       q[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))] = data.draw(INT32)
     matrices.append(q)
     step = [data.draw(arrays.arrays(np.int32, size, elements=STEP)) for size in (rows, columns)]
-    steps.append(Steps(*step, data.draw(st.none() | arrays.arrays(bool, columns))))
+    flags = [data.draw(arrays.arrays(bool, size)) for size in (columns, rows)] if data.draw(st.booleans()) else ()
+    steps.append(Steps(*step, *flags))
   assert_returns(name, "matrix", matrices, steps)
   assert_returns(name, "integers", matrices)
 
 
 def flat_steps(shape, trellis=False) -> Steps:
   """Steps that are all alike."""
-  return Steps(*(np.zeros(size, np.int32) for size in shape), np.ones(shape[1], bool) if trellis else None)
+  flags = (np.ones(size, bool) for size in shape[::-1]) if trellis else ()
+  return Steps(*(np.zeros(size, np.int32) for size in shape), *flags)
 
 
 def matrix_bytes(q, steps=None) -> int:

@@ -9,8 +9,9 @@ from tiny_model import MODEL, SETTINGS, write_data
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
+from pgolf_jax.quantize import rate
 from pgolf_jax.quantize.artifact import read, writer
-from pgolf_jax.quantize.artifact.codecs.integers import NEXT, PARITY, SEGMENT, parities
+from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT, parities
 from pgolf_jax.quantize.artifact.tensors import OCTAVE, Even, Half, LogGrid, unbank
 from pgolf_jax.quantize.fisher import Curvature, Statistics
 from pgolf_jax.quantize.make import make
@@ -24,16 +25,15 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, Curvatu
   rng = np.random.default_rng(seed)
   inputs = rng.standard_normal((4 * columns, columns)) @ rng.standard_normal((columns, columns))
   weight_MxN = rng.standard_normal((rows, columns)).astype(np.float32)
-  gram_NxN = inputs.T @ inputs
-  return weight_MxN, Curvature(gram_NxN / np.trace(gram_NxN), np.exp(rng.standard_normal(rows)))
+  hessian = inputs.T @ inputs / len(inputs)
+  return weight_MxN, Curvature(hessian / np.trace(hessian), np.trace(hessian) * np.exp(rng.standard_normal(rows)))
 
 
 def by_the_formulas(weight_MxN: np.ndarray, curvature: Curvature, step: float) -> LogGrid:
-  """s_ij = c U_jj / √d_i with UᵀU = H⁻¹, one column after the other, in float64."""
+  """s_ij = c U_jj / √d_i with UᵀU = H⁻¹, one column after the other, in float64; H with damping and ridge."""
   hessian = curvature.hessian_NxN
   worth = np.exp(np.mean(np.log(curvature.row_M * np.square(weight_MxN).mean(axis=1))))
-  ridge = min(1.0, len(hessian) * step**2 / 12 / worth)
-  hessian = hessian + (CONFIG.damping + ridge) * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+  hessian = hessian + (CONFIG.damping / len(hessian) + step**2 / 12 / worth) * np.eye(len(hessian))
   order = np.argsort(-np.diag(hessian), kind="stable")
   factor = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
   row_M = np.rint(OCTAVE * np.log2(step / np.sqrt(curvature.row_M))).astype(int)
@@ -53,7 +53,7 @@ def by_the_formulas(weight_MxN: np.ndarray, curvature: Curvature, step: float) -
 def test_integers_are_those_of_the_formulas(rows, columns):
   weight, curvature = problem(rows, columns)
   solver = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), CONFIG)
-  for step in (0.01, 0.3):
+  for step in (0.01, 1.0):
     made, expected = solver.solve(step)["w"], by_the_formulas(weight, curvature, step)
     np.testing.assert_array_equal(made.row_M, expected.row_M)
     np.testing.assert_array_equal(made.column_N, expected.column_N)
@@ -65,7 +65,7 @@ def test_every_weight_costs_the_same():
   # At a fine step an error is even over a step: each weight adds c²/12 to Σ d_i (E H Eᵀ)_ii, wherever it stands.
   weight, curvature = problem(64, 48)
   undamped = dataclasses.replace(CONFIG, damping=1e-6)
-  for step in (0.005, 0.001):
+  for step in (0.02, 0.005):
     made = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), undamped).solve(step)["w"]
     error = weight - made.dequantize().astype(np.float64)
     cost_M = curvature.row_M * np.einsum("mi,ij,mj->m", error, curvature.hessian_NxN, error)
@@ -89,14 +89,14 @@ def test_a_trellis_takes_the_best_path():
   rng = np.random.default_rng(0)
   for scale in (0.3, 2.0, 40.0):
     column = (scale * rng.standard_normal(SEGMENT + 9)).astype(np.float32)
-    value = np.asarray(on_trellis(column))
+    value = np.asarray(on_trellis(column, len(column)))
     q = np.floor(value).astype(np.int32)
     parity = parities((q[:, None] & 1).astype(np.uint8))[:, 0]
     np.testing.assert_array_equal(value, q + 0.5 * parity)
     assert np.square(column - value)[SEGMENT:].sum() == pytest.approx(paths(column[SEGMENT:]), rel=1e-4)
   wide = (100 * rng.standard_normal(64 * SEGMENT)).astype(np.float32)
   # Rounding errs by 1/12; at the same rate these 8 states err by 0.9 dB less.
-  assert np.square(wide - np.asarray(on_trellis(wide))).mean() == pytest.approx(10**-0.09 / 12, rel=0.04)
+  assert np.square(wide - np.asarray(on_trellis(wide, len(wide)))).mean() == pytest.approx(10**-0.09 / 12, rel=0.04)
 
 
 def test_what_a_trellis_made_is_what_is_read():
@@ -104,7 +104,7 @@ def test_what_a_trellis_made_is_what_is_read():
   solver = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), dataclasses.replace(CONFIG, trellis=True))
   plain = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), CONFIG)
   made = solver.solve(0.02)["w"]
-  assert made.trellis_N.all()
+  assert made.trellis_N.all() and made.trellis_M.all()
   stored = read(writer.write({}, {"w": made})).tensors["w"]
   np.testing.assert_array_equal(stored.dequantize(), made.dequantize())
   costs = []
@@ -113,6 +113,39 @@ def test_what_a_trellis_made_is_what_is_read():
     costs.append(np.sum(curvature.row_M * np.einsum("mi,ij,mj->m", error, curvature.hessian_NxN, error)))
   assert costs[0] < 0.87 * costs[1]
   assert solver.solve(1000.0)["w"].trellis_N is None
+
+
+def test_rows_and_columns_of_few_bits_are_left_out_of_the_trellis(monkeypatch):
+  """Two matrices of one shape with other rows of few bits, and one with too few rows of many."""
+  monkeypatch.setattr(rate, "_TRELLIS_BITS", 3.5)  # the ridge lets no column here have fewer than 2
+  weights, matrices = {}, {}
+  for seed, name in enumerate("abc"):
+    weight, curvature = problem(150, 48, seed)
+    few_M = np.random.default_rng(seed).random(150) < (0.2 if name < "c" else 0.7)
+    scale_N = np.where(np.arange(48) == 5, 1e-3, 1.0)  # a column that hardly matters
+    hessian = curvature.hessian_NxN * scale_N * scale_N[:, None]
+    weights[name] = np.where(few_M[:, None], 1e-4, 1.0).astype(np.float32) * weight
+    matrices[name] = Curvature(hessian / np.trace(hessian), curvature.row_M), few_M
+  statistics = Statistics({name: curvature for name, (curvature, _) in matrices.items()}, {}, 0.0, 0)
+  undamped = dataclasses.replace(CONFIG, damping=1e-6)
+  made, plain = (Solver(weights, statistics, dataclasses.replace(undamped, trellis=t)).solve(0.2) for t in (1, 0))
+  stored = read(writer.write({}, made)).tensors
+  for name, (curvature, few_M) in matrices.items():
+    grid, other = made[name], plain[name]
+    np.testing.assert_array_equal(stored[name].dequantize(), grid.dequantize())
+    if name == "c":
+      assert grid.trellis_N is None and grid.trellis_M is None
+      np.testing.assert_array_equal(grid.q_MxN, other.q_MxN)
+      continue
+    np.testing.assert_array_equal(grid.trellis_M, ~few_M)
+    assert not grid.trellis_N[5] and grid.trellis_N.sum() == 47
+    # Rows are rounded one by one: those that are left out are as they would be without a trellis.
+    np.testing.assert_array_equal(grid.q_MxN[few_M], other.q_MxN[few_M])
+    costs = []
+    for each in (grid, other):
+      error = (weights[name] - each.dequantize().astype(np.float64))[~few_M]
+      costs.append(np.sum(curvature.row_M[~few_M] * np.einsum("mi,ij,mj->m", error, curvature.hessian_NxN, error)))
+    assert costs[0] < 0.87 * costs[1]
 
 
 def test_inputs_that_never_fire_get_no_integers():

@@ -6,8 +6,8 @@ A table entry is [form, name, shape, …]:
   ["rows", name, [M, N]]                     int8 with a step per row
   ["grid", name, [M, N], fine, low_rank]     int8 on the grids of the rows;
       fine: null or [columns of a group, [first columns]]; low_rank: null or [rank, steps of A, steps of B]
-  ["log", name, [M, N], trellis]             integers with steps by row and column; trellis: whether some columns are
-      under one
+  ["log", name, [M, N], trellis]             integers with steps by row and column; trellis: whether flags say which
+      rows and columns are under one
   ["even", name, shape, step]                integers of any shape on one step
 
 Arrays of one kind share statistics and therefore a stream: the integers of one kind of matrix from all layers; all
@@ -164,6 +164,7 @@ def split(table: list[Entry]) -> list[Stream]:
       add("steps/log", "integers", name, "row_M", shape[:1])
       if more[0]:
         add("steps/log", "integers", name, "trellis_N", shape[1:])
+        add("steps/log", "integers", name, "trellis_M", shape[:1])
       continue
     fine, low_rank = more
     add(f"grid/{kind(name)}", "grid", name, "q_MxN", shape)
@@ -195,8 +196,8 @@ def assemble(entry: Entry, arrays: Mapping[tuple[str, str], np.ndarray]) -> Quan
     return Rows(arrays[name, "q_MxN"], arrays[name, "step_M"])
   if form == "log":
     steps = Steps(*(arrays.get((name, field)) for field in Steps._fields))
-    trellis_N = None if steps.trellis_N is None else steps.trellis_N.astype(bool)
-    return LogGrid(arrays[name, "q_MxN"], steps.row_M, steps.column_N, trellis_N)
+    flags = (None if array is None else array.astype(bool) for array in (steps.trellis_N, steps.trellis_M))
+    return LogGrid(arrays[name, "q_MxN"], steps.row_M, steps.column_N, *flags)
   if form == "even":
     return Even(arrays[name, "q"], *more)
   fine, low_rank = more

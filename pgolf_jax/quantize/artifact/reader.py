@@ -66,7 +66,7 @@ _MAX_HEADER = 1 << 18  # bytes of JSON, which take up to a hundred times as much
 _MAX_FILE = 1 << 30  # bytes; more than `MAX_PARAMETERS` can take
 # Values that an artifact may hold whatever its size, and for each of its bytes: a trained matrix takes 3 bits a value.
 _FREE_VALUES, _VALUES_PER_BYTE = 1 << 22, 1 << 10
-_BOUNDS = {"row_M": (-MAX_STEP, MAX_STEP), "column_N": (-MAX_STEP, MAX_STEP), "trellis_N": (0, 1)}
+_BOUNDS = {"row_M": (-MAX_STEP, MAX_STEP), "column_N": (-MAX_STEP, MAX_STEP), "trellis_N": (0, 1), "trellis_M": (0, 1)}
 START = PREFIX.size + _DIGEST
 """Bytes before the header."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pgolf_jax.quantize.artifact.codecs.integers import SEGMENT, parities
+from pgolf_jax.quantize.artifact.codecs.trellis import matrix_parities
 
 _SLAB = 1 << 18  # values of a product worked on at a time
 
@@ -155,29 +155,32 @@ def log_step(classes: np.ndarray) -> np.ndarray:
 class LogGrid(Stored):
   """A matrix whose steps are the product of a row's and a column's: q_ij · 2^((row_i + column_j) / OCTAVE).
 
-  In columns under a trellis it is q_ij + parity_ij / 2: the parities follow from the integers above (`parities`), so
-  that each value lies on one of two grids at half their spacing.
+  Where row and column are under a trellis it is q_ij + parity_ij / 2: the parities follow from the integers above in
+  such rows (`parities`), so that each value lies on one of two grids at half their spacing.
   """
 
   q_MxN: np.ndarray  # int32, below 2^24 in size
   row_M: np.ndarray  # int32
   column_N: np.ndarray  # int32
-  trellis_N: np.ndarray | None = None  # bool; None if no column is under a trellis
+  trellis_N: np.ndarray | None = None  # bool; both are None if nothing is under a trellis
+  trellis_M: np.ndarray | None = None  # bool
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.q_MxN.shape
 
   def write_to(self, out: np.ndarray) -> None:
-    rows = SEGMENT * max(1, _SLAB // self.shape[1] // SEGMENT)  # trellises begin with a slab
-    for row in _slices(self.shape[0], rows):
-      for column in _slices(self.shape[1], _SLAB // SEGMENT):
+    rows, columns = self.shape
+    width = min(columns, max(1, 4 * _SLAB // rows))  # parities are worked out from the first row to the last
+    for column in _slices(columns, width):
+      if self.trellis_N is not None:
+        parity_MxN = matrix_parities(self.q_MxN[:, column], self.trellis_M, self.trellis_N[column])
+      for row in _slices(rows, max(1, _SLAB // width)):
         q_MxN = self.q_MxN[row, column]
         # In fp32 where that holds halves; either way a weight is rounded once.
         value_MxN = q_MxN.astype(np.float32 if np.abs(q_MxN).max(initial=0) < 1 << 22 else np.float64)
         if self.trellis_N is not None:
-          trellis_K = np.flatnonzero(self.trellis_N[column])
-          value_MxN[:, trellis_K] += 0.5 * parities((q_MxN[:, trellis_K] & 1).astype(np.uint8))
+          value_MxN += parity_MxN[row] * np.float32(0.5)
         out[row, column] = value_MxN * log_step(self.row_M[row][:, None] + self.column_N[column])
 
 

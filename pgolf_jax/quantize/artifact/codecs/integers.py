@@ -37,6 +37,7 @@ from pgolf_jax.quantize.artifact.codecs.ans import (
   take_number,
 )
 from pgolf_jax.quantize.artifact.codecs.grids import FACTOR_BITS, MAX_RANK, ROW_STEP, Mean, Model, put_mean, take_mean
+from pgolf_jax.quantize.artifact.codecs.trellis import cells, parities
 
 WIDTHS = 26 * STEPS
 """Width classes: σ from 2^-4 to 2^22."""
@@ -60,11 +61,12 @@ _FREE_PIECES, _VALUES_PER_PIECE = 1 << 15, 1 << 7  # of a stream
 
 
 class Steps(NamedTuple):
-  """The steps of a matrix, by which the widths of its integers are predicted, and its columns under a trellis."""
+  """The steps of a matrix, by which the widths of its integers are predicted, and which columns have a trellis."""
 
   row_M: np.ndarray  # int32, in units of ROW_STEP width classes
   column_N: np.ndarray
-  trellis_N: np.ndarray | None = None  # bool
+  trellis_N: np.ndarray | None = None  # bool; None without any
+  trellis_M: np.ndarray | None = None  # bool: rows that take part in it
 
 
 class Law(NamedTuple):
@@ -72,27 +74,6 @@ class Law(NamedTuple):
   shape: int
   phase: int = 0
   low: int = -1  # lowest bit of the values if it is known
-
-
-SEGMENT = 64
-"""Rows of a column after which its trellis begins anew, in state 0."""
-PARITY = np.array([0, 1, 0, 1, 0, 1, 0, 1], np.uint8)
-"""Of a value, by the trellis's state: Ungerboeck's code of 8 states, h⁰ = 13, h¹ = 04 (octal), in its feedback form."""
-NEXT = np.array([[0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]], np.uint8)
-"""The state after a value, by state and the value's lowest bit."""
-
-
-def parities(bits_MxK: np.ndarray) -> np.ndarray:
-  """Returns the parity of each value of columns under a trellis, uint8 [M, K], from the lowest bits of all, uint8."""
-  rows, columns = bits_MxK.shape
-  padded = np.zeros((-(-rows // SEGMENT), SEGMENT, columns), np.uint8)
-  padded.reshape(-1, columns)[:rows] = bits_MxK
-  # The bits of the state, which PARITY and NEXT as a table have in one number.
-  a, b, c = np.zeros((3, len(padded), columns), np.uint8)
-  for row in range(SEGMENT):
-    bit, padded[:, row] = padded[:, row].copy(), a
-    a, b, c = a ^ b, c ^ bit, a
-  return padded.reshape(-1, columns)[:rows]
 
 
 class _Prepared(NamedTuple):
@@ -239,12 +220,12 @@ def put_matrices(writer: Writer, arrays: Sequence[np.ndarray], steps: Sequence[S
     if model.mean is not None:
       put_number(writer, exponent)
       put_mean(writer, model.mean)
-    for slab in _slabs(model, shape, step.trellis_N):
+    for slab in _slabs(model, shape, step):
       values_NxM = q_MxN.T[slab.column] - slab.whole_NxM
-      bit_KxM = (values_NxM[slab.trellis_K] & 1).astype(np.uint8)
+      bit_KxL = (values_NxM[slab.trellis] & 1).astype(np.uint8)
       for place, law in budget.spend(slab.bit_pieces()):
-        writer.put(bit_KxM.reshape(-1)[place], law)
-      order, laws, shift_NxM = slab.value_pieces(bit_KxM)
+        writer.put(bit_KxL.reshape(-1)[place], law)
+      order, laws, shift_NxM = slab.value_pieces(bit_KxL)
       values = (values_NxM - shift_NxM).reshape(-1)[order]
       for first, end, law in budget.spend(laws):
         put_values(writer, values[first:end], law)
@@ -264,11 +245,11 @@ def take_matrices(reader: Reader, shapes: Sequence[tuple[int, ...]], steps: Sequ
       _require(abs(exponent) <= _MOST_EXPONENT)
       mean = scaled(take_mean(reader, q_MxN.shape, rank), exponent, step)
     model = Model(mean, classes_N - ROW_STEP * step.column_N, classes_M - step.row_M)
-    for slab in _slabs(model, shape, step.trellis_N):
-      bit_KxM = np.empty((len(slab.trellis_K), len(step.row_M)), np.uint8)
+    for slab in _slabs(model, shape, step):
+      bit_KxL = np.empty(slab.width_NxM[slab.trellis].shape, np.uint8)
       for place, law in budget.spend(slab.bit_pieces()):
-        bit_KxM.reshape(-1)[place] = reader.take(len(place), law)
-      order, laws, shift_NxM = slab.value_pieces(bit_KxM)
+        bit_KxL.reshape(-1)[place] = reader.take(len(place), law)
+      order, laws, shift_NxM = slab.value_pieces(bit_KxL)
       values = np.empty(len(order), np.int32)
       for first, end, law in budget.spend(laws):
         values[order[first:end]] = take_values(reader, end - first, law)
@@ -298,23 +279,25 @@ def class_residuals(models: Sequence[Model], steps: Sequence[Steps]) -> list[np.
   return [x for model, step in pairs for x in (model.column_N + ROW_STEP * step.column_N, model.row_M + step.row_M)]
 
 
-def _slabs(model: Model, shape: int, trellis_N: np.ndarray | None) -> "Iterator[_Slab]":
+def _slabs(model: Model, shape: int, step: Steps) -> "Iterator[_Slab]":
   """Yields some columns at a time."""
   columns = max(1, _SLAB // max(1, len(model.row_M)))
   for start in range(0, len(model.column_N), columns):
-    yield _Slab(model, shape, slice(start, start + columns), trellis_N)
+    yield _Slab(model, shape, slice(start, start + columns), step)
 
 
 class _Slab:
   """Some columns of a matrix: what is known of their values before they are read. Arrays are [columns, rows].
 
   Under a trellis the lowest bits of values (less the whole part of their mean) come first. All parities follow from
-  them, and move the means of the values by half a step.
+  them, and move the means by half a step.
   """
 
-  def __init__(self, model: Model, shape: int, column: slice, trellis_N: np.ndarray | None):
+  def __init__(self, model: Model, shape: int, column: slice, step: Steps):
     self._shape, self.column = shape, column
-    self.trellis_K = np.flatnonzero(() if trellis_N is None else trellis_N[column])
+    self.trellis = np.s_[:0]  # index of the K · L values under a trellis
+    if step.trellis_N is not None:
+      self.trellis = cells(step.trellis_N[column] != 0, step.trellis_M != 0)
     width_NxM = np.add.outer(model.column_N[column], ROW_STEP * model.row_M)
     self.width_NxM = np.clip(width_NxM, 0, WIDTHS - 1, out=width_NxM).astype(np.uint16)
     mean_NxM = np.zeros((1, 1), np.int32) if model.mean is None else model.mean.phases(column=column)
@@ -325,32 +308,34 @@ class _Slab:
     self.whole_NxM, self._phase_NxM = mean_NxM >> PHASE_BITS, (mean_NxM & PHASES - 1).astype(np.uint16)
 
   def bit_pieces(self) -> list[tuple[np.ndarray, Distribution]]:
-    """Returns [(places, law)] of the lowest bits of the columns under a trellis."""
-    width_KxM = self.width_NxM[self.trellis_K]
-    phase_KxM = self._phase_NxM[self.trellis_K] if self._phase_NxM.size > 1 else self._phase_NxM
-    key_KxM = np.where(width_KxM < _EVEN_WIDTH, width_KxM * PHASES + phase_KxM, _EVEN_WIDTH * PHASES)
-    order, pieces = _grouped(key_KxM)
+    """Returns [(places, law)] of the lowest bits of the values under a trellis."""
+    width_KxL, phase_KxL = self.width_NxM[self.trellis], self._under_trellis(self._phase_NxM)
+    key_KxL = np.where(width_KxL < _EVEN_WIDTH, width_KxL * PHASES + phase_KxL, _EVEN_WIDTH * PHASES)
+    order, pieces = _grouped(key_KxL)
     return [(order[a:b], _bit_law(key // PHASES, self._shape, key % PHASES)) for key, a, b in pieces]
 
-  def value_pieces(self, bit_KxM: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, Law]], np.ndarray]:
+  def _under_trellis(self, values_NxM: np.ndarray) -> np.ndarray:
+    return values_NxM[self.trellis] if values_NxM.size > 1 else values_NxM
+
+  def value_pieces(self, bit_KxL: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, Law]], np.ndarray]:
     """Returns (order of all values by law, [(first, end, law)] in that order, what parities add to the whole mean).
 
     Args:
-      bit_KxM: lowest bits of the columns under a trellis, uint8.
+      bit_KxL: lowest bits of the values under a trellis, uint8.
     """
     key_NxM = (self.width_NxM * PHASES + self._phase_NxM) * 3
     shift_NxM = np.zeros((1, 1), np.int32)
-    if len(self.trellis_K):
-      whole, phase = (x[self.trellis_K] if x.size > 1 else x for x in (self.whole_NxM, self._phase_NxM))
-      parity_KxM = parities((bit_KxM ^ (whole & 1).astype(np.uint8)).T).T
+    if bit_KxL.size:
+      whole, phase = map(self._under_trellis, (self.whole_NxM, self._phase_NxM))
+      parity_KxL = parities((bit_KxL ^ (whole & 1).astype(np.uint8)).T).T
       # Half a step less: phases below the half come from the whole number before.
-      narrow_KxM = self.width_NxM[self.trellis_K] < WIDE
-      moved_KxM = (parity_KxM & narrow_KxM).astype(np.uint16)
-      before_KxM = moved_KxM & (phase < PHASES // 2)
-      key_KxM = self.width_NxM[self.trellis_K] * PHASES + (phase ^ PHASES // 2 * moved_KxM)
-      key_NxM[self.trellis_K] = key_KxM * 3 + 1 + (bit_KxM ^ before_KxM)
+      width_KxL = self.width_NxM[self.trellis]
+      moved_KxL = (parity_KxL & (width_KxL < WIDE)).astype(np.uint16)
+      before_KxL = moved_KxL & (phase < PHASES // 2)
+      key_KxL = width_KxL * PHASES + (phase ^ PHASES // 2 * moved_KxL)
+      key_NxM[self.trellis] = key_KxL * 3 + 1 + (bit_KxL ^ before_KxL)
       shift_NxM = np.zeros(self.width_NxM.shape, np.int32)
-      shift_NxM[self.trellis_K] -= before_KxM
+      shift_NxM[self.trellis] -= before_KxL
     order, pieces = _grouped(key_NxM)
     laws = [(a, b, Law(key // 3 // PHASES, self._shape, key // 3 % PHASES, key % 3 - 1)) for key, a, b in pieces]
     return order, laws, shift_NxM

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pgolf_jax.quantize.artifact.codecs import ans, integers
+from pgolf_jax.quantize.artifact.codecs import ans, integers, trellis
 from pgolf_jax.quantize.artifact.codecs.ans import (
   CENTRE,
   CLASSES,
@@ -62,7 +62,7 @@ def _fit_matrix(q_MxN: np.ndarray, step: Steps) -> MatrixModel:
   row_M, column_N = (integers.powers(steps) for steps in step[:2])
   value_MxN = PHASES * q_MxN
   if step.trellis_N is not None:
-    value_MxN += PHASES // 2 * step.trellis_N * integers.parities((q_MxN & 1).astype(np.uint8))
+    value_MxN += PHASES // 2 * trellis.matrix_parities(q_MxN, step.trellis_M, step.trellis_N)
   weight_MxN = value_MxN * (row_M / PHASES)[:, None] * column_N
   exponent = 7 - math.frexp(math.sqrt(float(np.square(weight_MxN).mean())))[1]
   mean = fit_mean(np.clip(np.rint(np.ldexp(weight_MxN, exponent)), -_MOST_WEIGHT, _MOST_WEIGHT))
