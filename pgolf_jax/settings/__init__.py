@@ -253,10 +253,7 @@ class QuantizeConfig:
     "gptq: grids of few bits with clips, as in the record; rate: steps where the loss says, priced by entropy",
   )  # fmt: skip
   trellis: bool = setting(
-    False,
-    None,
-    None,
-    "rate: whether values lie on two grids at half their spacing: a tenth of a bit less at equal loss",
+    True, None, None, "rate: whether values lie on two grids at half their spacing: a tenth of a bit less at equal loss"
   )
   step: float = setting(
     0.00015, None, POSITIVE, "rate: what all steps are multiples of; half of it takes about one bit more a weight"

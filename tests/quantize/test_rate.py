@@ -18,7 +18,7 @@ from pgolf_jax.quantize.make import make
 from pgolf_jax.quantize.rate import Solver, on_trellis
 from pgolf_jax.settings import QuantizeConfig
 
-CONFIG = QuantizeConfig(method="rate", block_size=16)
+CONFIG = QuantizeConfig(method="rate", trellis=False, block_size=16)
 
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, Curvature]:
