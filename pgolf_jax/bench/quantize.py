@@ -255,8 +255,8 @@ class Bench:
 
   def _departures(self, config: QuantizeConfig) -> dict[str, object]:
     settings = self.source.settings
-    found = differences(settings, dataclasses.replace(settings, quantize=config))
-    return {name: value for name, (_, value) in found.items()}
+    changed_values = differences(settings, dataclasses.replace(settings, quantize=config))
+    return {name: value for name, (_, value) in changed_values.items()}
 
   def _score(self, kind: str, row: dict, params: Params) -> None:
     """Enters in a row what its weights lose to the float ones: nats of each document."""

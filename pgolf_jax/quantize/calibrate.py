@@ -5,9 +5,9 @@ and T positions as in the model, N inputs of a matrix.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,42 +109,73 @@ def moments(
   Args:
     step_tokens: tokens that a device takes at a time.
   """
-  count, length = rows_BxT.shape
-  mesh = data_mesh()
-  step_rows = mesh.size * max(1, min(step_tokens // length, math.ceil(count / mesh.size)))
+  length = rows_BxT.shape[1]
   form = {"looping": True, "dtype": jnp.dtype(settings.train.compute_dtype)}
 
-  def device_moments(params, tokens_BxT, weight_B) -> dict[str, _Moments]:
+  def device_moments(params, tokens_BxT, number_B) -> dict[str, _Moments]:
+    is_row_B = number_B != NO_ROW
+
     def collect(name: str, x_BxTxN: jax.Array) -> _Moments:
       del name
-      x = (x_BxTxN * weight_B[:, None, None].astype(x_BxTxN.dtype)).reshape(-1, x_BxTxN.shape[-1])
+      x = (x_BxTxN * is_row_B[:, None, None].astype(x_BxTxN.dtype)).reshape(-1, x_BxTxN.shape[-1])
       gram_NxN = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
       square_N = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
-      return _Moments(gram_NxN, square_N, jnp.sum(weight_B.astype(jnp.int32)) * length)
+      return _Moments(gram_NxN, square_N, jnp.sum(is_row_B.astype(jnp.int32)) * length)
 
     if settings.quantize.calibration_respect_documents:
       context = packed(tokens_BxT, bos_id=settings.model.bos_id, seq_len=length, **form)
     else:
       context = segments(jnp.zeros_like(tokens_BxT), max_segment=length, **form)
-    output = bind(settings.model, params)(tokens_BxT, context, collect=collect)
-    return jax.lax.psum(output.collected, AXIS)
+    return bind(settings.model, params)(tokens_BxT, context, collect=collect).collected
 
-  summed = jax.shard_map(device_moments, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False)
+  total = sum_over_rows(device_moments, params, rows_BxT, device_rows=step_tokens // length, doing="calibrating")
+  return _calibration(total, settings.quantize.calibration_batches)
+
+
+NO_ROW = -1
+"""Number of a row that only fills a step."""
+
+
+def sum_over_rows(
+  device_sums: Callable[[Params, jax.Array, jax.Array], Any],
+  params: Mapping[str, np.ndarray],
+  rows_BxT: Int[np.ndarray, "B T"],
+  *,
+  device_rows: int,
+  doing: str,
+) -> Any:
+  """Returns a tree of sums over rows of text, over all devices, in the types of its parts.
+
+  Args:
+    device_sums: (params, rows [B, T], their numbers [B]) → the sums over a device's rows, `NO_ROW` among them.
+    device_rows: most rows that a device takes at a time.
+    doing: what the progress bar says.
+  """
+  count, length = rows_BxT.shape
+  mesh = data_mesh()
+  step_rows = mesh.size * max(1, min(device_rows, math.ceil(count / mesh.size)))
+  summed = jax.shard_map(
+    lambda *arguments: jax.lax.psum(device_sums(*arguments), AXIS),
+    mesh=mesh,
+    in_specs=(P(), P(AXIS), P(AXIS)),
+    out_specs=P(),
+    check_vma=False,
+  )
   step = jax.jit(lambda total, *arguments: jax.tree.map(jnp.add, total, summed(*arguments)), donate_argnames=("total",))
-
-  params = jax.device_put(params, replicated(mesh))
-  example = (jax.ShapeDtypeStruct((step_rows, length), jnp.int32), jax.ShapeDtypeStruct((step_rows,), jnp.float32))
+  params = jax.device_put(dict(params), replicated(mesh))
+  example = (jax.ShapeDtypeStruct((step_rows, length), jnp.int32), jax.ShapeDtypeStruct((step_rows,), jnp.int32))
   total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(summed, params, *example))
-  with progress("calibrating", total=count, unit="rows") as bar:
+  with progress(doing, total=count, unit="rows") as bar:
     for first in range(0, count, step_rows):
       taken = rows_BxT[first : first + step_rows]
       tokens_BxT = np.zeros((step_rows, length), np.int32)
       tokens_BxT[: len(taken)] = taken
-      weight_B = (np.arange(step_rows) < len(taken)).astype(np.float32)
-      total = step(total, params, place(mesh, tokens_BxT, P(AXIS)), place(mesh, weight_B, P(AXIS)))
+      place_B = np.arange(step_rows)
+      number_B = np.where(place_B < len(taken), first + place_B, NO_ROW).astype(np.int32)
+      total = step(total, params, place(mesh, tokens_BxT, P(AXIS)), place(mesh, number_B, P(AXIS)))
       jax.block_until_ready(total)
       bar.advance(len(taken))
-  return _calibration(total, settings.quantize.calibration_batches)
+  return total
 
 
 def _calibration(total: dict[str, _Moments], batches: int) -> Calibration:

@@ -9,28 +9,24 @@ and T positions, M outputs and N inputs of a matrix, L matrices of a bank.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.model import packed
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize.artifact.tensors import BANKS
-from pgolf_jax.runtime.distributed import AXIS, data_mesh, place, replicated
-from pgolf_jax.runtime.log import progress
+from pgolf_jax.quantize.calibrate import NO_ROW, sum_over_rows
 from pgolf_jax.settings import Settings
 
 _STEP_ROWS = 16  # that a device takes between two signs of progress
 _SMOOTHING = 0.02  # share of the mean that is added to every row's weight
 _TINY = 1e-300  # in the place of a trace of 0
-_NO_ROW = -1  # number of a row that only fills a step
 _EMBEDDING = "tok_emb.weight"
 
 
@@ -47,7 +43,7 @@ class Statistics(NamedTuple):
   Attributes:
     matrices: by matrix name.
     small: of every other parameter, by name: mean over its elements of the second derivative, nats a token.
-    loss: of the calibration text's own labels, nats a token.
+    loss: of the calibration text, nats a token.
     tokens: that were read.
   """
 
@@ -75,8 +71,6 @@ def measure(settings: Settings, params: Mapping[str, np.ndarray], rows_BxT1: Int
     rows_BxT1: T inputs and the label after the last of them.
   """
   count, length = rows_BxT1.shape[0], rows_BxT1.shape[1] - 1
-  mesh = data_mesh()
-  step_rows = mesh.size * min(_STEP_ROWS, math.ceil(count / mesh.size))
 
   def device_sums(params: Params, tokens_BxT1: jax.Array, number_B: jax.Array):
     def add(total, row):
@@ -85,22 +79,9 @@ def measure(settings: Settings, params: Mapping[str, np.ndarray], rows_BxT1: Int
 
     shapes = jax.eval_shape(functools.partial(_of_row, settings), params, tokens_BxT1[0], number_B[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.psum(jax.lax.scan(add, zeros, (tokens_BxT1, number_B))[0], AXIS)
+    return jax.lax.scan(add, zeros, (tokens_BxT1, number_B))[0]
 
-  summed = jax.shard_map(device_sums, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(), check_vma=False)
-  step = jax.jit(lambda total, *arguments: jax.tree.map(jnp.add, total, summed(*arguments)), donate_argnames=("total",))
-  params = jax.device_put(dict(params), replicated(mesh))
-  example = (jax.ShapeDtypeStruct((step_rows, length + 1), jnp.int32), jax.ShapeDtypeStruct((step_rows,), jnp.int32))
-  total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(summed, params, *example))
-  with progress("measuring the curvature", total=count, unit="rows") as bar:
-    for first in range(0, count, step_rows):
-      taken = rows_BxT1[first : first + step_rows]
-      tokens_BxT1 = np.zeros((step_rows, length + 1), np.int32)
-      tokens_BxT1[: len(taken)] = taken
-      number_B = np.where(np.arange(step_rows) < len(taken), first + np.arange(step_rows), _NO_ROW).astype(np.int32)
-      total = step(total, params, place(mesh, tokens_BxT1, P(AXIS)), place(mesh, number_B, P(AXIS)))
-      jax.block_until_ready(total)
-      bar.advance(len(taken))
+  total = sum_over_rows(device_sums, params, rows_BxT1, device_rows=_STEP_ROWS, doing="measuring the curvature")
   banks, small, loss = jax.tree.map(lambda x: np.asarray(x, np.float64) / (count * length), total)
   matrices = {}
   for bank, (gram_LxNxN, square_LxM) in banks.items():
@@ -111,10 +92,10 @@ def measure(settings: Settings, params: Mapping[str, np.ndarray], rows_BxT1: Int
 
 
 def _of_row(settings: Settings, params: Params, tokens_T1: jax.Array, number: jax.Array):
-  """(sums by bank, Σ of squared gradients by other parameter, loss of the own labels) of one row; 0 of `_NO_ROW`."""
+  """(sums by bank, Σ of squared gradients by other parameter, loss of the text) of one row; 0 of `NO_ROW`."""
   m = settings.model
   input_1xT, label_T = tokens_T1[None, :-1], tokens_T1[1:]
-  is_row = (number != _NO_ROW).astype(jnp.float32)
+  is_row = (number != NO_ROW).astype(jnp.float32)
 
   def loss(params):
     context = packed(
@@ -127,11 +108,11 @@ def _of_row(settings: Settings, params: Params, tokens_T1: jax.Array, number: ja
     nll = lambda y_T: -is_row * jnp.sum(jnp.take_along_axis(log_p_TxV, y_T[:, None], -1))  # noqa: E731
     return nll(drawn_T), nll(label_T)
 
-  gradient, own_loss = jax.grad(loss, has_aux=True)(params)
+  gradient, text_loss = jax.grad(loss, has_aux=True)(params)
   matrices = {name: gradient[name] for name in (*BANKS, _EMBEDDING)}
   matrices[_EMBEDDING] = matrices[_EMBEDDING][None]
   banks = {name: _Sums(_gram(g), jnp.sum(g * g, axis=2)) for name, g in matrices.items()}
-  return banks, {name: jnp.sum(g * g) for name, g in gradient.items() if name not in matrices}, own_loss
+  return banks, {name: jnp.sum(g * g) for name, g in gradient.items() if name not in matrices}, text_loss
 
 
 def _gram(g_LxMxN: Float[Array, "L M N"]) -> Float[Array, "L N N"]:

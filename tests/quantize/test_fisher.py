@@ -10,7 +10,7 @@ from tiny_model import MODEL, SETTINGS, random_params
 
 from pgolf_jax.model import packed
 from pgolf_jax.model.gpt import bind
-from pgolf_jax.quantize import fisher
+from pgolf_jax.quantize import calibrate, fisher
 from pgolf_jax.quantize.artifact.tensors import multiplies, rebank, unbank
 from pgolf_jax.runtime.distributed import AXIS
 
@@ -115,7 +115,7 @@ class Held:
 
 def test_sums_do_not_depend_on_the_devices(rows, statistics, monkeypatch):
   one = jax.sharding.Mesh(np.array(jax.devices()[:1]), (AXIS,))
-  monkeypatch.setattr(fisher, "data_mesh", lambda: one)
+  monkeypatch.setattr(calibrate, "data_mesh", lambda: one)
   alone = fisher.measure(SETTINGS, random_params(), rows)
   for name, curvature in statistics.matrices.items():
     np.testing.assert_allclose(alone.matrices[name].hessian_NxN, curvature.hessian_NxN, rtol=2e-3, atol=1e-8)
