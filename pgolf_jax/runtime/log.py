@@ -115,10 +115,15 @@ class _LogFile(logging.FileHandler):
 
 _APPEAR_AFTER = 0.5  # seconds; shorter work shows nothing
 _LINE_EVERY = 10.0  # seconds between plain lines
+_REDRAW_EVERY = 0.25  # seconds between two drawings of the bars
 
 
 class _Bars:
-  """The bars on the terminal: one display for all, since two would draw over each other."""
+  """The bars on the terminal: one display for all, since two would draw over each other.
+
+  Whatever draws holds the lock from the moment at which it works out how many lines the bars take until they are drawn:
+  a log line that comes between the two would be drawn over.
+  """
 
   def __init__(self):
     self._display, self._lock = None, threading.RLock()
@@ -126,9 +131,18 @@ class _Bars:
   def add(self, description: str, total: float | None, began: float) -> int:
     with self._lock:
       if self._display is None:
-        self._display = _display()
+        self._display = _display(self._lock)
         self._display.start()
+        threading.Thread(target=self._redraw, args=(self._display,), daemon=True, name="bars").start()
       return self._display.add_task(description, total=total, count="", note="", began=began)
+
+  def _redraw(self, display) -> None:
+    while True:
+      time.sleep(_REDRAW_EVERY)
+      with self._lock:
+        if self._display is not display:
+          return
+        display.refresh()
 
   def update(self, task: int, **fields) -> None:
     with self._lock:
@@ -145,10 +159,21 @@ class _Bars:
         self._display = None
 
 
-def _display():
+def _display(lock: threading.RLock):
   from rich import progress as bars
   from rich.console import Console
   from rich.table import Column
+
+  class OneAtATime(Console):
+    def __enter__(self):
+      lock.acquire()
+      return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+      try:
+        super().__exit__(*error)
+      finally:
+        lock.release()
 
   class Elapsed(bars.ProgressColumn):
     def render(self, task) -> str:
@@ -162,9 +187,9 @@ def _display():
     Elapsed(),
     bars.TimeRemainingColumn(elapsed_when_finished=False),
     bars.TextColumn("{task.fields[note]}", markup=False, table_column=Column(**narrow)),
-    console=Console(stderr=True),
+    console=OneAtATime(stderr=True),
+    auto_refresh=False,
     transient=True,
-    refresh_per_second=4,
     expand=True,
     # What is printed meanwhile goes above the bars, but not what goes into a file or a pipe.
     redirect_stdout=sys.stdout.isatty(),
