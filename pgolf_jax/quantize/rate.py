@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT
-from pgolf_jax.quantize.artifact.tensors import OCTAVE, Even, Half, LogGrid, Quantized, log_step
+from pgolf_jax.quantize.artifact.tensors import MAX_STEP, OCTAVE, Even, Half, LogGrid, Quantized, log_step
 from pgolf_jax.quantize.fisher import Statistics
 from pgolf_jax.quantize.gptq import column_order, round_columns
 from pgolf_jax.runtime.log import progress
@@ -33,6 +33,7 @@ _LARGEST = 2**24 - 1  # of an integer, which fp32 holds exactly
 _NORMAL_BITS = 2.05  # of a normal value in steps of its standard deviation
 _TRELLIS_BITS = 1.0  # a value; where it takes fewer, most are 0, which only half of a trellis's states can take
 _MOST_RIDGE = 1.0  # of the mean diagonal
+_COARSEST = 1 / 8  # step of a small parameter over its root mean square
 _FLOOR = 2.0**-60  # of a curvature: that of a parameter which nothing reads
 
 
@@ -90,7 +91,7 @@ class Solver:
     damping_Q = (self._config.damping + ridge_Q).astype(np.float32)
     work_QxNxM, factor_QxNxN, order_QxN = _prepare(batch.weight_QxMxN, batch.hessian_QxNxN, damping_Q)
     pivot_QxN = np.log2(np.diagonal(np.asarray(factor_QxNxN, np.float64), axis1=1, axis2=2))
-    row_QxM, column_QxN = _classes(log2_step - batch.row_QxM), _classes(pivot_QxN)
+    row_QxM, column_QxN = (np.clip(_classes(x), -MAX_STEP, MAX_STEP) for x in (log2_step - batch.row_QxM, pivot_QxN))
     trellis = np.zeros(row_QxM.shape, bool), np.zeros(column_QxN.shape, bool)
     if self._config.trellis:
       trellis = _under_trellis(batch.row_QxM + batch.spread_QxM - log2_step + _NORMAL_BITS, pivot_QxN)
@@ -126,11 +127,15 @@ def _classes(log2_step: np.ndarray) -> np.ndarray:
 
 def _even(value: np.ndarray, log2_step: float) -> Even | Half:
   """A small parameter on one step, or in fp16 where that takes no more bits."""
-  step = int(_classes(np.asarray(log2_step)))
-  largest = float(np.abs(value).max(initial=0)) / float(log_step(np.asarray(step)))
-  if largest >= 2**15:
+  # A curvature says nothing of errors as large as the values: a softcap of 30 must not become 0.
+  spread = math.sqrt(float(np.mean(np.square(value, dtype=np.float64)))) if value.size else 0.0
+  if spread > 0:
+    log2_step = min(log2_step, math.log2(_COARSEST * spread))
+  step = int(np.clip(_classes(np.asarray(log2_step)), -MAX_STEP, MAX_STEP))
+  q = np.rint(value / log_step(np.array([step]))[0])
+  if np.abs(q).max(initial=0) >= 2**15:
     return Half(value.astype(np.float16))
-  return Even(np.rint(value / log_step(np.asarray(step))).astype(np.int32), step)
+  return Even(q.astype(np.int32), step)
 
 
 @jax.jit

@@ -158,12 +158,14 @@ def test_inputs_that_never_fire_get_no_integers():
 
 
 def test_small_parameters_get_one_step_or_stay_fp16():
-  scale, unread = np.linspace(0.5, 2, 9, dtype=np.float32), np.ones(3, np.float32)
+  scale, unread = np.linspace(0.5, 2, 9, dtype=np.float32), np.float32(30)
   solver = Solver({"scale": scale, "unread": unread}, Statistics({}, {"scale": 4.0, "unread": 0.0}, 0.0, 0), CONFIG)
   made = solver.solve(0.01)
   assert isinstance(made["scale"], Even)
   assert np.abs(made["scale"].dequantize() - scale).max() <= 0.5 * 0.01 / 2 * 2 ** (0.5 / OCTAVE)
   assert isinstance(solver.solve(1e-7)["scale"], Half)
+  assert made["unread"].shape == ()
+  assert made["unread"].dequantize() == pytest.approx(unread, rel=1 / 8)
   with pytest.raises(UserError, match="no curvature of other"):
     Solver({"other": scale}, Statistics({}, {}, 0.0, 0), CONFIG)
 
