@@ -102,19 +102,28 @@ def _plain(run: RunFolder, mesh: Mesh) -> dict:
 
 def _quantize(run: RunFolder, mesh: Mesh) -> dict:
   """Makes the artifact and scores what is read back from it."""
-  settings, code = run.settings, bundle.code()
-  made = make(
-    run.given,
-    averaged_params(run, mesh),
-    locate_prepared(settings),
-    world=world_size(settings, mesh),
-    fit_bytes=settings.quantize.budget_bytes - code.size if settings.quantize.fill_budget else None,
-  )
+  made = make_artifact(run, run.given, mesh, fit=run.given.quantize.fill_budget)
   if distributed.is_leader():
     write_bytes(run.artifact, made.data)
   distributed.barrier("artifact written")
-  log.info("artifact:\n%s", package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
+  budget = run.settings.quantize.budget_bytes
+  log.info("artifact:\n%s", package.table(package.count(made.data, bundle.code(), budget=budget)))
   return _score_artifact(run, mesh, made)
+
+
+def make_artifact(run: RunFolder, settings: Settings, mesh: Mesh, *, fit: bool) -> Made:
+  """Returns an artifact of a run's averaged weights, made with these settings.
+
+  Args:
+    fit: whether artifact and code are to fill the budget.
+  """
+  return make(
+    settings,
+    averaged_params(run, mesh),
+    locate_prepared(run.settings),
+    world=world_size(settings, mesh),
+    fit_bytes=settings.quantize.budget_bytes - bundle.code().size if fit else None,
+  )
 
 
 def _score_artifact(run: RunFolder, mesh: Mesh, made: Made) -> dict:

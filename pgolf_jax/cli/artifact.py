@@ -44,28 +44,20 @@ def read_run(path: Path | None) -> dict[str, QuantizeConfig]:
 
 def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
-  from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.quantize.make import SCALES, make
+  from pgolf_jax.quantize.make import SCALES
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.distributed import data_mesh, world_size
+  from pgolf_jax.runtime.distributed import data_mesh
   from pgolf_jax.runtime.files import write_bytes
   from pgolf_jax.submission import bundle, package
 
   mesh = data_mesh()
-  settings = dataclasses.replace(run.given, quantize=config)
-  code = bundle.code()
-  made = make(
-    settings,
-    stages.averaged_params(run, mesh),
-    locate_prepared(run.settings),
-    world=world_size(settings, mesh),
-    fit_bytes=settings.quantize.budget_bytes - code.size if fit else None,
-  )
+  fit = fit or config.fill_budget
+  made = stages.make_artifact(run, dataclasses.replace(run.given, quantize=config), mesh, fit=fit)
   if out.resolve() == run.artifact.resolve():
     stages.replace_artifact(run, mesh, made)
   elif distributed.is_leader():
     write_bytes(out, made.data)
-  print(package.table(package.count(made.data, code, budget=settings.quantize.budget_bytes)))
+  print(package.table(package.count(made.data, bundle.code(), budget=config.budget_bytes)))
   if fit:
     fitted = {name: getattr(made.config, name) for name in SCALES[made.config.method].names}
     print("fitted: " + ", ".join(f"quantize.{name}={value:g}" for name, value in fitted.items()))
