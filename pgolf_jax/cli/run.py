@@ -88,6 +88,7 @@ def plan(
   config: Positional[Path],
   topology: str = "h100:8",
   every_shape: bool = False,
+  bytes: bool = False,
   settings: Overrides = Settings(),
 ) -> int:
   """Compile the steps of training and of test-time training for hardware that is not there.
@@ -97,24 +98,32 @@ def plan(
   libtpu (pip install 'pgolf_jax[tpu]') but no TPU. NVIDIA GPUs need JAX's CUDA plugin (pip install 'pgolf_jax[cuda13]')
   but no GPU and no driver; without it programs are lowered for CUDA, and their memory is estimated.
 
+  With --bytes it adds a table of the kernels that the compiled program starts, by class: how many, the bytes that they
+  read and write, the time that they may take.
+
   Example: pgolf plan v5e_8 --topology v5e:2x4
+  Example: pgolf plan record_8xh100 --topology h100:8 --bytes --ttt.enabled false
 
   Args:
     config: name of a built-in config (`pgolf configs` lists them), or a TOML file of settings.
     topology: a GPU (t4, l4, a10g, a100-40, a100-80, rtx3090, rtx4090, rtx5090, h100, h200, b200), or several, as in
-      h100:8; or TPUs, such as v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1.
+      h100:8; or TPUs, such as v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1; or cpu, the machine at hand.
     every_shape: compile the train step of every sequence length and looping mode, not only of the last.
+    bytes: count kernels and the bytes that they move, for each use of a layer and in all.
   """
   from pgolf_jax.runtime import jax_setup
   from pgolf_jax.settings import check
 
   # The hardware of the plan need not be here, and the hardware that is here must be left alone.
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if not topology.lower().startswith(("v", "tpu")):
+  if not topology.lower().startswith(("v", "tpu", "cpu")):
     jax_setup.add_gpu_flags(os.environ)
+  from pgolf_jax.errors import UserError
   from pgolf_jax.plan import examine, hardware, programs, report
 
   described = hardware.topology(topology)
+  if bytes and described.only_lowers:
+    raise UserError(f"--bytes counts what is compiled, but {described.only_lowers}.")
   check.check(settings, device_count=described.mesh.size)
   print(f"{described.name}: {described.mesh.size} × {described.kind}", flush=True)
   if described.only_lowers:
@@ -123,7 +132,7 @@ def plan(
     print(f"{described.kind} has no units for bfloat16: --train.compute-dtype float32 is faster there")
   fits = True
   for program in programs(settings, described.mesh, every_shape=every_shape):
-    finding = examine(program, described)
+    finding = examine(program, described, count_bytes=bytes)
     print("\n" + report(finding, described), flush=True)
     fits = fits and finding.fits is not False
   return 0 if fits else 1

@@ -153,6 +153,7 @@ class Block(nnx.Module):
     self.mlp_scale = nnx.Param(None)
     self.resid_mix = nnx.Param(None)
 
+  @jax.named_scope("layer")
   def __call__(self, x: Float[Array, "B T D"], use: LayerUse) -> Float[Array, "B T D"]:
     """Runs one lane: attention, then the MLP on its result."""
     x = self._mix(x, use)
@@ -161,6 +162,7 @@ class Block(nnx.Module):
     use.tap("x", x)
     return x
 
+  @jax.named_scope("layer")
   def parallel(
     self, lanes: tuple[jax.Array, jax.Array], use: LayerUse, resid: jax.Array, post: jax.Array
   ) -> tuple[jax.Array, jax.Array]:

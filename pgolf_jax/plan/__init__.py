@@ -13,7 +13,8 @@ import jax
 
 from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
-from pgolf_jax.plan import estimate
+from pgolf_jax.plan import by_class, estimate, hlo
+from pgolf_jax.plan.by_class import Conditions
 from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
 from pgolf_jax.runtime.log import progress
@@ -35,11 +36,15 @@ class Program:
   Attributes:
     trace: traces it, from shapes alone.
     flops: of its matrix products on one device, by formula.
+    keys: that a query sees on average.
+    layer_uses: on one device, where they can be told apart.
   """
 
   title: str
   trace: Callable[[], jax.stages.Traced]
   flops: float
+  keys: float = 0.0
+  layer_uses: int = 0
 
 
 def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
@@ -61,7 +66,10 @@ def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
 def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Program:
   trace = functools.partial(TrainStep(settings, mesh).trace, seq_len, looping)
   title = f"train step, segments up to {seq_len}, looping {'on' if looping else 'off'}"
-  return Program(title, trace, flops.train_step(settings, mesh.size, seq_len, looping=looping))
+  work = flops.train_step(settings, mesh.size, seq_len, looping=looping)
+  rows = -(-settings.train.micro_batches // mesh.size)
+  uses = rows * flops.positions(settings.model, looping=looping)
+  return Program(title, trace, work, by_class.mean_keys(seq_len), uses)
 
 
 def _ttt_scan(settings: Settings, mesh) -> Program:
@@ -77,14 +85,16 @@ def _ttt_scan(settings: Settings, mesh) -> Program:
   title = (
     f"TTT, {STEPS_PER_CALL} chunks of {shape.width} with windows of {shape.window}, {shape.slots} documents a device"
   )
-  return Program(title, trace, STEPS_PER_CALL * Costs.estimate(settings.model, ttt).step(shape, learn=True))
+  work = STEPS_PER_CALL * Costs.estimate(settings.model, ttt).step(shape, learn=True)
+  return Program(title, trace, work, (shape.window + 1) / 2)
 
 
 def _global_phase(settings: Settings, mesh) -> Program:
   phase = GlobalPhase(settings, mesh)
   rows = phase.world // mesh.size if phase.world % mesh.size == 0 else phase.world
   work = flops.forward_and_gradient(settings.model, rows * phase.row_tokens, phase.seq_len, looping=True)
-  return Program(f"TTT, global phase, {phase.world} rows of {phase.row_tokens} tokens", phase.trace, work)
+  title = f"TTT, global phase, {phase.world} rows of {phase.row_tokens} tokens"
+  return Program(title, phase.trace, work, by_class.mean_keys(phase.seq_len))
 
 
 _KERNEL = re.compile(r'@mosaic_gpu\w*|@tpu_custom_call|custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
@@ -108,6 +118,7 @@ class Finding:
     failure: the compiler's message on a program that does not fit.
     machine_code: of the Pallas kernels, where they were compiled for a GPU, and how often each was.
     known_kernels: number of kernels for GPUs that this process compiled before, and so not again for this program.
+    started: the kernels that it starts, and what their times depend on, where that was asked for.
   """
 
   title: str
@@ -122,15 +133,27 @@ class Finding:
   machine_code: dict[Kernel, int] = dataclasses.field(default_factory=dict)
   known_kernels: int = 0
   is_estimate: bool = False
+  started: tuple[hlo.Program, Conditions] | None = None
 
 
-def examine(program: Program, topology: Topology) -> Finding:
-  """Traces and lowers a program for the topology, and compiles it where that is possible."""
+def examine(program: Program, topology: Topology, *, count_bytes: bool = False) -> Finding:
+  """Traces and lowers a program for the topology, and compiles it where that is possible.
+
+  Args:
+    count_bytes: count the kernels that it starts and the bytes that they move, where it is compiled.
+  """
   with progress(f"compiling {program.title}"):
-    return _examine(program, topology)
+    finding, text = _examine(program, topology)
+  if not count_bytes or text is None:
+    return finding
+  link = topology.chip and topology.chip.link
+  conditions = Conditions(topology.kind, topology.mesh.size, link, program.keys, program.layer_uses)
+  started = hlo.read(text, is_tpu=topology.platform == "tpu"), conditions
+  return dataclasses.replace(finding, started=started)
 
 
-def _examine(program: Program, topology: Topology) -> Finding:
+def _examine(program: Program, topology: Topology) -> tuple[Finding, str | None]:
+  """Returns the finding, and the text of the program where it was compiled."""
   began = time.perf_counter()
   traced = program.trace()
   lowered = traced.lower(lowering_platforms=(topology.platform,))
@@ -153,7 +176,7 @@ def _examine(program: Program, topology: Topology) -> Finding:
     num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
     traffic = in_hlo(text, topology.mesh.size)
   known_kernels = len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values()) if compiled else 0
-  return Finding(
+  finding = Finding(
     title=program.title,
     seconds=time.perf_counter() - began,
     memory=parts,
@@ -167,6 +190,7 @@ def _examine(program: Program, topology: Topology) -> Finding:
     known_kernels=max(0, known_kernels),
     is_estimate=topology.only_lowers is not None,
   )
+  return finding, text if compiled else None
 
 
 def _may_fit(estimated: int, topology: Topology) -> bool | None:
@@ -259,4 +283,6 @@ def report(finding: Finding, topology: Topology) -> str:
     lines += ["  machine code", *table(finding.machine_code)]
   if finding.known_kernels:
     lines.append(f"    {finding.known_kernels} more, which a program above has too")
+  if finding.started:
+    lines.append(by_class.report(*finding.started))
   return "\n".join(lines)

@@ -37,7 +37,7 @@ class Traffic(NamedTuple):
 
 _BITS = {"pred": 8, "bf16": 16, "i1": 8}
 _HLO = re.compile(rf"= (?P<result>.*?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\(")
-_CHAIN = re.compile(r'frontend_attributes=\{[^}]*chain_id="(\d+)"')
+CHAIN = re.compile(r'frontend_attributes=\{[^}]*chain_id="(\d+)"')
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]+\d*)>")
 
@@ -56,7 +56,7 @@ def in_hlo(text: str, devices: int) -> dict[str, Traffic]:
     if not match or match["half"] == "-start":
       continue
     kind = match["kind"]
-    if chain := _CHAIN.search(line):
+    if chain := CHAIN.search(line):
       if (kind, chain[1]) in chains:
         continue
       chains.add((kind, chain[1]))

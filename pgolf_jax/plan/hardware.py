@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 
+import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
@@ -41,7 +42,7 @@ CHIPS = {
 }
 
 _GPUS_OF_A_HOST = 8
-_EXAMPLES = (*GPUS, *(f"{name}:8" for name in GPUS), "v4:2x2x2", "v5e:1x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4")
+_EXAMPLES = ("cpu", *GPUS, *(f"{name}:8" for name in GPUS), "v4:2x2x2", "v5e:1x1", "v5e:2x4", "v5p:2x2x1", "v6e:2x4")
 # Without these libtpu would look for a TPU's host when it is loaded, and refuse to be loaded by two processes.
 _LIBTPU = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -75,13 +76,15 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-  """Returns the devices of that name, such as `v5e:2x4`, `h100:8` or `rtx4090`.
+  """Returns the devices of that name, such as `v5e:2x4`, `h100:8` or `rtx4090`, or `cpu` for the machine at hand.
 
   Without JAX's CUDA plugin programs for NVIDIA GPUs are only lowered.
 
   Raises:
     UserError: there is no such topology, or it is one of TPUs and libtpu is not installed.
   """
+  if name.lower() == "cpu":
+    return Topology(name, Mesh(np.asarray(jax.devices("cpu")[:1]), (AXIS,)), "cpu", "cpu")
   gpu, _, count = name.lower().partition(":")
   if gpu in GPUS and re.fullmatch(r"\d*", count):
     return _gpus(GPUS[gpu], int(count or 1), name)
