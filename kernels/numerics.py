@@ -6,6 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+EPS = 1.1920929e-07
+"""Epsilon of every norm: float32's, also when the input is bfloat16."""
+
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns `jnp.einsum` of two arrays of one type: summed in float32, then rounded to that type."""

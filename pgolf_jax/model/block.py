@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp_kernel
+from pgolf_jax.kernels.numerics import EPS
 from pgolf_jax.model.adapters import Adapter, delta
 from pgolf_jax.settings import ModelConfig
 
@@ -31,10 +32,6 @@ def rotate(x_BxTxHxC: Float[Array, "B T H C"], angles: Angles) -> Float[Array, "
   half = cos.shape[-1]
   a, b, rest = jnp.split(x_BxTxHxC, (half, 2 * half), axis=-1)
   return jnp.concatenate([a * cos + b * sin, b * cos - a * sin, rest], axis=-1)
-
-
-EPS = 1.1920929e-07
-"""Epsilon of every norm: float32's, also when the input is bfloat16."""
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
