@@ -39,7 +39,7 @@ def rotary_heads(
 
   Args:
     qkv_BxTxF: H query heads, then K key heads, then K value heads of C numbers, side by side.
-    gain_H: a factor for each query head, in float32; its gradient is summed in float32.
+    gain_H: a factor for each query head; its gradient is summed in float32.
     cos_TxR, sin_TxR: of the angle of each position and pair, in float32.
     kv_heads: K.
     implementation: a backend to insist on, or None to take the first that is possible.
@@ -47,6 +47,7 @@ def rotary_heads(
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
   """
+  gain_H = gain_H.astype(jnp.float32)
   return OPERATION(qkv_BxTxF, gain_H, cos_TxR, sin_TxR, kv_heads=kv_heads, implementation=implementation)
 
 

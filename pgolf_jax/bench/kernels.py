@@ -15,17 +15,18 @@ from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.kernels import Choice, softcapped_xent
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
+from pgolf_jax.kernels import rotary_heads as rotary
 from pgolf_jax.kernels import segment_attention as attention
 from pgolf_jax.kernels import softcapped_xent as xent
 from pgolf_jax.kernels.hardware import peaks, target
 from pgolf_jax.runtime import distributed
 
 Operation = Literal[
-  "segment_attention", "leaky_relu2_mlp", "softcapped_xent", "linear_softcapped_xent", "polar_express"
+  "rotary_heads", "segment_attention", "leaky_relu2_mlp", "softcapped_xent", "linear_softcapped_xent", "polar_express"
 ]
 
-D, F, V, H, K, C = 512, 2048, 8192, 8, 4, 64
-"""Sizes of the record's model: width, MLP width, vocabulary, query heads, key and value heads, head width."""
+D, F, V, H, K, C, R = 512, 2048, 8192, 8, 4, 64, 8
+"""The record's width, MLP width, vocabulary, query heads, key and value heads, head width, pairs that rotary turns."""
 CAP = 30.0
 SLOPE = 0.3
 MEAN_DOCUMENT = 957
@@ -105,7 +106,7 @@ class Case:
   Attributes:
     name: of the operation, as in pgolf_jax.kernels.
     arguments: arrays.
-    call: (*arguments, implementation) → result.
+    call: (*arguments, implementation) → result, or several in a tuple.
     choose: (implementation) → Choice; raises ValueError where it is not possible.
     torch: (module torch_gpt, *arguments as tensors) → result.
     flops, num_bytes: of the forward pass, and of forward and gradient: products that the operation needs, whose
@@ -126,7 +127,8 @@ class Case:
     """A call of one backend, or of the gradient of the result's sum."""
 
     def total(*arguments):
-      return self.call(*arguments, implementation=implementation).astype(jnp.float32).sum()
+      results = jax.tree.leaves(self.call(*arguments, implementation=implementation))
+      return sum(x.astype(jnp.float32).sum() for x in results)
 
     forward = partial(self.call, implementation=implementation)
     return partial(jax.jit(jax.grad(total, self.differentiated) if gradient else forward), *self.arguments)
@@ -136,7 +138,12 @@ class Case:
     tensors = [pytorch.tensor(x, platform) for x in self.arguments]
     inputs = [tensors[i].requires_grad_(gradient) for i in self.differentiated]
     forward = partial(self.torch, pytorch, *tensors)
-    return (lambda: pytorch.torch.autograd.grad(forward().sum(), inputs)) if gradient else forward
+
+    def total():
+      results = forward()
+      return sum(x.sum() for x in (results if isinstance(results, tuple) else (results,)))
+
+    return (lambda: pytorch.torch.autograd.grad(total(), inputs)) if gradient else forward
 
 
 def segment_starts(tokens: int, max_segment: int) -> np.ndarray:
@@ -157,6 +164,19 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
   def normal(*shape, scale=1.0):
     return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
 
+  qkv, gain = normal(1, tokens, (H + 2 * K) * C), jnp.linspace(1.0, 2.0, H)
+  angle = jnp.arange(tokens)[:, None] * 1e4 ** (-jnp.arange(R) / R)
+  num_bytes = tokens * (2 * size * (H + 2 * K) * C + 4 * 2 * R)
+  yield Case(
+    "rotary_heads",
+    (qkv, gain, jnp.cos(angle), jnp.sin(angle)),
+    partial(rotary.rotary_heads, kv_heads=K),
+    partial(rotary.OPERATION.choose, qkv, gain, jnp.cos(angle), jnp.sin(angle), kv_heads=K),
+    lambda torch, *arguments: torch.rotary_heads(*arguments, K),
+    (0, 0),
+    (num_bytes, 2 * num_bytes + size * tokens * (H + K) * C),
+    (0, 1),
+  )
   q, k, v = normal(1, tokens, H, C), normal(1, tokens, K, C), normal(1, tokens, K, C)
   start = segment_starts(tokens, max_segment)
   lengths = tuple(np.unique(start, return_counts=True)[1].tolist())

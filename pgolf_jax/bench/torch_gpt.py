@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from pgolf_jax.bench.harness import Peak, Way
+from pgolf_jax.kernels.numerics import EPS
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
-from pgolf_jax.model.block import EPS
 from pgolf_jax.model.params import SOFTCAPS, layer_order
 from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.settings import ModelConfig, Settings
@@ -95,6 +95,14 @@ def _rotate(x, cos, sin):
   half = cos.shape[-1]
   a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
   return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
+
+
+def rotary_heads(qkv, gain, cos, sin, kv_heads: int):
+  """Queries, keys and values [B, T, heads, C] out of [B, T, F]."""
+  sizes = gain.shape[0], kv_heads, kv_heads
+  q, k, v = qkv.unflatten(-1, (sum(sizes), -1)).split(sizes, dim=2)
+  cos, sin = (x[:, None].to(qkv.dtype) for x in (cos, sin))
+  return _rotate(_norm(q), cos, sin) * gain[:, None].to(qkv.dtype), _rotate(_norm(k), cos, sin), v
 
 
 class TorchGPT:

@@ -83,7 +83,7 @@ def both_passes(k, **chosen):
   return lambda arguments, cotangents: with_gradient(Cases, **chosen)(arguments, cotangents, kv_heads=k)
 
 
-@pytest.mark.parametrize("sizes", [(1, 98304, 8, 4, 64, 8), (24, 3072, 8, 4, 64, 8), (2, 128, 3, 1, 128, 64)])
+@pytest.mark.parametrize("sizes", [(1, 98304, 8, 4, 64, 8), (24, 3072, 3, 1, 128, 64)])
 def test_lowers_for_hopper_with_both_kernels(hopper_kernels, sizes):
   assert hopper_kernels(both_passes(sizes[3]), *shapes(*sizes)) == 2
 
@@ -127,5 +127,5 @@ def test_refuses_with_the_numbers():
     rotary_heads.rotary_heads(qkv, gain[:1], cos, sin, kv_heads=2)
   with pytest.raises(ValueError, match=r"\[4, R ≤ 4\], not \(3, 2\)"):
     rotary_heads.rotary_heads(qkv, gain, cos[:3], sin[:3], **options)
-  with pytest.raises(ValueError, match="not bfloat16, float32"):
-    rotary_heads.rotary_heads(qkv, gain.astype(jnp.bfloat16), cos, sin, **options)
+  with pytest.raises(ValueError, match="not float32, bfloat16 and float32"):
+    rotary_heads.rotary_heads(qkv, gain, cos.astype(jnp.bfloat16), sin, **options)
