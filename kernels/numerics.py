@@ -1,4 +1,4 @@
-"""Arithmetic that operations share with each other and with the model: products, roundings, the softcap."""
+"""Arithmetic that operations share with each other and with the model: products, norms, roundings, the softcap."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -59,3 +59,18 @@ def softcap_and_tanh(
   cap = jnp.where(positive, *caps)
   t = tanh(z / cap if inverse is None else z * jnp.where(positive, *inverse))
   return cap * t, t
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+  """Returns x / √(mean(x²) + eps) over the last axis, computed in float32, in the type of x."""
+  wide = x.astype(jnp.float32)
+  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
+
+
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """Returns factor · x in the type of x, for a factor that many rows share.
+
+  The factor is repeated over x in float32 and cast afterwards, so that its gradient, a sum over rows and positions, is
+  added up in float32. Cast first, it would be added up in the type of x; in bfloat16 such a sum stops growing.
+  """
+  return jnp.broadcast_to(factor.astype(jnp.float32), x.shape).astype(x.dtype) * x

@@ -34,8 +34,8 @@ def rotary_heads(
 ) -> Heads:
   """Returns queries gain · rot(x/√(mean x² + ε)), keys rot(x/√(mean x² + ε)), and values x, each of its own head.
 
-  rot turns the pairs (i, i + R) of a head's leading 2R numbers: (a, b) → (a·cos + b·sin, b·cos − a·sin). All is
-  computed in float32 and rounded once to the type of qkv. cos and sin have no gradient.
+  rot turns the pairs (i, i + R) of a head's leading 2R numbers: (a, b) → (a·cos + b·sin, b·cos − a·sin). Sums
+  and norms are float32; results have the type of qkv. cos and sin have no gradient.
 
   Args:
     qkv_BxTxF: H query heads, then K key heads, then K value heads of C numbers, side by side.

@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp_kernel
-from pgolf_jax.kernels.numerics import EPS
+from pgolf_jax.kernels.numerics import rms_norm, scaled
+from pgolf_jax.kernels.rotary_heads import rotary_heads
 from pgolf_jax.model.adapters import Adapter, delta
 from pgolf_jax.settings import ModelConfig
 
@@ -26,32 +27,9 @@ def angles(position_T: Int[Array, " T"], rope_dims: int, base: float) -> Angles:
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x_BxTxHxC: Float[Array, "B T H C"], angles: Angles) -> Float[Array, "B T H C"]:
-  """Rotates split-half pairs of the leading dimensions: (a, b) → (a·cos + b·sin, −a·sin + b·cos)."""
-  cos, sin = (a[:, None].astype(x_BxTxHxC.dtype) for a in angles)
-  half = cos.shape[-1]
-  a, b, rest = jnp.split(x_BxTxHxC, (half, 2 * half), axis=-1)
-  return jnp.concatenate([a * cos + b * sin, b * cos - a * sin, rest], axis=-1)
-
-
-def rms_norm(x: jax.Array) -> jax.Array:
-  """Returns x / √(mean(x²) + eps) over the last axis, computed in float32, in the type of x."""
-  wide = x.astype(jnp.float32)
-  return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
-
-
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
   """Returns y = x Wᵀ in the type of x."""
   return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
-
-
-def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """Returns factor · x in the type of x, for a factor that many rows share.
-
-  The factor is repeated over x in float32 and cast afterwards, so that its gradient, a sum over rows and positions, is
-  added up in float32. Cast first, it would be added up in the type of x; in bfloat16 such a sum stops growing.
-  """
-  return jnp.broadcast_to(factor.astype(jnp.float32), x.shape).astype(x.dtype) * x
 
 
 class Weights(NamedTuple):
@@ -104,18 +82,14 @@ class Attention(nnx.Module):
     m, w = self.config, use.weights
     B, T, _ = n.shape
 
-    def heads(kind: str, y: jax.Array) -> jax.Array:
-      return use.adapted(kind, y, n).reshape(B, T, -1, m.head_dim)
-
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
     # One product reads n once, and its gradient is one product too.
     qkv = linear(n, jnp.concatenate([w.q, w.k, w.v]))
-    q, k, v = jnp.split(qkv, (len(w.q), len(w.q) + len(w.k)), axis=-1)
-    q = rotate(rms_norm(heads("q", q)), use.angles)
-    k = rotate(rms_norm(heads("k", k)), use.angles)
-    v = heads("v", v)
-    q = scaled(q, self.q_gain[...][:, None])
+    if use.adapters:
+      parts = zip("qkv", jnp.split(qkv, (len(w.q), len(w.q) + len(w.k)), axis=-1), strict=True)
+      qkv = jnp.concatenate([use.adapted(kind, part, n) for kind, part in parts], axis=-1)
+    q, k, v = rotary_heads(qkv, self.q_gain[...], *use.angles, kv_heads=m.num_kv_heads)
     y = use.attend(q, k, v)
     for name, value in (("q", q), ("k", k), ("v", v), ("attend", y)):
       use.tap(name, value)

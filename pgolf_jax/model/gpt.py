@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import softcapped_xent as xent
-from pgolf_jax.kernels.numerics import softcap
+from pgolf_jax.kernels.numerics import rms_norm, scaled, softcap
 from pgolf_jax.model import Context, block, packed
 from pgolf_jax.model.adapters import Adaptation, Adapter, delta
-from pgolf_jax.model.block import Block, LayerUse, Weights, linear, rms_norm, scaled
+from pgolf_jax.model.block import Block, LayerUse, Weights, linear
 from pgolf_jax.model.params import Params, layer_order
 from pgolf_jax.settings import ModelConfig
 

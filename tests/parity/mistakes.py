@@ -15,8 +15,10 @@ import optax
 import pgolf_jax.model as contexts
 from pgolf_jax import training
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
+from pgolf_jax.kernels import numerics
 from pgolf_jax.kernels.leaky_relu2_mlp import xla as mlp_xla
 from pgolf_jax.kernels.polar_express import xla as polar_xla
+from pgolf_jax.kernels.rotary_heads import xla as rotary_xla
 from pgolf_jax.model import block, gpt
 from pgolf_jax.parity import Case
 from pgolf_jax.parity import run as parity_run
@@ -76,7 +78,7 @@ def around(patch, owner, name: str, wrapper) -> None:
 
 @mistake("forward", "embedding")
 def norms_with_an_epsilon_of_1e_5(patch, case):
-  patch.setattr(block, "EPS", 1e-5)
+  patch.setattr(numerics, "EPS", 1e-5)
 
 
 @mistake("forward", "embedding")
@@ -110,12 +112,12 @@ def rotary_pairs_of_neighbours(patch, case):
     turned = jnp.stack([a * cos + b * sin, b * cos - a * sin], axis=-1).reshape(*x.shape[:-1], width)
     return jnp.concatenate([turned, x[..., width:]], axis=-1)
 
-  patch.setattr(block, "rotate", rotate)
+  patch.setattr(rotary_xla, "_rotate", rotate)
 
 
 @mistake("forward", "00.blocks.0.q")
 def rotary_turns_the_other_way(patch, case):
-  around(patch, block, "rotate", lambda original, x, angles: original(x, (angles[0], -angles[1])))
+  around(patch, rotary_xla, "_rotate", lambda original, x, angles: original(x, (angles[0], -angles[1])))
 
 
 @mistake("forward_long", "hidden")
@@ -140,7 +142,7 @@ def no_gain_on_queries(patch, case):
   def scaled(original, x, factor):
     return x if factor.ndim == 2 and factor.shape[1] == 1 else original(x, factor)
 
-  around(patch, block, "scaled", scaled)
+  around(patch, rotary_xla, "scaled", scaled)
 
 
 @mistake("forward", "00.blocks.0.attend")
@@ -217,7 +219,7 @@ def no_scale_by_depth(patch, case):
 def residual_and_embedding_mixed_the_other_way_round(patch, case):
   def mix(self, x, use):
     factor = self.resid_mix[...]
-    return block.scaled(x, factor[1]) + block.scaled(use.x0, factor[0])
+    return numerics.scaled(x, factor[1]) + numerics.scaled(use.x0, factor[0])
 
   patch.setattr(block.Block, "_mix", mix)
 
@@ -230,8 +232,8 @@ def every_looped_layer_repeated_in_place(patch, case):
 @mistake("forward", "02.blocks.0.q")
 def skip_gates_the_wrong_way_round(patch, case):
   def join(self, x, skip, j):
-    skip = block.scaled(skip, self.skip_weights[j])
-    return x + block.scaled(skip - x, jax.nn.sigmoid(self.skip_gates[j]))
+    skip = numerics.scaled(skip, self.skip_weights[j])
+    return x + numerics.scaled(skip - x, jax.nn.sigmoid(self.skip_gates[j]))
 
   patch.setattr(gpt.GPT, "_join_skip", join)
 
