@@ -18,7 +18,7 @@ class Adapter(NamedTuple):
   """One pair of matrices for each row, or for each position of the looped layer list and row."""
 
   A: jax.Array  # [(P,) B, R, in]
-  B: jax.Array  # [(P,) B, out, R]
+  B: jax.Array  # [(P,) B, R, out]
 
 
 Adapters = dict[str, Adapter]
@@ -35,7 +35,7 @@ class Adaptation(NamedTuple):
 def delta(adapter: Adapter, x_BxTxD: Float[Array, "B T D"], scale: float) -> Float[Array, "B T out"]:
   """Returns scale · B·(A·x), in the type of x."""
   low = jnp.einsum("btd,brd->btr", x_BxTxD, adapter.A.astype(x_BxTxD.dtype))
-  return jnp.einsum("btr,bor->bto", low, adapter.B.astype(x_BxTxD.dtype)) * scale
+  return jnp.einsum("btr,bro->bto", low, adapter.B.astype(x_BxTxD.dtype)) * scale
 
 
 def widths(model: ModelConfig, ttt: TTTConfig) -> dict[str, int]:
@@ -60,5 +60,5 @@ def init(model: ModelConfig, ttt: TTTConfig, *, batch: int, rank: int, key: jax.
   for index, (kind, width) in enumerate(widths(model, ttt).items()):
     lead = (batch,) if kind == "head" else (positions, batch)
     A = jax.random.uniform(jax.random.fold_in(key, index), (*lead, rank, D), minval=-1.0, maxval=1.0) * D**-0.5
-    adapters[kind] = Adapter(A, jnp.zeros((*lead, width, rank)))
+    adapters[kind] = Adapter(A, jnp.zeros((*lead, rank, width)))
   return adapters

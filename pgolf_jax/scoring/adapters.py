@@ -107,7 +107,7 @@ def row_specs(tree):
 def with_zero_B(model: ModelConfig, ttt: TTTConfig, matrices: Matrices) -> Adapters:
   """Returns adapters with these A, and B zero: what documents start from."""
   width = model_adapters.widths(model, ttt)
-  return {kind: Adapter(A, jnp.zeros((*A.shape[:-2], width[kind], A.shape[-2]))) for kind, A in matrices.items()}
+  return {kind: Adapter(A, jnp.zeros((*A.shape[:-1], width[kind]))) for kind, A in matrices.items()}
 
 
 def begin(rule: Rule, adapters: Adapters) -> Learner:

@@ -66,7 +66,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkContext(Protocol):
-  """A method by which chunks see their past. Memories are trees of arrays [P, B, …, …], or empty."""
+  """A method by which chunks see their past. Memories are trees of arrays [P, …, B, …, …], or empty."""
 
   def memory_shapes(self, rows: int):
     """Returns the shapes of a memory of this many rows."""
@@ -118,9 +118,9 @@ class Window:
 
 
 class KeysValues(NamedTuple):
-  """Keys (after rotation) and values, for each position of the layer list and each row."""
+  """Keys (after rotation) and values of a chunk, [B, X, K, C], or of the ring, [P, K, B, S, C]."""
 
-  k: jax.Array  # [P, B, S or X, K·C]
+  k: jax.Array
   v: jax.Array
 
 
@@ -137,7 +137,8 @@ class Ring:
 
   def memory_shapes(self, rows: int) -> KeysValues:
     """Returns the ring's shapes."""
-    shape = (positions(self.model, looping=True), rows, self.seq_len, self.model.kv_dim)
+    m = self.model
+    shape = (positions(m, looping=True), m.num_kv_heads, rows, self.seq_len, m.head_dim)
     return KeysValues(*2 * (jax.ShapeDtypeStruct(shape, self.dtype),))
 
   def hidden(self, params, adaptation, memory, chunk, shape):
@@ -151,7 +152,7 @@ class Ring:
     visible_S = (place_S < chunk.first) & ((place_S - chunk.first) % self.seq_len >= chunk.size)
 
     def attend(position, q, k, v):
-      earlier = KeysValues(*(x[position, :, : len(place_S)].reshape(*x.shape[1:2], -1, *k.shape[2:]) for x in memory))
+      earlier = KeysValues(*(x[position, :, :, : len(place_S)] for x in memory))
       return attention(q, KeysValues(k, v), earlier, visible_S), KeysValues(k, v)
 
     context = Context(attend, looping=True, dtype=self.dtype, first_position=chunk.first, before_B=before_B)
@@ -160,36 +161,80 @@ class Ring:
 
   def remember(self, memory, fresh, chunk):
     """See `ChunkContext`."""
-    P, B, X, *_ = fresh.k.shape
-    within_X = jnp.arange(X)
+    within_X = jnp.arange(fresh.k.shape[2])
     place_X = jnp.where(within_X < chunk.size, (chunk.first + within_X) % self.seq_len, self.seq_len)
-    put = lambda old, new: old.at[:, :, place_X].set(new.reshape(P, B, X, -1).astype(old.dtype), mode="drop")  # noqa: E731
+
+    def put(old, new_PxBxXxKxC):
+      new = new_PxBxXxKxC.transpose(0, 3, 1, 2, 4).astype(old.dtype)
+      return old.at[:, :, :, place_X].set(new, mode="drop")
+
     return jax.tree.map(put, memory, fresh)
 
 
+@jax.custom_vjp
 def attention(
   q_BxXxHxC: jax.Array, chunk: KeysValues, earlier: KeysValues, visible_S: Bool[Array, "S"]
 ) -> Float[Array, "B X H C"]:
   """Causal attention of a chunk over itself and over the visible ones of earlier keys; softmax in float32.
 
+  Nothing is learnt through earlier keys: their gradient is taken to be zero.
+
   Args:
     chunk: keys and values of the chunk, [B, X, K, C].
-    earlier: of the ring, [B, S, K, C].
+    earlier: of the ring, [K, B, S, C].
   """
-  B, X, H, C = q_BxXxHxC.shape
-  K, S = chunk.k.shape[2], visible_S.shape[0]
-  q = q_BxXxHxC.reshape(B, X, K, H // K, C)
+  return _attention_forward(q_BxXxHxC, chunk, earlier, visible_S)[0]
 
-  def scores(keys, visible):
-    products = jnp.einsum("bxkgc,bskc->bkgxs", q, keys, preferred_element_type=jnp.float32)
-    return jnp.where(visible, products * C**-0.5, -jnp.inf)
 
-  causal_XxX = jnp.arange(X)[:, None] >= jnp.arange(X)
-  s = jnp.concatenate([scores(earlier.k, visible_S), scores(chunk.k, causal_XxX)], axis=-1)
-  p = jax.nn.softmax(s, axis=-1).astype(q.dtype)
+def _products(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _by_head(x_BxXxHxC: jax.Array, K: int) -> jax.Array:
+  """Returns [K, B, X·G, C]: the G query heads of a key head stand beside one another, so that products are plain."""
+  B, X, H, C = x_BxXxHxC.shape
+  return x_BxXxHxC.reshape(B, X, K, H // K, C).transpose(2, 0, 1, 3, 4).reshape(K, B, X * H // K, C)
+
+
+def _by_token(x_KxBxQxC: jax.Array, X: int) -> jax.Array:
+  """Inverse of `_by_head`."""
+  K, B, Q, C = x_KxBxQxC.shape
+  return x_KxBxQxC.reshape(K, B, X, Q // X, C).transpose(1, 2, 0, 3, 4).reshape(B, X, K * Q // X, C)
+
+
+def _attention_forward(q_BxXxHxC, chunk, earlier, visible_S):
+  X, K, C = q_BxXxHxC.shape[1], chunk.k.shape[2], q_BxXxHxC.shape[3]
+  q, k, v = (_by_head(x, K) for x in (q_BxXxHxC * C**-0.5, *chunk))
+  causal_QxX = jnp.arange(q.shape[2])[:, None] // (q.shape[2] // X) >= jnp.arange(X)
+  scores = [
+    jnp.where(visible, _products("kbqc,kbsc->kbqs", q, keys), -jnp.inf)
+    for visible, keys in ((visible_S, earlier.k), (causal_QxX, k))
+  ]
+  largest = jnp.maximum(*(s.max(axis=-1, keepdims=True) for s in scores))
   # A place never written holds whatever the last batch left; its weight is exactly zero.
-  y = jnp.einsum("bkgxs,bskc->bxkgc", p[..., :S], earlier.v) + jnp.einsum("bkgxs,bskc->bxkgc", p[..., S:], chunk.v)
-  return y.reshape(B, X, H, C)
+  p = [jnp.exp(s - largest) for s in scores]
+  total = sum(x.sum(axis=-1, keepdims=True) for x in p)
+  p = [x.astype(q.dtype) for x in p]
+  y = sum(_products("kbqs,kbsc->kbqc", x, values) for x, values in zip(p, (earlier.v, v), strict=True)) / total
+  return _by_token(y, X).astype(q.dtype), (q, KeysValues(k, v), earlier, p, total, y)
+
+
+def _attention_backward(residuals, dy_BxXxHxC):
+  q, chunk, earlier, p, total, y = residuals
+  K, X, C = *chunk.k.shape[::2], q.shape[3]
+  dy = _by_head(dy_BxXxHxC, K) / total
+  delta, dy = jnp.sum(dy * y, axis=-1, keepdims=True), dy.astype(q.dtype)
+  ds = [
+    (x * (_products("kbqc,kbsc->kbqs", dy, values) - delta)).astype(q.dtype)
+    for x, values in zip(p, (earlier.v, chunk.v), strict=True)
+  ]
+  dq = sum(_products("kbqs,kbsc->kbqc", x, keys) for x, keys in zip(ds, (earlier.k, chunk.k), strict=True))
+  dk, dv = (_products("kbqs,kbqc->kbsc", *pair) for pair in ((ds[1], q), (p[1], dy)))
+  dq, dk, dv = (_by_token(x, X).astype(q.dtype) for x in (dq * C**-0.5, dk, dv))
+  return dq, KeysValues(dk, dv), None, None
+
+
+attention.defvjp(_attention_forward, _attention_backward)
 
 
 def choose_context(settings: Settings, dtype: np.dtype) -> ChunkContext:

@@ -48,9 +48,9 @@ def params():
 def adapters():
   every_kind = model_adapters.init(MODEL, Settings().ttt, batch=1, rank=4, key=jax.random.key(2))
   D, V = MODEL.model_dim, MODEL.vocab_size
-  q = Adapter(every_kind["o"].A, jnp.zeros((*every_kind["o"].A.shape[:2], D, 4)))
+  q = Adapter(every_kind["o"].A, jnp.zeros((*every_kind["o"].A.shape[:-1], D)))
   v = Adapter(every_kind["k"].A, jnp.zeros_like(every_kind["k"].B))
-  assert every_kind["head"].B.shape == (1, V, 4)
+  assert every_kind["head"].B.shape == (1, 4, V)
   return noisy({**every_kind, "q": q, "v": v}, 3, 0.1)
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_whose_gradient_is_added_up_in_bfloat16_is_caught(monkeypatch
   product.defvjp(lambda x, weight: (product(x, weight), (x, weight)), backward)
 
   def delta(adapter, x, scale):
-    return product(product(x, adapter.A.astype(x.dtype)), adapter.B.astype(x.dtype)) * scale
+    return product(product(x, adapter.A.astype(x.dtype)), adapter.B.astype(x.dtype).swapaxes(1, 2)) * scale
 
   monkeypatch.setattr(block, "delta", delta)
   monkeypatch.setattr(gpt, "delta", delta)
