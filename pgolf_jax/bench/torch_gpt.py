@@ -5,12 +5,17 @@ It is timed beside JAX, and is a second, independent writing of the recipe for t
 """
 
 import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 
 from pgolf_jax.bench.harness import Peak, Way
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
@@ -19,6 +24,15 @@ from pgolf_jax.model.params import SOFTCAPS, layer_order
 from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training.optimizer import group
+
+_PLAIN = sys.modules[__name__]
+
+
+def fused() -> ModuleType | None:
+  """Returns `torch_triton`, whose operations have the names and signatures of those here, where it can run."""
+  if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    return None
+  return importlib.import_module("pgolf_jax.bench.torch_triton")
 
 
 def platforms() -> tuple[str, ...]:
@@ -115,6 +129,10 @@ class TorchGPT:
     cap = self.config.logit_softcap
     return softcapped_xent(self._z(tokens_T1[:-1], lengths, looping), tokens_T1[1:], cap).mean()
 
+  def compile(self) -> None:
+    """Makes the loss run through torch.compile."""
+    self.loss = torch.compile(self.loss)
+
   def evaluation_logits(self, tokens_T, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
     """Logits [T, V] under the softcaps of evaluation, float32."""
     z = self._z(tokens_T, lengths, looping).float()
@@ -122,10 +140,12 @@ class TorchGPT:
     return cap * torch.tanh(z / cap)
 
   def _angles(self, lengths: tuple[int, ...]):
-    dims = self.config.rope_dims or self.config.head_dim
     device = self.params["tok_emb.weight"].device
-    frequency = self.config.rope_base ** (-torch.arange(0, dims, 2, device=device) / dims)
-    position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    return self._angles_at(torch.cat([torch.arange(n, device=device) for n in lengths]))
+
+  def _angles_at(self, position_T):
+    dims = self.config.rope_dims or self.config.head_dim
+    frequency = self.config.rope_base ** (-torch.arange(0, dims, 2, device=position_T.device) / dims)
     angle = position_T[:, None] * frequency
     return angle.cos().to(self.dtype)[:, None], angle.sin().to(self.dtype)[:, None]
 
@@ -145,7 +165,7 @@ class TorchGPT:
     q = _rotate(_norm(heads(p["qo_bank"][layer], m.num_heads)), *angles)
     k = _rotate(_norm(heads(p["kv_bank"][layer], m.num_kv_heads)), *angles)
     v = heads(p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
-    y = segment_attention(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
+    y = self._attend(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
     if layer >= m.num_layers - m.xsa_last_n:
       grouped = y.unflatten(1, (m.num_kv_heads, -1))
       direction = F.normalize(v, dim=-1).unsqueeze(2)
@@ -154,6 +174,9 @@ class TorchGPT:
       gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
       y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
     return p[f"blocks.{layer}.attn_scale"] * F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer])
+
+  def _attend(self, q, k, v, lengths):
+    return segment_attention(q, k, v, lengths)
 
   def _mlp(self, p: dict, n, layer: int):
     y = leaky_relu2_mlp(n, p["mlp_up_bank"][layer], p["mlp_down_bank"][layer], self.config.leaky_relu_sq_slope)
@@ -203,6 +226,74 @@ class TorchGPT:
     return F.linear(_norm(x), p["tok_emb.weight"])
 
 
+class Segments(NamedTuple):
+  """Segments that stand end to end, as attention wants them."""
+
+  lengths: tuple[int, ...]
+  longest: int
+  end_S: torch.Tensor  # int32: 0, then the end of each segment
+  position_T: torch.Tensor  # of each token in its segment
+  mask: Any  # flex_attention's; None where another attention is used
+
+
+class StandIn(TorchGPT):
+  """The model as the reference's script computes it on a GPU: one call of attention over all segments, fused kernels.
+
+  The MLP and the cross-entropy are Triton's kernels where CUDA and Triton are there, PyTorch's operations elsewhere.
+
+  Args:
+    attention: "varlen" or "flex" for PyTorch's functions of these names, "sdpa" for a call for each segment; the first
+      that is possible if not given.
+  """
+
+  def __init__(self, config, params, dtype=torch.float32, device: str = "cpu", attention: str | None = None):
+    super().__init__(config, params, dtype, device)
+    self.kernels = fused() if device != "cpu" else None
+    has_varlen = self.kernels is not None and self.kernels.has_varlen(dtype)
+    self.attention = attention or ("varlen" if has_varlen else "sdpa" if device == "cpu" else "flex")
+    self._segments = functools.lru_cache(maxsize=8)(self._make_segments)
+
+  def loss(self, tokens_T1, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
+    """See `TorchGPT`. Only what lies after the division into segments is compiled."""
+    return self._loss(tokens_T1, self._segments(lengths), looping)
+
+  def compile(self) -> None:
+    self._loss = torch.compile(self._loss)
+
+  def _loss(self, tokens_T1, segments: Segments, looping: bool) -> torch.Tensor:
+    z, cap = self._z(tokens_T1[:-1], segments, looping), self.config.logit_softcap
+    return (self.kernels or _PLAIN).softcapped_xent(z, tokens_T1[1:], cap).mean()
+
+  def _make_segments(self, lengths: tuple[int, ...]) -> Segments:
+    place = {"device": self.params["tok_emb.weight"].device}
+    sizes = torch.tensor(lengths, **place)
+    end_S = F.pad(sizes.cumsum(0), (1, 0)).int()
+    document_T = torch.repeat_interleave(torch.arange(len(lengths), **place), sizes)
+    position_T = torch.arange(len(document_T), **place) - end_S.long()[document_T]
+    mask = None
+    if self.attention == "flex":
+      T = len(document_T)
+      sees = lambda b, h, q, k: (q >= k) & (document_T[q] == document_T[k])  # noqa: E731
+      mask = flex_attention.create_block_mask(sees, None, None, T, T, device=str(place["device"]))
+    return Segments(lengths, max(lengths), end_S, position_T, mask)
+
+  def _angles(self, segments: Segments):
+    return self._angles_at(segments.position_T)
+
+  def _attend(self, q, k, v, segments: Segments):
+    if self.attention == "sdpa":
+      return segment_attention(q, k, v, segments.lengths)
+    if self.attention == "varlen":
+      return self.kernels.varlen_attention(q, k, v, segments.end_S, segments.longest)
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return flex_attention.flex_attention(*heads_first, block_mask=segments.mask, enable_gqa=True)[0].transpose(0, 1)
+
+  def _mlp(self, p: dict, n, layer: int):
+    slope = self.config.leaky_relu_sq_slope
+    operation = (self.kernels or _PLAIN).leaky_relu2_mlp
+    return p[f"blocks.{layer}.mlp_scale"] * operation(n, p["mlp_up_bank"][layer], p["mlp_down_bank"][layer], slope)
+
+
 class TorchStep:
   """A step of training on one device: gradients by accumulation, clipping, Muon and AdamW, moving average.
 
@@ -224,6 +315,7 @@ class TorchStep:
       {"params": [model.params[n] for n in names[kind]], "lr": lr, "base": lr, "weight_decay": decay}
       for kind, lr, decay in (("embedding", o.embed_lr, o.embed_wd), ("scalar", o.scalar_lr, o.adam_wd))
     ]
+    self.orthogonalise = polar_express
     self.adam = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.adam_eps)
 
   def __call__(self, tokens_MxT1, lr_scale: float, momentum: float) -> torch.Tensor:
@@ -244,10 +336,11 @@ class TorchStep:
     for name, grad in zip(self.trained, total, strict=True):
       params[name].grad = grad
     with torch.no_grad():
-      self._update(lr_scale, momentum)
+      self.update(lr_scale, momentum)
     return torch.stack(losses).sum() / self.ranks
 
-  def _update(self, lr_scale: float, momentum: float) -> None:
+  def update(self, lr_scale: float, momentum: float) -> None:
+    """Does what follows the gradients, which lie in the parameters."""
     o, params = self.settings.optimizer, self.model.params
     for name in self.banks:
       moment = self.momentum[name]
@@ -256,7 +349,7 @@ class TorchStep:
       u = grad.add(moment.mul_(momentum).add_(grad), alpha=momentum)
       if o.muon_row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-      u = polar_express(u, o.muon_steps) * max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
+      u = self.orthogonalise(u, o.muon_steps) * max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
       rate = o.matrix_lr * lr_scale
       params[name].mul_(1 - rate * o.muon_wd).sub_(rate * u.to(torch.float32))
     for g in self.adam.param_groups:
@@ -266,31 +359,31 @@ class TorchStep:
       self.average[name].lerp_(value, 1 - self.settings.train.ema_decay)
 
 
-def way(case, *, compiled: bool) -> Way:
+def way(case, *, compiled: bool, kind: type[TorchGPT] = TorchGPT) -> Way:
   """A `Case` of `pgolf bench step` in PyTorch, on the same kind of device.
 
   Args:
     compiled: run the loss through torch.compile.
+    kind: the model, or the `StandIn`.
   """
   platform = case.device.platform
   return Way(
     case.labels("PyTorch"),
-    functools.partial(start, case, compiled=compiled),
+    functools.partial(start, case, compiled=compiled, kind=kind),
     case.work,
     wait=lambda _: synchronize(platform),
     count_memory=functools.partial(count_memory, platform),
   )
 
 
-def start(case, *, compiled: bool) -> Callable[[], Any]:
+def start(case, *, compiled: bool, kind: type[TorchGPT] = TorchGPT) -> Callable[[], Any]:
   """Places a case's arguments; returns a function that does its pass once."""
   settings, platform = case.settings, case.device.platform
-  model = TorchGPT(settings.model, case.params, getattr(torch, settings.train.compute_dtype), device(platform))
+  model = kind(settings.model, case.params, getattr(torch, settings.train.compute_dtype), device(platform))
+  if compiled:
+    model.compile()
   tokens_MxT1 = tensor(case.tokens_MxT1, platform)
-  T = tokens_MxT1.shape[1] - 1
-  lengths = tuple(min(case.seq_len, T - begin) for begin in range(0, T, case.seq_len))
-  loss = torch.compile(model.loss) if compiled else model.loss
-  loss = functools.partial(loss, lengths=lengths, looping=case.looping)
+  loss = functools.partial(model.loss, lengths=case.segments, looping=case.looping)
   if case.passes == "step":
     ranks = world_size(settings, case.mesh) if settings.optimizer.clip_scope == "rank" else 1
     return functools.partial(TorchStep(settings, model, ranks, loss), tokens_MxT1, case.lr_scale, case.momentum)
