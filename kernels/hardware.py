@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import jax
 
+from pgolf_jax.errors import UserError
+
 
 class Target(NamedTuple):
   """The hardware that a traced computation will run on."""
@@ -119,6 +121,9 @@ def block_sizes(operation: str, shapes: str, **defaults: int) -> dict[str, int]:
     operation: name of the kernel.
     shapes: class of shapes for which one measurement holds.
     defaults: the sizes by name; others are not taken from the table.
+
+  Raises:
+    UserError: the file is damaged.
   """
   if _tried.value and _tried.value[0] == operation:
     _classes.add(shapes)
@@ -130,7 +135,10 @@ def block_sizes(operation: str, shapes: str, **defaults: int) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=4)
 def _table(path: Path) -> dict:
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  try:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  except ValueError as error:
+    raise UserError(f"{path} is not a table of tuned block sizes; move it away.") from error
 
 
 @contextlib.contextmanager

@@ -47,10 +47,10 @@ def statuses(rows: list[dict]) -> dict[str, str]:
 
 def test_a_day_goes_on_after_items_that_hang_crash_and_fail(tmp_path, capsys):
   began = time.monotonic()
-  rows = run(tmp_path, item("hangs", 4.0), item("crashes"), item("raises"), item("measures"))
-  assert time.monotonic() - began < 60
+  rows = run(tmp_path, item("hangs", 12.0), item("crashes"), item("raises"), item("measures"))
+  assert time.monotonic() - began < 180
   assert statuses(rows) == {
-    "hangs": "killed at its limit of 4 s",
+    "hangs": "killed at its limit of 12 s",
     "crashes": "ended by SIGSEGV",
     "raises": "failed: ValueError: no such luck",
     "measures": "done",
@@ -67,7 +67,7 @@ def test_a_day_goes_on_after_items_that_hang_crash_and_fail(tmp_path, capsys):
 def test_items_are_not_started_when_the_time_is_over(tmp_path):
   began = time.monotonic()
   rows = run(tmp_path, item("hangs"), item("measures"), budget=gpu_day._LEAST_S + 1)
-  assert time.monotonic() - began < 20
+  assert time.monotonic() - began < 90
   assert statuses(rows) == {"hangs": "killed at its limit of 6 s", "measures": "not run: the budget is spent"}
 
 
