@@ -6,6 +6,7 @@ The process that starts them imports no JAX, for it must not hold the device.
 """
 
 import datetime
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -269,7 +270,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def commit() -> str:
-  """Returns the checkout's commit, with "+" where files differ from it; empty where git does not say."""
+  """Returns the checkout's commit, and a hash of the package's files where they differ from it or git says nothing."""
 
   def git(*arguments: str) -> str:
     try:
@@ -279,7 +280,13 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
   head = git("rev-parse", "--short=10", "HEAD")
-  return head and head + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+  if head and not git("status", "--porcelain", "--untracked-files=no"):
+    return head
+  content = hashlib.sha256()
+  for folder in ("pgolf_jax", "kernels"):
+    for file in sorted((ROOT / folder).rglob("*.py")):
+      content.update(file.read_bytes())
+  return f"{head}+{content.hexdigest()[:8]}"
 
 
 def find_rooms() -> None:

@@ -168,15 +168,15 @@ def _weights(case: Case) -> jax.Array:
   return jax.random.normal(jax.random.key(7), shape)
 
 
-def _expected(day: Day, case: Case, gradient: bool) -> list[np.ndarray]:
+def _expected(day: Day, case: Case, gradient: bool) -> list[jax.Array]:
   """The result, or the gradients, by XLA with every array and product in float32; of tiny ones straight by formula."""
   wide = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in case.arguments]
   with jax.default_matmul_precision("highest"):
     results = jax.jit(_weighted(case, "reference" if day.tiny else "xla", gradient))(_weights(case), *wide)
-  return [np.asarray(x) for x in jax.tree.leaves(results)]
+  return jax.tree.leaves(results)
 
 
-def check(case: Case, backend: str, gradient: bool, expected: Sequence[np.ndarray], repeats: int) -> Row:
+def check(case: Case, backend: str, gradient: bool, expected: Sequence[jax.Array], repeats: int) -> Row:
   """Returns the relative error of a backend and a verdict.
 
   NOT WRITTEN: a result is not finite, as it would be where memory that was filled with NaN is handed back. WRONG: the
@@ -187,9 +187,8 @@ def check(case: Case, backend: str, gradient: bool, expected: Sequence[np.ndarra
   first = jax.tree.leaves(jax.block_until_ready(run()))
   worst, is_finite = 0.0, True
   for got, want in zip(first, expected, strict=True):
-    got = np.asarray(got.astype(jnp.float32))
-    is_finite &= bool(np.isfinite(got).all())
-    worst = max(worst, float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)))
+    is_finite &= bool(jnp.isfinite(got).all())
+    worst = max(worst, float(_distance(got, want)))
   different = 0
   for _ in range(repeats):
     poison(first)
@@ -213,6 +212,12 @@ def poison(like: Sequence[jax.Array]) -> None:
   jax.block_until_ready(blocks)
   for block in blocks:
     block.delete()
+
+
+@jax.jit
+def _distance(got: jax.Array, want: jax.Array) -> jax.Array:
+  """The norm of the difference over the norm of what is right."""
+  return jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.maximum(jnp.linalg.norm(want), 1e-30)
 
 
 @jax.jit

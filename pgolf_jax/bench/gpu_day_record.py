@@ -185,8 +185,38 @@ def decisions(rows: Sequence[Row]) -> list[str]:
       lines.append(f"{row['item']}: idle {share:.0%} > {limit:.0%} → command buffers, larger steps")
     if (share := row.get("elementwise")) is not None and share > 0.35:
       lines.append(f"elementwise {share:.0%} of the step > 35 % → fuse rows before any work on attention")
-    if row.get("below"):
-      lines.append(f"{row['item']}, {row['config']}: {row['below']}")
+    for (item, config, least), conclusion in _LEAST_TFLOPS.items():
+      is_meant = row["item"] == item and str(row.get("config")).startswith(config) and row.get("by") != "PyTorch"
+      if is_meant and row.get("platform") == "gpu" and (rate := row.get("tflops", least)) < least:
+        lines.append(f"{config}: {rate:.0f} < {least} TFLOP/s → {conclusion}")
+  return [*lines, *_whole_evaluations(rows)]
+
+
+_LEAST_TFLOPS = {
+  ("time: segment_attention", "full segments, forward, mosaic_gpu", 300): "both query heads of a key head in one block",
+  ("ceilings", "dW of up", 450): "cuBLAS by force, or split-K",
+}
+"""(item, beginning of its config, TFLOP/s on an H100) → what follows from less than that."""
+_CHUNK_STEPS = {(2048, 64): 13_094, (512, 32): 36_180, (112, 16): 5_008}
+"""(window, targets) → steps of 24 documents in an evaluation of the 50,000 of the validation set."""
+_REFERENCE_S = 3760
+"""GPU-seconds of the reference's evaluation, as published."""
+
+
+def _whole_evaluations(rows: Sequence[Row]) -> list[str]:
+  """Returns the time of a whole evaluation by each method, for those of which every step was timed."""
+  lines, step_s = [], {}
+  for row in rows:
+    if row.get("method") and row.get("ms"):
+      documents_step = row["ms"] * 1e-3 / row["steps"] * 24 / row["slots"]
+      step_s[row["method"], row["slots"], row["by"], (row["window"], row["width"])] = documents_step
+  for method, slots, by in dict.fromkeys(key[:3] for key in step_s):
+    times = [count * step_s.get((method, slots, by, shape), float("nan")) for shape, count in _CHUNK_STEPS.items()]
+    if sum(times) > 0:
+      lines.append(
+        f"test-time training, {method}, {slots} documents at a time, {by}: {sum(times):,.0f} s for the validation set "
+        f"on one device (reference {_REFERENCE_S})"
+      )
   return lines
 
 

@@ -18,8 +18,10 @@ from pgolf_jax.bench.harness import Way, Work
 from pgolf_jax.bench.kernels import document_lengths
 from pgolf_jax.bench.step import Case, first_params
 from pgolf_jax.kernels.hardware import target
+from pgolf_jax.model import adapters
+from pgolf_jax.model.flops import positions
 from pgolf_jax.runtime.distributed import data_mesh
-from pgolf_jax.scoring.buckets import Shape
+from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Shape
 from pgolf_jax.settings import LengthStage, ModelConfig, Settings, TrainConfig, TTTConfig
 from pgolf_jax.settings.load import changed
 
@@ -243,15 +245,76 @@ def options(day: Day) -> Iterator[Row]:
     yield from timed(whole.jax_way("kernels", given), day, f"2048 on, {name}", options=dict(given))
 
 
-_STEPS = {64: 13_094, 32: 36_180, 16: 5_008}
-"""Targets of a chunk → chunk steps of a whole evaluation of 50,000 documents in batches of 24."""
-
-
 def learning_step(day: Day, method: str, shape: Sequence[int]) -> Iterator[Row]:
   """A chunk of every document scored and learnt from, at (documents, window, targets), by JAX and by PyTorch."""
   slots, window, width = (2, 32, 8) if day.tiny else shape
   s = changed(settings(day), {"ttt.method": method, "ttt.seq_len": 64 if day.tiny else 3072, "ttt.chunk_size": width})
-  more = {"per_evaluation": _STEPS.get(width)}
+  more = {"method": method, "slots": slots, "window": window, "width": width, "steps": STEPS_PER_CALL}
   work = Work(slots, "documents")
   prepare = functools.partial(ttt.learning_steps, s, data_mesh(jax.devices()[:1]), Shape(slots, window, width))
-  yield from timed(Way({"by": "JAX"}, prepare, work), day, "8 steps", **more)
+  yield from timed(Way({"by": "JAX"}, prepare, work), day, f"{STEPS_PER_CALL} steps, JAX", by="JAX", **more)
+  if method == "exact" and (module := pytorch()) is not None:
+    prepare = lambda: _torch_learning(module, s, (slots, window, width))  # noqa: E731
+    way = Way({"by": "PyTorch"}, prepare, work, wait=lambda _: module.synchronize(target().platform))
+    yield from timed(way, day, f"{STEPS_PER_CALL} steps, PyTorch", by="PyTorch", **more)
+
+
+def _torch_learning(module, s: Settings, shape: tuple[int, int, int]) -> Callable[[], None]:
+  """Returns a function that learns from as many chunks in PyTorch, as the reference does: each from a window afresh.
+
+  Rows are windows that stand end to end; adapters are one matrix a row, and Adam moves them and nothing else.
+  """
+  torch, platform = module.torch, target().platform
+  (slots, window, width), m, lora = shape, s.model, s.ttt.lora
+  place = module.device(platform)
+
+  def adapter(outputs: int) -> list:
+    A = (torch.rand(slots, lora.rank, m.model_dim, device=place) * 2 - 1) * m.model_dim**-0.5
+    return [x.requires_grad_() for x in (A, torch.zeros(slots, outputs, lora.rank, device=place))]
+
+  places = positions(m, looping=True)
+  moved = {
+    kind: [adapter(outputs) for _ in range(1 if kind == "head" else places)]
+    for kind, outputs in adapters.widths(m, s.ttt).items()
+  }
+
+  class Adapted(module.StandIn):
+    """The stand-in with adapters; `used` counts how often each kind was used in this pass, which is its position."""
+
+    def _adapted(self, kind, y, n):
+      if kind not in moved:
+        return y
+      A, B = moved[kind][self.used[kind]]
+      self.used[kind] += 1
+      low = n.unflatten(0, (slots, -1)) @ A.to(n.dtype).mT
+      return y + lora.alpha / lora.rank * (low @ B.to(n.dtype).mT).flatten(0, 1)
+
+    def _head(self, hidden, p):
+      last = hidden.unflatten(0, (slots, window))[:, -width:].flatten(0, 1)
+      return self._adapted("head", super()._head(last, p), last)
+
+    def _loss(self, tokens_T1, segments, looping):
+      self.used = dict.fromkeys(moved, 0)
+      z, target_BxX = (
+        self._z(tokens_T1[:-1], segments, looping),
+        tokens_T1[1:].unflatten(0, (slots, window))[:, -width:],
+      )
+      return self.operations.softcapped_xent(z, target_BxX.flatten(), m.logit_softcap).sum() / width
+
+  model = Adapted(m, first_params(s), getattr(torch, s.train.compute_dtype), place)
+  for value in model.params.values():
+    value.requires_grad_(False)
+  if target().is_gpu:
+    model.compile()
+  every = [x for pairs in moved.values() for pair in pairs for x in pair]
+  adam = torch.optim.AdamW(every, lr=lora.lr * lora.lr_mult, betas=(lora.beta1, lora.beta2), eps=1e-10,
+                           weight_decay=lora.weight_decay)  # fmt: skip
+  tokens = torch.randint(2, m.vocab_size, (slots * window + 1,), device=place)
+
+  def run():
+    for _ in range(STEPS_PER_CALL):
+      adam.zero_grad()
+      model.loss(tokens, (window,) * slots, True).backward()
+      adam.step()
+
+  return run

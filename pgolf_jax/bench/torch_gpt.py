@@ -25,8 +25,6 @@ from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training.optimizer import group
 
-_PLAIN = sys.modules[__name__]
-
 
 def fused() -> ModuleType | None:
   """Returns `torch_triton`, whose operations have the names and signatures of those here, where it can run."""
@@ -120,6 +118,8 @@ class TorchGPT:
     device: PyTorch's name of a device.
   """
 
+  operations = sys.modules[__name__]  # where the MLP and the cross-entropy come from
+
   def __init__(self, config: ModelConfig, params: dict, dtype=torch.float32, device: str = "cpu"):
     self.config, self.dtype = config, dtype
     self.params = {k: torch.tensor(np.asarray(v), device=device).requires_grad_() for k, v in params.items()}
@@ -139,11 +139,11 @@ class TorchGPT:
     cap = torch.where(z > 0, *(self.params.get(name, self.config.logit_softcap) for name in SOFTCAPS))
     return cap * torch.tanh(z / cap)
 
-  def _angles(self, lengths: tuple[int, ...]):
-    device = self.params["tok_emb.weight"].device
-    return self._angles_at(torch.cat([torch.arange(n, device=device) for n in lengths]))
+  def _positions(self, lengths: tuple[int, ...]):
+    return torch.cat([torch.arange(n, device=self.params["tok_emb.weight"].device) for n in lengths])
 
-  def _angles_at(self, position_T):
+  def _angles(self, lengths: tuple[int, ...]):
+    position_T = self._positions(lengths)
     dims = self.config.rope_dims or self.config.head_dim
     frequency = self.config.rope_base ** (-torch.arange(0, dims, 2, device=position_T.device) / dims)
     angle = position_T[:, None] * frequency
@@ -161,10 +161,13 @@ class TorchGPT:
 
   def _attention(self, p: dict, n, layer: int, angles, lengths):
     m = self.config
-    heads = lambda weight, count: F.linear(n, weight).unflatten(-1, (count, m.head_dim))  # noqa: E731
-    q = _rotate(_norm(heads(p["qo_bank"][layer], m.num_heads)), *angles)
-    k = _rotate(_norm(heads(p["kv_bank"][layer], m.num_kv_heads)), *angles)
-    v = heads(p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
+
+    def heads(kind: str, weight, count: int):
+      return self._adapted(kind, F.linear(n, weight), n).unflatten(-1, (count, m.head_dim))
+
+    q = _rotate(_norm(heads("q", p["qo_bank"][layer], m.num_heads)), *angles)
+    k = _rotate(_norm(heads("k", p["kv_bank"][layer], m.num_kv_heads)), *angles)
+    v = heads("v", p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
     y = self._attend(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
     if layer >= m.num_layers - m.xsa_last_n:
       grouped = y.unflatten(1, (m.num_kv_heads, -1))
@@ -173,14 +176,23 @@ class TorchGPT:
     if m.sparse_attn_gate:
       gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
       y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
-    return p[f"blocks.{layer}.attn_scale"] * F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer])
+    out = self._adapted("o", F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer]), n)
+    return p[f"blocks.{layer}.attn_scale"] * out
 
   def _attend(self, q, k, v, lengths):
     return segment_attention(q, k, v, lengths)
 
+  def _adapted(self, kind: str, y, n):
+    """What a matrix makes of n; a model with adapters adds theirs."""
+    return y
+
   def _mlp(self, p: dict, n, layer: int):
-    y = leaky_relu2_mlp(n, p["mlp_up_bank"][layer], p["mlp_down_bank"][layer], self.config.leaky_relu_sq_slope)
-    return p[f"blocks.{layer}.mlp_scale"] * y
+    matrices = p["mlp_up_bank"][layer], p["mlp_down_bank"][layer]
+    y = self.operations.leaky_relu2_mlp(n, *matrices, self.config.leaky_relu_sq_slope)
+    return p[f"blocks.{layer}.mlp_scale"] * self._adapted("mlp", y, n)
+
+  def _head(self, hidden, p: dict):
+    return F.linear(hidden, p["tok_emb.weight"])
 
   def _z(self, tokens_T, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
     """The head's output before any softcap, [T, V], in the type of the computation."""
@@ -223,7 +235,7 @@ class TorchGPT:
       lanes = (R[0] * lanes[0] + P[0, 0] * a + P[1, 0] * b, R[1] * lanes[1] + P[0, 1] * a + P[1, 1] * b)
     if lanes:
       x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
-    return F.linear(_norm(x), p["tok_emb.weight"])
+    return self._head(_norm(x), p)
 
 
 class Segments(NamedTuple):
@@ -242,14 +254,13 @@ class StandIn(TorchGPT):
   The MLP and the cross-entropy are Triton's kernels where CUDA and Triton are there, PyTorch's operations elsewhere.
 
   Args:
-    attention: "varlen" or "flex" for PyTorch's functions of these names, "sdpa" for a call for each segment; the first
-      that is possible if not given.
+    attention: "varlen", "flex", or "sdpa" with a call for each segment; the first that is possible if not given.
   """
 
   def __init__(self, config, params, dtype=torch.float32, device: str = "cpu", attention: str | None = None):
     super().__init__(config, params, dtype, device)
-    self.kernels = fused() if device != "cpu" else None
-    has_varlen = self.kernels is not None and self.kernels.has_varlen(dtype)
+    self.operations = (fused() if device != "cpu" else None) or self.operations
+    has_varlen = device != "cpu" and fused() is not None and self.operations.has_varlen(dtype)
     self.attention = attention or ("varlen" if has_varlen else "sdpa" if device == "cpu" else "flex")
     self._segments = functools.lru_cache(maxsize=8)(self._make_segments)
 
@@ -262,36 +273,27 @@ class StandIn(TorchGPT):
 
   def _loss(self, tokens_T1, segments: Segments, looping: bool) -> torch.Tensor:
     z, cap = self._z(tokens_T1[:-1], segments, looping), self.config.logit_softcap
-    return (self.kernels or _PLAIN).softcapped_xent(z, tokens_T1[1:], cap).mean()
+    return self.operations.softcapped_xent(z, tokens_T1[1:], cap).mean()
 
   def _make_segments(self, lengths: tuple[int, ...]) -> Segments:
-    place = {"device": self.params["tok_emb.weight"].device}
-    sizes = torch.tensor(lengths, **place)
+    sizes, mask = torch.tensor(lengths, device=self.params["tok_emb.weight"].device), None
     end_S = F.pad(sizes.cumsum(0), (1, 0)).int()
-    document_T = torch.repeat_interleave(torch.arange(len(lengths), **place), sizes)
-    position_T = torch.arange(len(document_T), **place) - end_S.long()[document_T]
-    mask = None
+    document_T, position_T = torch.repeat_interleave(sizes), super()._positions(lengths)
     if self.attention == "flex":
-      T = len(document_T)
       sees = lambda b, h, q, k: (q >= k) & (document_T[q] == document_T[k])  # noqa: E731
-      mask = flex_attention.create_block_mask(sees, None, None, T, T, device=str(place["device"]))
+      mask = flex_attention.create_block_mask(sees, None, None, *2 * (sum(lengths),), device=str(sizes.device))
     return Segments(lengths, max(lengths), end_S, position_T, mask)
 
-  def _angles(self, segments: Segments):
-    return self._angles_at(segments.position_T)
+  def _positions(self, segments: Segments):
+    return segments.position_T
 
   def _attend(self, q, k, v, segments: Segments):
     if self.attention == "sdpa":
       return segment_attention(q, k, v, segments.lengths)
     if self.attention == "varlen":
-      return self.kernels.varlen_attention(q, k, v, segments.end_S, segments.longest)
+      return self.operations.varlen_attention(q, k, v, segments.end_S, segments.longest)
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
     return flex_attention.flex_attention(*heads_first, block_mask=segments.mask, enable_gqa=True)[0].transpose(0, 1)
-
-  def _mlp(self, p: dict, n, layer: int):
-    slope = self.config.leaky_relu_sq_slope
-    operation = (self.kernels or _PLAIN).leaky_relu2_mlp
-    return p[f"blocks.{layer}.mlp_scale"] * operation(n, p["mlp_up_bank"][layer], p["mlp_down_bank"][layer], slope)
 
 
 class TorchStep:

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import jax
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pgolf_jax.bench import gpu_day, gpu_day_record, gpu_day_steps
 from pgolf_jax.bench.gpu_day import Call, Day, Item, items_of
 from pgolf_jax.bench.gpu_day_kernels import device
+from pgolf_jax.bench.kernels import Operation
 from pgolf_jax.errors import UserError
 
 HERE = Path(__file__).parent
@@ -142,6 +144,22 @@ def test_the_table_is_short_and_begins_with_what_failed():
   assert "SIGSEGV" in text.splitlines()[4] and "more lines: results.jsonl has everything" in text.splitlines()[-1]
 
 
+def test_what_rows_decide():
+  steps = {"steps": 8, "slots": 24, "method": "cached", "by": "JAX"}
+  shapes = {(2048, 64): 10.0, (512, 32): 4.0, (112, 16): 2.0}  # milliseconds of a step
+  rows = [measured(f"learn {w}", "8 steps", 8 * ms, window=w, width=x, **steps) for (w, x), ms in shapes.items()]
+  seconds = 13.094 * 10 + 36.18 * 4 + 5.008 * 2
+  assert gpu_day_record.decisions(rows[:2]) == [], "a part of an evaluation tells nothing of the whole"
+  (line,) = gpu_day_record.decisions(rows)
+  assert line.startswith(f"test-time training, cached, 24 documents at a time, JAX: {seconds:.0f} s")
+  slow = measured("ceilings", "dW of up 512×98304×2048, JAX", tflops=400.0)
+  assert gpu_day_record.decisions([slow]) == [], "the limits are those of a GPU"
+  (line,) = gpu_day_record.decisions([{**slow, "platform": "gpu"}])
+  assert line == "dW of up: 400 < 450 TFLOP/s → cuBLAS by force, or split-K"
+  idle = measured("trace", "a step, all kernels", idle=0.12, idle_limit=0.05, elementwise=0.3)
+  assert gpu_day_record.decisions([idle]) == ["trace: idle 12% > 5% → command buffers, larger steps"]
+
+
 def entry(ms: float = 1.0, p90: float = 1.1, correct: bool = True) -> dict:
   return {"sizes": {"stages": 3}, "ms": ms, "p10": ms, "p90": p90, "correct": correct, "commit": "abc"}
 
@@ -197,6 +215,13 @@ def test_every_item_measures(one, tmp_path, monkeypatch, compiled_fast):
   json.dumps(rows)
   if not one.name.startswith(("right", "tune", "sanitizer", "step")):
     assert any(row.get("ms", 0) > 0 for row in rows)
+
+
+def test_every_operation_that_is_timed_is_checked():
+  for what in ("right", "time"):
+    assert {one.arguments["operation"] for one in items_of("A") if one.name.startswith(what)} == set(
+      get_args(Operation)
+    )
 
 
 def test_names_of_items_are_unique():
