@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import json
 import os
 import re
@@ -147,12 +146,3 @@ def trying(operation: str, **sizes: int) -> Iterator[set[str]]:
   _classes.clear()
   with _tried((operation, tuple(sizes.items()))):
     yield _classes
-
-
-def tunable(operation: str, backend: str) -> dict[str, dict[str, tuple[int, ...]]]:
-  """Returns the block sizes that a backend offers to try: kernel → name of a size → values, the default first.
-
-  They are what its module calls TUNABLE.
-  """
-  name = operation.removeprefix("linear_")
-  return getattr(importlib.import_module(f"pgolf_jax.kernels.{name}.{backend}"), "TUNABLE", {})

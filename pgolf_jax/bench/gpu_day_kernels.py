@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -21,7 +22,7 @@ from pgolf_jax.bench import harness
 from pgolf_jax.bench.gpu_day import ROOT, Day, Row
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.bench.kernels import RECORD, Case, Sizes, cases, segment_starts
-from pgolf_jax.kernels.hardware import peaks, target, trying, tunable
+from pgolf_jax.kernels.hardware import peaks, target, trying
 
 _LIMITS = 5e-3, 1e-2
 """Largest relative error of a kernel in bfloat16 against XLA in float32: of the result, and of a gradient."""
@@ -263,6 +264,15 @@ def tune(day: Day) -> Iterator[Row]:
       gradient = case.passes[-1]
       for operation, choices in tunable(case.name, backend).items():
         yield from _tried(day, case, (backend, gradient), operation, choices)
+
+
+def tunable(operation: str, backend: str) -> dict[str, dict[str, tuple[int, ...]]]:
+  """Returns the block sizes that a backend offers to try: kernel → name of a size → values, the default first.
+
+  They are what its module calls TUNABLE.
+  """
+  name = operation.removeprefix("linear_")
+  return getattr(importlib.import_module(f"pgolf_jax.kernels.{name}.{backend}"), "TUNABLE", {})
 
 
 def _tried(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pgolf_jax.bench.gpu_day_kernels import tunable
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels import hardware, softcapped_xent
 
@@ -103,8 +104,8 @@ def test_a_damaged_table_is_named(table, tmp_path):
 
 
 def test_kernels_take_the_sizes_that_are_tried(interpret_tpu):
-  choices = hardware.tunable("softcapped_xent", "mosaic_tpu")
-  assert choices["softcapped_xent"]["rows"][0] == 256 and hardware.tunable("polar_express", "xla") == {}
+  choices = tunable("softcapped_xent", "mosaic_tpu")
+  assert choices["softcapped_xent"]["rows"][0] == 256 and tunable("polar_express", "xla") == {}
   z = jax.random.normal(jax.random.key(0), (160, 128), jnp.bfloat16)
   f = jax.jit(lambda z: softcapped_xent.softcapped_xent(z, jnp.zeros(160, jnp.int32), cap_pos=30.0, cap_neg=30.0))
   with interpret_tpu():
