@@ -1,17 +1,9 @@
-"""The hardware that a computation is traced for, the peak rates of chips, and block sizes that were measured there."""
+"""The hardware that a computation is traced for, and the peak rates of chips."""
 
-import contextlib
-import functools
-import json
-import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-
-from pgolf_jax.errors import UserError
 
 
 class Target(NamedTuple):
@@ -103,46 +95,3 @@ def _names(name: str, kind: str) -> bool:
   """Whether a listed name stands in a device's kind as words of their own: L4 does not in L40S."""
   end = r"\Z" if name.startswith(_WHOLE) else r"(?!\w)"
   return re.search(rf"(?<!\w){re.escape(name)}{end}", kind) is not None
-
-
-_tried = jax.make_user_context(default_value=())
-"""An operation and block sizes to try with it. A context of JAX's is part of the key under which it keeps programs."""
-_classes: set[str] = set()
-
-
-def block_sizes(operation: str, shapes: str, **defaults: int) -> dict[str, int]:
-  """Returns the sizes of a kernel's blocks: those measured to be best on hardware of this kind, or the defaults.
-
-  The table of measured sizes is the file that $PGOLF_TUNED names, or tuned.json beside this module; `pgolf bench
-  gpu-day` writes it.
-
-  Args:
-    operation: name of the kernel.
-    shapes: class of shapes for which one measurement holds.
-    defaults: the sizes by name; others are not taken from the table.
-
-  Raises:
-    UserError: the file is damaged.
-  """
-  if _tried.value and _tried.value[0] == operation:
-    _classes.add(shapes)
-    return defaults | dict(_tried.value[1])
-  path = Path(os.environ.get("PGOLF_TUNED") or Path(__file__).with_name("tuned.json"))
-  entry = _table(path).get(target().kind, {}).get(operation, {}).get(shapes, {})
-  return defaults | {name: size for name, size in entry.get("sizes", {}).items() if name in defaults}
-
-
-@functools.lru_cache(maxsize=4)
-def _table(path: Path) -> dict:
-  try:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-  except ValueError as error:
-    raise UserError(f"{path} is not a table of tuned block sizes; move it away.") from error
-
-
-@contextlib.contextmanager
-def trying(operation: str, **sizes: int) -> Iterator[set[str]]:
-  """Makes an operation that is traced inside take these block sizes; yields the classes of shapes that it met."""
-  _classes.clear()
-  with _tried((operation, tuple(sizes.items()))):
-    yield _classes

@@ -14,12 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pgolf_jax.kernels import hardware
 from pgolf_jax.kernels.leaky_relu2_mlp import with_gradient
 
 _LANES = 128
-TUNABLE = {"leaky_relu2_mlp": {"tile_n": (256, 128, 512)}}
-"""Tokens in a tile, the default first; the last tile may reach past the end of the rows."""
+_TILE_N = 256
+"""Tokens in a tile; the last tile may reach past the end of the rows."""
 _TILE_F_BYTES = 4096
 """Bytes in a row of a tile of u, at most: with two copies of all blocks this takes 11 of VMEM's 16 MiB."""
 _TILE_D = 512
@@ -83,9 +82,7 @@ def _fused_product(x_NxD, w, layout, *operands, outputs, epilogue):
   n, d = x_NxD.shape
   f = w.shape[layout.index("f")]
   tile_d, tile_f = _largest_tile(d, _TILE_D), _largest_tile(f, _TILE_F_BYTES // x_NxD.dtype.itemsize)
-  (default, *_) = TUNABLE["leaky_relu2_mlp"]["tile_n"]
-  sizes = hardware.block_sizes("leaky_relu2_mlp", f"D={d} F={f} {x_NxD.dtype}", tile_n=default)
-  tile_n = min(sizes["tile_n"], pl.cdiv(n, _PATCH_N) * _PATCH_N)
+  tile_n = min(_TILE_N, pl.cdiv(n, _PATCH_N) * _PATCH_N)
   d_steps = d // tile_d
   summed = (((1,), (layout.index("d"),)), ((), ()))
 

@@ -19,12 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels import hardware, hopper
+from pgolf_jax.kernels import hopper
 
 _BLOCK = 64
 """Rows in a block of queries and in a block of keys: as many as one warpgroup multiplies at once."""
-TUNABLE = {"segment_attention": {"stages": (2, 3, 4)}}
-"""Blocks of keys, or of queries, in flight, the default first: other thread blocks hide the remaining latency."""
+_STAGES = 2
+"""Blocks of keys, or of queries, in flight: other thread blocks on the multiprocessor hide the remaining latency."""
 _HEAD_WIDTHS = (64, 128)
 _LOG2E = math.log2(math.e)
 _COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -80,11 +80,6 @@ def _padded_start(start: jax.Array) -> jax.Array:
   t = start.shape[1]
   itself = jnp.broadcast_to(jnp.arange(t, t + -t % _BLOCK, dtype=jnp.int32), (start.shape[0], -t % _BLOCK))
   return jnp.concatenate([start.astype(jnp.int32), itself], axis=1)
-
-
-def _stages(q: jax.Array) -> int:
-  (default, *_) = TUNABLE["segment_attention"]["stages"]
-  return hardware.block_sizes("segment_attention", f"C={q.shape[3]} {q.dtype}", stages=default)["stages"]
 
 
 def _rows_by(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -173,7 +168,7 @@ def _attend(q, k, v, start):
       step,
       grid=(tile + 1 - first,),
       in_specs=[keys, keys],
-      max_concurrent_steps=_stages(q),
+      max_concurrent_steps=_STAGES,
       init_carry=start_values,
     )(k_ref.at[row, :, kv_head, :], v_ref.at[row, :, kv_head, :])
 
@@ -224,7 +219,7 @@ def _query_gradient(q, k, v, start, dy, lse, delta):
       step,
       grid=(tile + 1 - first,),
       in_specs=[keys, keys],
-      max_concurrent_steps=_stages(q),
+      max_concurrent_steps=_STAGES,
       init_carry=_filled((_BLOCK, c), 0.0, hopper.MATRIX),
     )(k_ref.at[row, :, kv_head, :], v_ref.at[row, :, kv_head, :])
 
@@ -308,7 +303,7 @@ def _key_gradients(q, k, v, start, dy, lse, delta):
       step,
       grid=(any_seen_end - tile, group),
       in_specs=[queries, queries, by_query, by_query],
-      max_concurrent_steps=_stages(q),
+      max_concurrent_steps=_STAGES,
       init_carry=(zeros, zeros),
     )(q_ref.at[row], dy_ref.at[row], lse_ref.at[row], delta_ref.at[row])
 

@@ -12,14 +12,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels import hardware, hopper
+from pgolf_jax.kernels import hopper
 from pgolf_jax.kernels.numerics import BySign, softcap_and_tanh
 from pgolf_jax.kernels.softcapped_xent.vjp import with_gradient
 
 _ROWS = 64
 _COLUMNS = 64
-TUNABLE = {"softcapped_xent": {"stages": (4, 2, 6)}}
-"""Copies in flight, the default first."""
+_STAGES = 4
 _LOG2E = math.log2(math.e)
 _SHAPE = (_ROWS, _COLUMNS)
 _COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -32,11 +31,6 @@ def obstacle(z_NxV, target_N, hint_N, *, cap_pos, cap_neg) -> str | None:
   if z_NxV.shape[0] % _ROWS or z_NxV.shape[1] % _COLUMNS:
     return f"it needs N divisible by {_ROWS} and V by {_COLUMNS}, not N={z_NxV.shape[0]} and V={z_NxV.shape[1]}"
   return None
-
-
-def _stages(z_NxV) -> int:
-  (default, *_) = TUNABLE["softcapped_xent"]["stages"]
-  return hardware.block_sizes("softcapped_xent", f"V={z_NxV.shape[1]} {z_NxV.dtype}", stages=default)["stages"]
 
 
 def _by_row(x: jax.Array) -> jax.Array:
@@ -85,7 +79,7 @@ def log_sum_exp(z_NxV: jax.Array, cap_pos: jax.Array, cap_neg: jax.Array) -> jax
       step,
       grid=(v // _COLUMNS,),
       in_specs=[plgpu.BlockSpec(_SHAPE, lambda i: (0, i), transforms=hopper.TILED)],
-      max_concurrent_steps=_stages(z_NxV),
+      max_concurrent_steps=_STAGES,
       init_carry=tuple(
         plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), hopper.BY_ROW) for value in (-jnp.inf, 0.0)
       ),
@@ -132,9 +126,7 @@ def gradient(z_NxV, lse_N, target_N, d_target_N, hint_N, d_hint_N, d_lse_N, cap_
       plgpu.copy_smem_to_gmem(dz_smem.at[slot], dz_ref.at[rows, pl.ds(first, _COLUMNS)])
 
     block = plgpu.BlockSpec(_SHAPE, lambda i: (0, i), transforms=hopper.TILED)
-    plgpu.emit_pipeline(step, grid=(v // _COLUMNS,), in_specs=[block], max_concurrent_steps=_stages(z_NxV))(
-      z_ref.at[rows]
-    )
+    plgpu.emit_pipeline(step, grid=(v // _COLUMNS,), in_specs=[block], max_concurrent_steps=_STAGES)(z_ref.at[rows])
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(

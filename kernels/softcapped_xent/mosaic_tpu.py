@@ -10,13 +10,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pgolf_jax.kernels import hardware
 from pgolf_jax.kernels.numerics import BySign, softcap_and_tanh
 from pgolf_jax.kernels.softcapped_xent.vjp import with_gradient
 
 _LANES = 128
-TUNABLE = {"softcapped_xent": {"rows": (256, 128, 512)}}
-"""Rows in a block, the default first; the last block may reach past the end of the rows."""
+_ROWS = 256
+"""Rows in a block; the last block may reach past the end of the rows."""
 _COLUMNS = 2048
 """Columns in a block, at most."""
 _PATCH = 16
@@ -60,9 +59,7 @@ def _call(kernel, z_NxV, caps, by_row, *, output, scratch=()):
     scratch: widths of float32 buffers with as many rows as a block.
   """
   n, v = z_NxV.shape
-  (default, *_) = TUNABLE["softcapped_xent"]["rows"]
-  sizes = hardware.block_sizes("softcapped_xent", f"V={v} {z_NxV.dtype}", rows=default)
-  rows = min(sizes["rows"], pl.cdiv(n, _PATCH) * _PATCH)
+  rows = min(_ROWS, pl.cdiv(n, _PATCH) * _PATCH)
   columns = max(c for c in range(_LANES, min(_COLUMNS, v) + 1, _LANES) if v % c == 0)
 
   def spec(width):

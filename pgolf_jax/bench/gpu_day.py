@@ -245,7 +245,6 @@ def _environ(out: Path, cache: Path) -> dict[str, str]:
     "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
     "TRITON_CACHE_DIR": str(cache / "triton"),
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "PGOLF_TUNED": str(out / "tuned.json"),
   }
 
 

@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,10 +19,10 @@ import numpy as np
 
 from pgolf_jax.bench import gpu_day_record as record
 from pgolf_jax.bench import harness
-from pgolf_jax.bench.gpu_day import ROOT, Day, Row
+from pgolf_jax.bench.gpu_day import ROOT, Day, Row, commit
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.bench.kernels import RECORD, Case, Sizes, cases, segment_starts
-from pgolf_jax.kernels.hardware import peaks, target, trying
+from pgolf_jax.kernels.hardware import peaks, target
 
 _LIMITS = 5e-3, 1e-2
 """Largest relative error of a kernel in bfloat16 against XLA in float32: of the result, and of a gradient."""
@@ -254,50 +254,59 @@ def _times_of(day: Day, case: Case, config: str) -> Iterator[Row]:
         yield from timed(case.torch_way(fused, gradient), day, f"{name}, PyTorch fused", by="PyTorch fused", **more)
 
 
+TUNABLE: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+  ("segment_attention", "mosaic_gpu"): {"_STAGES": (2, 3, 4)},
+  ("softcapped_xent", "mosaic_gpu"): {"_STAGES": (4, 2, 6)},
+  ("softcapped_xent", "mosaic_tpu"): {"_ROWS": (256, 128, 512)},
+  ("leaky_relu2_mlp", "mosaic_gpu"): {"_STAGES": (3, 2)},
+  ("leaky_relu2_mlp", "mosaic_tpu"): {"_TILE_N": (256, 128, 512)},
+}
+"""(operation, backend) → sizes in its module that may be tried, the default first."""
+
+
+@contextlib.contextmanager
+def trying(operation: str, backend: str, sizes: Mapping[str, int]) -> Iterator[None]:
+  """Makes a backend that is traced inside take these sizes; everything is traced anew, inside and afterwards."""
+  module = importlib.import_module(f"pgolf_jax.kernels.{operation}.{backend}")
+  before = {name: getattr(module, name) for name in sizes}
+  try:
+    vars(module).update(sizes)
+    jax.clear_caches()
+    yield
+  finally:
+    vars(module).update(before)
+    jax.clear_caches()
+
+
 def tune(day: Day) -> Iterator[Row]:
-  """Tries the block sizes that kernels offer; those that win go into the table beside the results."""
+  """Tries block sizes; those that win go into the table beside the results."""
   dtype = jnp.float32 if target().platform == "cpu" else jnp.bfloat16
   tokens, longest = (128, 48) if day.tiny else (98_304, 3072)
   start = segment_starts(tokens, longest)[None]
   for case in cases(start, longest, dtype, _TINY if day.tiny else RECORD):
     for backend in case.backends()[0]:
-      gradient = case.passes[-1]
-      for operation, choices in tunable(case.name, backend).items():
-        yield from _tried(day, case, (backend, gradient), operation, choices)
+      choices = TUNABLE.get((case.name, backend), {})
+      for values in itertools.product(*choices.values()) if choices else ():
+        yield from _tried(day, case, backend, dict(zip(choices, values, strict=True)))
 
 
-def tunable(operation: str, backend: str) -> dict[str, dict[str, tuple[int, ...]]]:
-  """Returns the block sizes that a backend offers to try: kernel → name of a size → values, the default first.
-
-  They are what its module calls TUNABLE.
-  """
-  name = operation.removeprefix("linear_")
-  return getattr(importlib.import_module(f"pgolf_jax.kernels.{name}.{backend}"), "TUNABLE", {})
-
-
-def _tried(
-  day: Day, case: Case, form: tuple[str, bool], operation: str, choices: dict[str, tuple[int, ...]]
-) -> Iterator[Row]:
-  """Times an operation with each choice of its block sizes, after it was checked; the first choice is the default."""
-  (backend, gradient), expected = form, _expected(day, case, form[1])
-  for values in itertools.product(*choices.values()):
-    sizes = dict(zip(choices, values, strict=True))
-    config = f"{operation}, {', '.join(f'{k} {v}' for k, v in sizes.items())}"
-    with trying(operation, **sizes) as classes:
-      try:
-        checked = check(case, backend, gradient, expected, repeats=3)
-      except Exception as error:  # sizes that do not fit into shared memory, say
-        checked = {"verdict": "does not work", "note": f"{type(error).__name__}: {str(error)[:200]}"}
-      if checked["verdict"] != "ok":
-        yield {"config": config, **checked, "verdict": f"no: {checked['verdict']}"}
-        continue
-      for row in timed(case.jax_way(backend, gradient), day, config, error=checked["error"]):
-        if row.get("ms"):
-          entry = {"sizes": sizes, "correct": True, **{name: row[name] for name in ("ms", "p10", "p90")}}
-          entries = [(target().kind, operation, shapes) for shapes in sorted(classes)]
-          won = [record.propose(day.out / record.TUNED, key, entry) for key in entries]
-          row["verdict"] = "in the table" if any(won) else "not better"
-        yield row
+def _tried(day: Day, case: Case, backend: str, sizes: dict[str, int]) -> Iterator[Row]:
+  """Checks an operation with these block sizes and, where it is right, times it and offers it to the table."""
+  gradient, config = case.passes[-1], f"{case.name}, {', '.join(f'{k} {v}' for k, v in sizes.items())}"
+  with trying(case.name, backend, sizes):
+    try:
+      checked = check(case, backend, gradient, _expected(day, case, gradient), repeats=3)
+    except Exception as error:  # sizes that do not fit into shared memory, say
+      checked = {"verdict": "does not work", "note": f"{type(error).__name__}: {str(error)[:200]}"}
+    if checked["verdict"] != "ok":
+      yield {"config": config, **checked, "verdict": f"no: {checked['verdict']}"}
+      return
+    for row in timed(case.jax_way(backend, gradient), day, config, error=checked["error"]):
+      if row.get("ms"):
+        entry = {"sizes": sizes, "correct": True, "commit": commit(), **{n: row[n] for n in ("ms", "p10", "p90")}}
+        key = target().kind, f"{case.name}.{backend}", case.shapes
+        row["verdict"] = "in the table" if record.propose(day.out / record.TUNED, key, entry) else "not better"
+      yield row
 
 
 def sanitize(day: Day) -> Iterator[Row]:

@@ -113,6 +113,12 @@ class Case:
   differentiated: tuple[int, ...]
 
   @property
+  def shapes(self) -> str:
+    """The class of shapes for which one measurement of block sizes holds: widths and type, whatever the tokens."""
+    widths = ", ".join("×".join(map(str, x.shape[-2:] if x.ndim > 2 else x.shape[-1:])) for x in self.arguments[:3])
+    return f"{widths} {self.arguments[0].dtype}"
+
+  @property
   def passes(self) -> tuple[bool, ...]:
     """Whether with the gradient, of every pass that there is."""
     return (False, True) if self.differentiated else (False,)

@@ -1,6 +1,7 @@
 """What the day on a card says of kernels: right ones pass, and each kind of fault has its verdict."""
 
 import dataclasses
+import importlib
 import itertools
 
 import jax
@@ -10,7 +11,9 @@ import pytest
 
 from pgolf_jax.bench import gpu_day_kernels as day
 from pgolf_jax.bench.gpu_day import Day
+from pgolf_jax.bench.gpu_day_record import read_tuned
 from pgolf_jax.bench.kernels import cases, segment_starts
+from pgolf_jax.kernels.softcapped_xent import mosaic_tpu
 
 SIZES = day._TINY._replace(D=128)
 
@@ -65,3 +68,28 @@ def test_kernels_pass_in_the_interpreter(operation, interpret_tpu, monkeypatch):
   kernels = [row for row in rows if row["by"] == "mosaic_tpu"]
   assert len(kernels) == 6 and all(row["verdict"] == "ok" for row in kernels), kernels
   assert all(0 < row["error"] < row["limit"] for row in kernels)
+
+
+def test_sizes_that_may_be_tried_begin_with_the_kernels_own():
+  for (operation, backend), choices in day.TUNABLE.items():
+    module = importlib.import_module(f"pgolf_jax.kernels.{operation}.{backend}")
+    assert {name: getattr(module, name) for name in choices} == {name: values[0] for name, values in choices.items()}
+
+
+def test_the_best_block_sizes_come_into_the_table(interpret_tpu, monkeypatch, tmp_path):
+  """The sizes reach the kernel, results stay the same, and the kernel has its own again afterwards."""
+  monkeypatch.setattr(day, "TUNABLE", {("softcapped_xent", "mosaic_tpu"): {"_ROWS": (256, 32)}})
+  seen = []
+
+  def timed(way, _, config, **more):
+    way.prepare()()
+    seen.append(mosaic_tpu._ROWS)
+    yield {"config": config, "ms": 2.0 / len(seen), "p10": 0.1, "p90": 1.1 / len(seen), **more}
+
+  monkeypatch.setattr(day, "timed", timed)
+  with interpret_tpu():
+    rows = list(day.tune(Day(tmp_path, tiny=True)))
+  assert seen == [256, 32] and mosaic_tpu._ROWS == 256
+  assert [row["verdict"] for row in rows] == ["in the table"] * 2
+  (entry,) = read_tuned(tmp_path / "tuned.json")["TPU v5 lite"]["softcapped_xent.mosaic_tpu"].values()
+  assert entry["sizes"] == {"_ROWS": 32} and entry["ms"] == 1.0 and entry["commit"]
