@@ -178,8 +178,9 @@ def decisions(rows: Sequence[Row]) -> list[str]:
     times = {by: ms.get((f"step {shape}, {by}", shape)) for by in ("kernels", "xla", "PyTorch")}
     if ours := times["kernels"]:
       others = [f"{by} ÷ kernels {times[by] / ours:.2f}" for by in ("xla", "PyTorch") if times[by]]
-      against = f"published {published} ÷ kernels {published / ours:.2f}"
-      lines.append(f"step {shape}: kernels {ours:.1f} ms; {'; '.join([*others, against])}")
+      if not any(row.get("tiny") for row in rows):
+        others.append(f"published {published} ÷ kernels {published / ours:.2f}")
+      lines.append(f"step {shape}: kernels {ours:.1f} ms; {'; '.join(others)}")
   for row in rows:
     if (share := row.get("idle")) is not None and share > (limit := row["idle_limit"]):
       lines.append(f"{row['item']}: idle {share:.0%} > {limit:.0%} → command buffers, larger steps")
@@ -207,7 +208,7 @@ def _whole_evaluations(rows: Sequence[Row]) -> list[str]:
   """Returns the time of a whole evaluation by each method, for those of which every step was timed."""
   lines, step_s = [], {}
   for row in rows:
-    if row.get("method") and row.get("ms"):
+    if row.get("method") and row.get("ms") and not row.get("tiny"):
       documents_step = row["ms"] * 1e-3 / row["steps"] * 24 / row["slots"]
       step_s[row["method"], row["slots"], row["by"], (row["window"], row["width"])] = documents_step
   for method, slots, by in dict.fromkeys(key[:3] for key in step_s):

@@ -115,8 +115,11 @@ def test_the_compile_cache_comes_back_newest_first_and_is_taken_up(tmp_path, mon
   assert gpu_day_record.take_up(out, out, FACTS, tmp_path / "none") == []
 
 
+CARD = {**FACTS, "tiny": False}
+
+
 def measured(item: str, config: str, ms: float = 1.0, **more) -> dict:
-  return {"item": item, "config": config, "ms": ms, "p10": 0.9 * ms, "p90": 1.1 * ms, **FACTS, **more}
+  return {"item": item, "config": config, "ms": ms, "p10": 0.9 * ms, "p90": 1.1 * ms, **CARD, **more}
 
 
 def test_the_table_can_be_read_back():
@@ -125,7 +128,7 @@ def test_the_table_can_be_read_back():
     measured("right: mlp", "real, mosaic_gpu", operation="mlp", by="mosaic_gpu", error=0.5, verdict="WRONG"),
     *(measured(f"step 2048 on, {by}", "2048 on", ms) for by, ms in (("kernels", 100.0), ("xla", 125.0))),
   ]
-  text = gpu_day_record.table("plan T", rows, FACTS)
+  text = gpu_day_record.table("plan T", rows, CARD)
   failed, decided, figures = text.split("\n\n")[1:]
   assert failed.splitlines()[0] == "FAILED (1)" and "mosaic_gpu" in failed
   assert "mlp: WRONG → the default is xla until it is right" in decided
@@ -139,7 +142,7 @@ def test_the_table_can_be_read_back():
 
 def test_the_table_is_short_and_begins_with_what_failed():
   rows = [measured("many", f"configuration {i}") for i in range(500)] + [{"item": "last", "status": "ended by SIGSEGV"}]
-  text = gpu_day_record.table("plan T", rows, FACTS)
+  text = gpu_day_record.table("plan T", rows, CARD)
   assert len(text) <= gpu_day_record.MOST_CHARACTERS
   assert "SIGSEGV" in text.splitlines()[4] and "more lines: results.jsonl has everything" in text.splitlines()[-1]
 
