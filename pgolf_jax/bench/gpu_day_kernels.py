@@ -27,7 +27,8 @@ from pgolf_jax.kernels.hardware import peaks, target
 _LIMITS = 5e-3, 1e-2
 """Largest relative error of a kernel in bfloat16 against XLA in float32: of the result, and of a gradient."""
 _LIMITS_FLOAT32 = 1e-4, 1e-4
-_TINY = Sizes(D=64, F=128, V=128, H=2, K=1, C=32, matrices=1)
+_TINY = Sizes(D=128, F=256, V=128, H=2, K=1, C=64, matrices=1)
+"""The smallest that kernels take, on every hardware."""
 
 
 def device(day: Day) -> Iterator[Row]:
@@ -322,9 +323,7 @@ def sanitize(day: Day) -> Iterator[Row]:
       lines = day.out / f"sanitizer-{operation}.part"
       given = json.dumps({**task, "lines": str(lines), "earlier": str(lines)})
       command = [program, "--tool", tool, "--print-limit", "5", sys.executable, "-m", "pgolf_jax.bench.gpu_day"]
-      done = subprocess.run(
-        [*command, "--child", given], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ)
-      )
+      done = subprocess.run([*command, "--child", given], capture_output=True, text=True, cwd=ROOT)
       lines.unlink(missing_ok=True)
       said = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=========")]
       print(done.stdout[-20_000:], done.stderr[-5_000:])

@@ -39,8 +39,8 @@ def settings(day: Day, *, layers: int | None = None) -> Settings:
   """
   if day.tiny:
     model = ModelConfig(
-      vocab_size=128, num_layers=3, model_dim=64, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1, loop_start=1,
-      loop_end=1, parallel_start_layer=2, xsa_last_n=3, rope_dims=8,
+      vocab_size=128, num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, mlp_mult=2.0, num_loops=1, loop_start=1,
+      loop_end=1, parallel_start_layer=1, xsa_last_n=2, rope_dims=8,
     )  # fmt: skip
   else:
     model = ModelConfig()

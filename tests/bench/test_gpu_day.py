@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pgolf_jax.bench import gpu_day, gpu_day_record, gpu_day_steps
 from pgolf_jax.bench.gpu_day import Call, Day, Item, items_of
-from pgolf_jax.bench.gpu_day_kernels import device
+from pgolf_jax.bench.gpu_day_kernels import device, sanitize
 from pgolf_jax.bench.kernels import Operation
 from pgolf_jax.errors import UserError
 
@@ -186,11 +186,11 @@ def test_the_table_of_block_sizes_keeps_the_better_entry(tmp_path):
 
 
 def different_items() -> list[Item]:
-  """One item of those that are the same but for their shapes, which are all tiny here."""
+  """One item of those that are the same but for their shapes, which are all tiny here, and kernels, which are XLA's."""
   items = {}
   for one in (one for plan in "ABC" for one in items_of(plan)):
     given = {name: value for name, value in one.arguments.items() if name not in ("seq_len", "looping", "shape")}
-    items.setdefault((one.call, json.dumps(given)), one)
+    items.setdefault((one.call, json.dumps(given).replace('"xla"', '"kernels"')), one)
   return list(items.values())
 
 
@@ -225,6 +225,18 @@ def test_every_operation_that_is_timed_is_checked():
     assert {one.arguments["operation"] for one in items_of("A") if one.name.startswith(what)} == set(
       get_args(Operation)
     )
+
+
+def test_what_failed_goes_through_the_sanitizer(tmp_path, monkeypatch):
+  program = tmp_path / "compute-sanitizer"
+  program.write_text("#!/bin/sh\necho ========= Race reported\necho ========= RACECHECK SUMMARY: 1 hazard\n")
+  program.chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  verdicts = {"xent": "RACE", "mlp": "ok"}
+  bad = [{"operation": name, "by": "mosaic_gpu", "verdict": verdict} for name, verdict in verdicts.items()]
+  rows = list(sanitize(Day(tmp_path, tiny=True, rows=bad)))
+  assert [row["config"] for row in rows] == ["xent, memcheck", "xent, racecheck"]
+  assert rows[0]["verdict"] == "RACECHECK SUMMARY: 1 hazard" and "Race reported" in rows[0]["note"]
 
 
 def test_names_of_items_are_unique():

@@ -15,7 +15,7 @@ from pgolf_jax.bench.gpu_day_record import read_tuned
 from pgolf_jax.bench.kernels import cases, segment_starts
 from pgolf_jax.kernels.softcapped_xent import mosaic_tpu
 
-SIZES = day._TINY._replace(D=128)
+SIZES = day._TINY
 
 
 def case(name: str = "leaky_relu2_mlp"):
@@ -60,9 +60,8 @@ def test_a_result_that_changes_in_one_bit_is_a_race():
 
 
 @pytest.mark.parametrize("operation", ["softcapped_xent", "leaky_relu2_mlp"])
-def test_kernels_pass_in_the_interpreter(operation, interpret_tpu, monkeypatch):
+def test_kernels_pass_in_the_interpreter(operation, interpret_tpu):
   """The day's own item, with the kernels for TPUs that it takes there."""
-  monkeypatch.setattr(day, "_TINY", SIZES)
   with interpret_tpu():
     rows = list(day.right(Day(None, tiny=True), operation))
   kernels = [row for row in rows if row["by"] == "mosaic_tpu"]
