@@ -59,7 +59,7 @@ def test_a_result_that_changes_in_one_bit_is_a_race():
   assert row["verdict"] == "RACE" and row["note"] == "1 of 3 repetitions differ"
 
 
-@pytest.mark.parametrize("operation", ["softcapped_xent", "leaky_relu2_mlp"])
+@pytest.mark.parametrize("operation", [pytest.param("softcapped_xent", marks=pytest.mark.slow), "leaky_relu2_mlp"])
 def test_kernels_pass_in_the_interpreter(operation, interpret_tpu):
   """The day's own item, with the kernels for TPUs that it takes there."""
   with interpret_tpu():
