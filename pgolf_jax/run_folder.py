@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import tomli_w
-
 from pgolf_jax.data.manifest import MANIFEST, sha256_of, tokenizer_file
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.errors import UserError, shown
@@ -90,6 +88,8 @@ class RunFolder:
 
   def _begin(self, settings: Settings) -> None:
     """Writes what a run starts with."""
+    import tomli_w  # a machine that only measures has it not
+
     self.path.mkdir(parents=True, exist_ok=True)
     here, path = Path.cwd(), self.path.resolve()
     above = os.path.relpath(here, path) if path.is_relative_to(here) else str(here)

@@ -6,7 +6,7 @@ import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MAX_FILES = 194
+MAX_FILES = 200
 MAX_LINES = 400
 MAX_PARAMETERS = 6
 MAX_IMPORTS_IN_FUNCTIONS = 25
@@ -69,9 +69,14 @@ def test_functions_take_few_parameters():
         arguments = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
         arguments = [name for name in arguments if name not in ("self", "cls")]
         # The verbs' functions are command lines: each parameter is an option.
-        if len(arguments) > MAX_PARAMETERS and not is_command(module, node):
+        if len(arguments) > MAX_PARAMETERS and not is_command(module, node) and not is_triton_kernel(node):
           many.append(f"{module}:{node.lineno} {getattr(node, 'name', 'lambda')} takes {len(arguments)}")
   assert many == []
+
+
+def is_triton_kernel(node: ast.AST) -> bool:
+  """Whether a function is one of Triton's kernels, which are given every array and every size by itself."""
+  return any("triton.jit" in ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ()))
 
 
 def is_command(module: str, node: ast.AST) -> bool:

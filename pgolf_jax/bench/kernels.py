@@ -1,10 +1,10 @@
 """`pgolf bench kernels`: each accelerated operation, by every backend that is possible here and by PyTorch."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,6 @@ Operation = Literal[
   "rotary_heads", "segment_attention", "leaky_relu2_mlp", "softcapped_xent", "linear_softcapped_xent", "polar_express"
 ]
 
-D, F, V, H, K, C, R = 512, 2048, 8192, 8, 4, 64, 8
-"""The record's width, MLP width, vocabulary, query heads, key and value heads, head width, pairs that rotary turns."""
 CAP = 30.0
 SLOPE = 0.3
 MEAN_DOCUMENT = 957
@@ -75,24 +73,16 @@ def measure(
   if pytorch is None:
     notes.append(f"PyTorch was left out: {obstacle}")
   measurements = []
-  for case in cases(tokens, max_segment, matrices, dtype):
+  start_BxT = segment_starts(tokens, max_segment)[None]
+  for case in cases(start_BxT, max_segment, dtype, RECORD._replace(matrices=matrices)):
     if operations and case.name not in operations:
       continue
-    possible = []
-    for backend in ("xla", "mosaic_gpu", "mosaic_tpu"):
-      try:
-        case.choose(implementation=backend)
-        possible.append(backend)
-      except ValueError as e:
-        notes.append(str(e))
-    for gradient in (False, True) if case.differentiated else (False,):
-      work = Work(flops=case.flops[gradient], num_bytes=case.num_bytes[gradient], peaks=peaks(here.kind))
-      labels = {"operation": case.name, "pass": "forward + gradient" if gradient else "forward"}
-      ways = [Way({**labels, "by": b}, partial(case.jax_call, b, gradient), work) for b in possible]
+    possible, obstacles = case.backends()
+    notes += obstacles
+    for gradient in case.passes:
+      ways = [case.jax_way(backend, gradient) for backend in possible]
       if pytorch is not None:
-        prepare = partial(case.torch_call, pytorch, here.platform, gradient)
-        wait = lambda _: pytorch.synchronize(here.platform)  # noqa: E731
-        ways.append(Way({**labels, "by": "PyTorch"}, prepare, work, wait))
+        ways.append(case.torch_way(pytorch, gradient))
       rows, left_out = harness.measure(ways, repeats, warmups=2, group_s=0.01, noise=noise)
       measurements += rows
       notes += left_out
@@ -123,6 +113,45 @@ class Case:
   num_bytes: tuple[float, float]
   differentiated: tuple[int, ...]
 
+  @property
+  def shapes(self) -> str:
+    """The class of shapes for which one measurement of block sizes holds: widths and type, whatever the tokens."""
+    widths = ", ".join("×".join(map(str, x.shape[-2:] if x.ndim > 2 else x.shape[-1:])) for x in self.arguments[:3])
+    return f"{widths} {self.arguments[0].dtype}"
+
+  @property
+  def passes(self) -> tuple[bool, ...]:
+    """Whether with the gradient, of every pass that there is."""
+    return (False, True) if self.differentiated else (False,)
+
+  def backends(self) -> tuple[list[str], list[str]]:
+    """Returns the backends that are possible here, plain XLA first, and why the others are not."""
+    possible, obstacles = [], []
+    for backend in ("xla", "mosaic_gpu", "mosaic_tpu"):
+      try:
+        self.choose(implementation=backend)
+        possible.append(backend)
+      except ValueError as e:
+        obstacles.append(str(e))
+    return possible, obstacles
+
+  def jax_way(self, backend: str, gradient: bool) -> Way:
+    """A backend, to be timed."""
+    return Way(self._labels(gradient, backend), partial(self.jax_call, backend, gradient), self._work(gradient))
+
+  def torch_way(self, pytorch: ModuleType, gradient: bool) -> Way:
+    """PyTorch on the same kind of device, to be timed."""
+    platform = target().platform
+    prepare = partial(self.torch_call, pytorch, platform, gradient)
+    labels, wait = self._labels(gradient, "PyTorch"), lambda _: pytorch.synchronize(platform)
+    return Way(labels, prepare, self._work(gradient), wait)
+
+  def _work(self, gradient: bool) -> Work:
+    return Work(flops=self.flops[gradient], num_bytes=self.num_bytes[gradient], peaks=peaks(target().kind))
+
+  def _labels(self, gradient: bool, by: str) -> dict[str, str]:
+    return {"operation": self.name, "pass": "forward + gradient" if gradient else "forward", "by": by}
+
   def jax_call(self, implementation: str, gradient: bool) -> Callable[[], jax.Array]:
     """A call of one backend, or of the gradient of the result's sum."""
 
@@ -146,17 +175,61 @@ class Case:
     return (lambda: pytorch.torch.autograd.grad(total(), inputs)) if gradient else forward
 
 
-def segment_starts(tokens: int, max_segment: int) -> np.ndarray:
-  """First positions of segments as long as documents are: exponential about their mean, cut at `max_segment`."""
-  lengths = np.random.default_rng(0).exponential(MEAN_DOCUMENT, size=2 + 4 * tokens // MEAN_DOCUMENT)
-  begins = np.cumsum(1 + lengths.astype(int))
+def document_lengths(tokens: int, seed: int = 0) -> np.ndarray:
+  """Lengths of documents, in tokens, that fill at least `tokens`, as long as those of the validation set are.
+
+  Log-normal with the mean 957 and the median 621, from 40 to 46,000 tokens: queries at segments of 1024, 2048 and 3072
+  tokens then see 413, 655 and 800 keys on average, those of the validation set 412, 649 and 817.
+  """
+  spread = 0.93
+  middle = np.log(MEAN_DOCUMENT) - spread**2 / 2
+  lengths = np.random.default_rng(seed).lognormal(middle, spread, size=16 + 4 * tokens // MEAN_DOCUMENT)
+  return np.clip(lengths, 40, 46_000).astype(int)
+
+
+def segment_starts(tokens: int, max_segment: int, lengths: Sequence[int] | None = None) -> np.ndarray:
+  """First positions of the segments of a row, which are documents cut at `max_segment` tokens.
+
+  Args:
+    lengths: of the row's documents, which fill it; as long as real ones if not given.
+  """
+  begins = np.cumsum(document_lengths(tokens) if lengths is None else lengths)
   position = np.arange(tokens)
   document = np.concatenate([[0], begins])[np.searchsorted(begins, position, side="right")]
   return (position - (position - document) % max_segment).astype(np.int32)
 
 
-def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]:
-  """All operations on `tokens` tokens and a bank of `matrices`, in the order in which a step meets them."""
+class Sizes(NamedTuple):
+  """Sizes of the arrays that operations are given.
+
+  Attributes:
+    D, F, V, H, K, C: width, MLP width, vocabulary, query heads, key and value heads, head width.
+    matrices: of the bank that is orthogonalised.
+  """
+
+  D: int
+  F: int
+  V: int
+  H: int
+  K: int
+  C: int
+  matrices: int
+
+
+RECORD = Sizes(D=512, F=2048, V=8192, H=8, K=4, C=64, matrices=22)
+
+
+def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD) -> Iterator[Case]:
+  """All operations on rows with these segments, in the order in which a step meets them.
+
+  Args:
+    start_BxT: where each token's segment begins in its row.
+    max_segment: tokens of the longest segment.
+    dtype: of all arrays but integers.
+  """
+  D, F, V, H, K, C, matrices = sizes
+  B, T = start_BxT.shape
+  tokens = B * T
   keys = iter(jax.random.split(jax.random.key(0), 16))
   size = jnp.dtype(dtype).itemsize
   caps = {"cap_pos": CAP, "cap_neg": CAP}
@@ -164,9 +237,10 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
   def normal(*shape, scale=1.0):
     return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
 
-  qkv, gain = normal(1, tokens, (H + 2 * K) * C), jnp.linspace(1.0, 2.0, H)
-  angle = jnp.arange(tokens)[:, None] * 1e4 ** (-jnp.arange(R) / R)
-  num_bytes = tokens * (2 * size * (H + 2 * K) * C + 4 * 2 * R)
+  qkv, gain = normal(B, T, (H + 2 * K) * C), jnp.linspace(1.0, 2.0, H)
+  pairs = C // 8  # that rotary positions turn
+  angle = jnp.arange(T)[:, None] * 1e4 ** (-jnp.arange(pairs) / pairs)
+  num_bytes = tokens * 2 * size * (H + 2 * K) * C + T * 4 * 2 * pairs
   yield Case(
     "rotary_heads",
     (qkv, gain, jnp.cos(angle), jnp.sin(angle)),
@@ -177,17 +251,17 @@ def cases(tokens: int, max_segment: int, matrices: int, dtype) -> Iterator[Case]
     (num_bytes, 2 * num_bytes + size * tokens * (H + K) * C),
     (0, 1),
   )
-  q, k, v = normal(1, tokens, H, C), normal(1, tokens, K, C), normal(1, tokens, K, C)
-  start = segment_starts(tokens, max_segment)
-  lengths = tuple(np.unique(start, return_counts=True)[1].tolist())
-  pairs = float((np.arange(tokens) - start + 1).sum())
+  q, k, v = normal(B, T, H, C), normal(B, T, K, C), normal(B, T, K, C)
+  start = start_BxT.astype(np.int32)
+  lengths = tuple(np.unique(start + T * np.arange(B)[:, None], return_counts=True)[1].tolist())
+  pairs = float((np.arange(T) - start + 1).sum())
   num_bytes = size * tokens * C * (2 * H + 2 * K)
   yield Case(
     "segment_attention",
-    (q, k, v, jnp.asarray(start)[None]),
+    (q, k, v, jnp.asarray(start)),
     partial(attention.segment_attention, max_segment=max_segment),
-    partial(attention.OPERATION.choose, q, k, v, start[None], max_segment=max_segment),
-    lambda torch, q, k, v, start: torch.segment_attention(q[0], k[0], v[0], lengths),
+    partial(attention.OPERATION.choose, q, k, v, start, max_segment=max_segment),
+    lambda torch, q, k, v, start: torch.segment_attention(*(x.flatten(0, 1) for x in (q, k, v)), lengths),
     (4 * pairs * H * C, 14 * pairs * H * C),
     (num_bytes, 3 * num_bytes),
     (0, 1, 2),

@@ -10,18 +10,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
+from pgolf_jax.bench.kernels import segment_starts
 from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import peaks
@@ -31,7 +34,7 @@ from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.plan import memory
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.distributed import data_mesh, usable_devices
+from pgolf_jax.runtime.distributed import data_mesh, replicated, usable_devices
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.arguments import Overrides, Positional, with_config
 from pgolf_jax.settings.load import load
@@ -158,12 +161,11 @@ def first_params(settings: Settings) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-  """One pass at one shape.
-
-  Tokens are random, and every document fills a segment.
+  """One pass at one shape, on random tokens.
 
   Attributes:
     passes: the whole step on the mesh, or one micro-batch on its first device.
+    documents: lengths of the documents that fill a micro-batch; each fills a segment if not given.
     lr_scale, momentum: of all steps. They all see the same tokens: the scale is small, so that the weights stay.
   """
 
@@ -173,6 +175,7 @@ class Case:
   passes: Pass
   seq_len: int
   looping: bool
+  documents: tuple[int, ...] | None = None
   lr_scale: float = 1e-3
   momentum: float = 0.95
 
@@ -187,18 +190,27 @@ class Case:
     shape = (t.micro_batches if self.passes == "step" else 1, t.batch_tokens // t.micro_batches + 1)
     tokens = np.random.default_rng(0).integers(0, m.vocab_size - 1, shape, np.uint16)
     tokens += tokens >= m.bos_id
-    tokens[:, :: self.seq_len] = m.bos_id
+    begins = np.cumsum((0, *(self.documents or (self.seq_len,) * (shape[1] // self.seq_len))))
+    tokens[:, begins[begins < shape[1]]] = m.bos_id
     return tokens
+
+  @functools.cached_property
+  def segments(self) -> tuple[int, ...]:
+    """Lengths of a micro-batch's segments."""
+    start_T = segment_starts(self.tokens_MxT1.shape[1] - 1, self.seq_len, self.documents or (self.seq_len,))
+    return tuple(np.unique(start_T, return_counts=True)[1].tolist())
 
   @functools.cached_property
   def work(self) -> Work:
     """Tokens of all devices; operations and bytes of one."""
     targets = self.tokens_MxT1[:, 1:].size
     devices = self.mesh.size if self.passes == "step" else 1
-    forward = flops.forward(self.settings.model, targets // devices, self.seq_len, looping=self.looping)
+    # The length of equal segments in which a query sees as many keys.
+    even = sum(n * n for n in self.segments) / sum(self.segments)
+    forward = flops.forward(self.settings.model, targets // devices, even, looping=self.looping)
     products = model_flops = forward if self.passes == "forward" else 3 * forward
     if self.passes == "step":
-      products = flops.train_step(self.settings, devices, self.seq_len, looping=self.looping)
+      products = flops.train_step(self.settings, devices, even, looping=self.looping)
     # A step reads and writes parameters, their average, and Adam's two moments or Muon's one.
     times = {"forward": 1, "gradient": 2, "step": 6}[self.passes]
     num_bytes = times * sum(x.nbytes for x in self.params.values())
@@ -207,26 +219,32 @@ class Case:
   def labels(self, by: str) -> dict[str, str]:
     return {"pass": self.passes, "segments": str(self.seq_len), "looping": "on" if self.looping else "off", "by": by}
 
-  def jax_way(self, backend: str) -> Way:
-    """A compiled program: plain XLA for "xla", for "kernels" what a run takes. Its facts are its planned bytes."""
+  def jax_way(self, backend: str, options: Mapping[str, Any] = MappingProxyType({})) -> Way:
+    """A compiled program: plain XLA for "xla", for "kernels" what a run takes. Its facts are its planned bytes.
+
+    Args:
+      options: of XLA's compiler.
+    """
+    given = tuple(options.items())
     return Way(
       self.labels(backend),
-      functools.partial(self.start, backend),
+      functools.partial(self.start, backend, given),
       self.work,
       count_memory=functools.partial(harness.device_memory, self.device),
-      inspect=lambda _: sum(memory(self.compiled(backend)).values()),
+      inspect=lambda _: sum(memory(self.compiled(backend, given)).values()),
     )
 
   @functools.lru_cache(maxsize=2)  # noqa: B019
-  def compiled(self, backend: str) -> jax.stages.Compiled:
+  def compiled(self, backend: str, options: tuple[tuple[str, Any], ...] = ()) -> jax.stages.Compiled:
     settings, shape = self.settings, {"seq_len": self.seq_len, "looping": self.looping}
+    given = dict(options) or None
     with kernels.prefer(*["xla"] * (backend == "xla")):
       if self.passes == "step":
-        return TrainStep(settings, self.mesh).lower(**shape).compile()
+        return TrainStep(settings, self.mesh).lower(**shape).compile(given)
       dtype = jnp.dtype(settings.train.compute_dtype)
       loss = lambda p, rows: packed_nll(bind(settings.model, p), rows, dtype=dtype, **shape).mean()  # noqa: E731
       f = jax.jit(loss if self.passes == "forward" else jax.value_and_grad(loss))
-      return f.lower(*self._micro_batch()).compile()
+      return f.lower(*self._micro_batch()).compile(given)
 
   def _micro_batch(self):
     return jax.device_put((self.params, self.tokens_MxT1.astype(np.int32)), self.device)
@@ -236,9 +254,29 @@ class Case:
     step = TrainStep(self.settings, self.mesh)
     return step.init(self.params), step.inputs(self.tokens_MxT1, self.lr_scale, self.momentum)
 
-  def start(self, backend: str) -> Callable[[], Any]:
+  def update(self) -> Callable[[], Any]:
+    """Places a state and random gradients; returns a function that does what follows the gradients of a step."""
+    step = TrainStep(self.settings, self.mesh)
+    state, inputs = self.first_step()
+    grads = {name: np.random.default_rng(0).normal(scale=0.01, size=x.shape) for name, x in self.params.items()}
+    grads = jax.device_put({name: x.astype(np.float32) for name, x in grads.items()}, replicated(self.mesh))
+    update = jax.shard_map(
+      step.update, mesh=self.mesh, in_specs=(step.specs, P(), P()), out_specs=step.specs, check_vma=False
+    )
+    program = jax.jit(update, donate_argnums=0)
+    # The rows of a step have no part in it.
+    inputs = inputs._replace(tokens_BxT1=np.zeros((), np.uint16))
+
+    def run():
+      nonlocal state
+      state = program(state, grads, inputs)
+      return state.params
+
+    return run
+
+  def start(self, backend: str, options: tuple[tuple[str, Any], ...] = ()) -> Callable[[], Any]:
     """Places the arguments; returns a function that runs the program once, from the state the last run left."""
-    program = self.compiled(backend)
+    program = self.compiled(backend, options)
     if self.passes != "step":
       return functools.partial(program, *self._micro_batch())
     state, inputs = self.first_step()

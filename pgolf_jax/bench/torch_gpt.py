@@ -5,7 +5,11 @@ It is timed beside JAX, and is a second, independent writing of the recipe for t
 """
 
 import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,13 @@ from pgolf_jax.model.params import SOFTCAPS, layer_order
 from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training.optimizer import group
+
+
+def fused() -> ModuleType | None:
+  """Returns `torch_triton`, whose operations have the names and signatures of those here, where it can run."""
+  if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    return None
+  return importlib.import_module("pgolf_jax.bench.torch_triton")
 
 
 def platforms() -> tuple[str, ...]:
@@ -114,6 +125,8 @@ class TorchGPT:
     device: PyTorch's name of a device.
   """
 
+  operations = sys.modules[__name__]  # where the MLP and the cross-entropy come from
+
   def __init__(self, config: ModelConfig, params: dict, dtype=torch.float32, device: str = "cpu"):
     self.config, self.dtype = config, dtype
     self.params = {k: torch.tensor(np.asarray(v), device=device).requires_grad_() for k, v in params.items()}
@@ -123,17 +136,23 @@ class TorchGPT:
     cap = self.config.logit_softcap
     return softcapped_xent(self._z(tokens_T1[:-1], lengths, looping), tokens_T1[1:], cap).mean()
 
+  def compile(self) -> None:
+    """Makes the loss run through torch.compile."""
+    self.loss = torch.compile(self.loss)
+
   def evaluation_logits(self, tokens_T, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
     """Logits [T, V] under the softcaps of evaluation, float32."""
     z = self._z(tokens_T, lengths, looping).float()
     cap = torch.where(z > 0, *(self.params.get(name, self.config.logit_softcap) for name in SOFTCAPS))
     return cap * torch.tanh(z / cap)
 
+  def _positions(self, lengths: tuple[int, ...]):
+    return torch.cat([torch.arange(n, device=self.params["tok_emb.weight"].device) for n in lengths])
+
   def _angles(self, lengths: tuple[int, ...]):
+    position_T = self._positions(lengths)
     dims = self.config.rope_dims or self.config.head_dim
-    device = self.params["tok_emb.weight"].device
-    frequency = self.config.rope_base ** (-torch.arange(0, dims, 2, device=device) / dims)
-    position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+    frequency = self.config.rope_base ** (-torch.arange(0, dims, 2, device=position_T.device) / dims)
     angle = position_T[:, None] * frequency
     return angle.cos().to(self.dtype)[:, None], angle.sin().to(self.dtype)[:, None]
 
@@ -149,11 +168,14 @@ class TorchGPT:
 
   def _attention(self, p: dict, n, layer: int, angles, lengths):
     m = self.config
-    heads = lambda weight, count: F.linear(n, weight).unflatten(-1, (count, m.head_dim))  # noqa: E731
-    q = _rotate(_norm(heads(p["qo_bank"][layer], m.num_heads)), *angles)
-    k = _rotate(_norm(heads(p["kv_bank"][layer], m.num_kv_heads)), *angles)
-    v = heads(p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
-    y = segment_attention(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
+
+    def heads(kind: str, weight, count: int):
+      return self._adapted(kind, F.linear(n, weight), n).unflatten(-1, (count, m.head_dim))
+
+    q = _rotate(_norm(heads("q", p["qo_bank"][layer], m.num_heads)), *angles)
+    k = _rotate(_norm(heads("k", p["kv_bank"][layer], m.num_kv_heads)), *angles)
+    v = heads("v", p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
+    y = self._attend(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
     if layer >= m.num_layers - m.xsa_last_n:
       grouped = y.unflatten(1, (m.num_kv_heads, -1))
       direction = F.normalize(v, dim=-1).unsqueeze(2)
@@ -161,11 +183,23 @@ class TorchGPT:
     if m.sparse_attn_gate:
       gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
       y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
-    return p[f"blocks.{layer}.attn_scale"] * F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer])
+    out = self._adapted("o", F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer]), n)
+    return p[f"blocks.{layer}.attn_scale"] * out
+
+  def _attend(self, q, k, v, lengths):
+    return segment_attention(q, k, v, lengths)
+
+  def _adapted(self, kind: str, y, n):
+    """What a matrix makes of n; a model with adapters adds theirs."""
+    return y
 
   def _mlp(self, p: dict, n, layer: int):
-    y = leaky_relu2_mlp(n, p["mlp_up_bank"][layer], p["mlp_down_bank"][layer], self.config.leaky_relu_sq_slope)
-    return p[f"blocks.{layer}.mlp_scale"] * y
+    matrices = p["mlp_up_bank"][layer], p["mlp_down_bank"][layer]
+    y = self.operations.leaky_relu2_mlp(n, *matrices, self.config.leaky_relu_sq_slope)
+    return p[f"blocks.{layer}.mlp_scale"] * self._adapted("mlp", y, n)
+
+  def _head(self, hidden, p: dict):
+    return F.linear(hidden, p["tok_emb.weight"])
 
   def _z(self, tokens_T, lengths: tuple[int, ...], looping: bool) -> torch.Tensor:
     """The head's output before any softcap, [T, V], in the type of the computation."""
@@ -208,7 +242,7 @@ class TorchGPT:
       lanes = (R[0] * lanes[0] + P[0, 0] * a + P[1, 0] * b, R[1] * lanes[1] + P[0, 1] * a + P[1, 1] * b)
     if lanes:
       x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
-    return F.linear(_norm(x), p["tok_emb.weight"])
+    return self._head(_norm(x), p)
 
 
 class TorchStep:
@@ -232,6 +266,7 @@ class TorchStep:
       {"params": [model.params[n] for n in names[kind]], "lr": lr, "base": lr, "weight_decay": decay}
       for kind, lr, decay in (("embedding", o.embed_lr, o.embed_wd), ("scalar", o.scalar_lr, o.adam_wd))
     ]
+    self.orthogonalise = polar_express
     self.adam = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.adam_eps)
 
   def __call__(self, tokens_MxT1, lr_scale: float, momentum: float) -> torch.Tensor:
@@ -252,10 +287,11 @@ class TorchStep:
     for name, grad in zip(self.trained, total, strict=True):
       params[name].grad = grad
     with torch.no_grad():
-      self._update(lr_scale, momentum)
+      self.update(lr_scale, momentum)
     return torch.stack(losses).sum() / self.ranks
 
-  def _update(self, lr_scale: float, momentum: float) -> None:
+  def update(self, lr_scale: float, momentum: float) -> None:
+    """Does what follows the gradients, which lie in the parameters."""
     o, params = self.settings.optimizer, self.model.params
     for name in self.banks:
       moment = self.momentum[name]
@@ -264,7 +300,7 @@ class TorchStep:
       u = grad.add(moment.mul_(momentum).add_(grad), alpha=momentum)
       if o.muon_row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-      u = polar_express(u, o.muon_steps) * max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
+      u = self.orthogonalise(u, o.muon_steps) * max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
       rate = o.matrix_lr * lr_scale
       params[name].mul_(1 - rate * o.muon_wd).sub_(rate * u.to(torch.float32))
     for g in self.adam.param_groups:
@@ -274,31 +310,31 @@ class TorchStep:
       self.average[name].lerp_(value, 1 - self.settings.train.ema_decay)
 
 
-def way(case, *, compiled: bool) -> Way:
+def way(case, *, compiled: bool, kind: type[TorchGPT] = TorchGPT) -> Way:
   """A `Case` of `pgolf bench step` in PyTorch, on the same kind of device.
 
   Args:
     compiled: run the loss through torch.compile.
+    kind: the model, or the `StandIn`.
   """
   platform = case.device.platform
   return Way(
     case.labels("PyTorch"),
-    functools.partial(start, case, compiled=compiled),
+    functools.partial(start, case, compiled=compiled, kind=kind),
     case.work,
     wait=lambda _: synchronize(platform),
     count_memory=functools.partial(count_memory, platform),
   )
 
 
-def start(case, *, compiled: bool) -> Callable[[], Any]:
+def start(case, *, compiled: bool, kind: type[TorchGPT] = TorchGPT) -> Callable[[], Any]:
   """Places a case's arguments; returns a function that does its pass once."""
   settings, platform = case.settings, case.device.platform
-  model = TorchGPT(settings.model, case.params, getattr(torch, settings.train.compute_dtype), device(platform))
+  model = kind(settings.model, case.params, getattr(torch, settings.train.compute_dtype), device(platform))
+  if compiled:
+    model.compile()
   tokens_MxT1 = tensor(case.tokens_MxT1, platform)
-  T = tokens_MxT1.shape[1] - 1
-  lengths = tuple(min(case.seq_len, T - begin) for begin in range(0, T, case.seq_len))
-  loss = torch.compile(model.loss) if compiled else model.loss
-  loss = functools.partial(loss, lengths=lengths, looping=case.looping)
+  loss = functools.partial(model.loss, lengths=case.segments, looping=case.looping)
   if case.passes == "step":
     ranks = world_size(settings, case.mesh) if settings.optimizer.clip_scope == "rank" else 1
     return functools.partial(TorchStep(settings, model, ranks, loss), tokens_MxT1, case.lr_scale, case.momentum)

@@ -1,23 +1,30 @@
 """`pgolf bench ttt`: test-time training on documents of given lengths: rate, padding, and time outside the scans."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Way, Work, figure, percentage
+from pgolf_jax.bench.step import first_params
 from pgolf_jax.data.folder import locate_prepared
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh, place
 from pgolf_jax.scoring import buckets
+from pgolf_jax.scoring.buckets import LEARN, STEPS_PER_CALL, Call, Shape, Step
 from pgolf_jax.scoring.compiled import Programs
+from pgolf_jax.scoring.context import Rows
 from pgolf_jax.scoring.documents import batches, find_documents
 from pgolf_jax.scoring.record import Evaluation
+from pgolf_jax.scoring.scan import ScanInputs, ScanState, Spec, abstract, place_call, sharded_scan
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import Positional
@@ -117,6 +124,37 @@ class _TimedPrograms(Programs):
     result = jax.block_until_ready(super().scan(*arguments))
     self.seconds += time.perf_counter() - began
     return result
+
+
+def learning_steps(settings: Settings, mesh: Mesh, shape: Shape) -> Callable[[], Any]:
+  """Places random documents of `shape`; returns a function that scores and learns from `STEPS_PER_CALL` chunks of each.
+
+  Args:
+    settings: `ttt.method` and `train.compute_dtype` say how.
+    shape: documents on each device, tokens of their windows, targets of a chunk.
+  """
+  slots, window, width = shape
+  spec, rows = Spec.choose(settings, short=False), slots * mesh.size
+  length = window + (STEPS_PER_CALL + 1) * width + 1
+  tokens = np.random.default_rng(0).integers(2, settings.model.vocab_size, rows * length, np.int32)
+  tokens[::length] = settings.model.bos_id
+  stream = np.pad(tokens, (0, settings.ttt.seq_len + width))
+  programs = Programs(settings, mesh)
+  params = {name: jax.numpy.asarray(x) for name, x in first_params(settings).items()}
+  first = -(-window // width)  # the first chunk before which a window is full
+  steps = tuple(Step(first + i, rows, window, LEARN) for i in range(STEPS_PER_CALL))
+  documents = Rows(np.arange(rows, dtype=np.int32) * length, np.full(rows, length - 1, np.int32), np.ones(rows, bool))
+  inputs = ScanInputs(programs.computing(params), place(mesh, stream, P()), programs.place_rows(documents))
+  inputs = place_call(mesh, inputs, width, Call(shape, steps), np.full((len(steps), rows, width), -1))
+  state = ScanState(programs.adapters[False].warm_up(rows), programs.new_memory(slots))
+  program = sharded_scan(mesh, spec, shape).lower(*abstract(mesh, spec, shape, slots, len(stream))).compile()
+
+  def run():
+    nonlocal state
+    state, scored = program(state, inputs)
+    return scored
+
+  return run
 
 
 _COLUMNS: harness.Columns = {

@@ -1,6 +1,6 @@
 """`pgolf bench`: every benchmark, by its module's name."""
 
-from pgolf_jax.bench import compress, data, kernels, ngram, quantize, step, ttt
+from pgolf_jax.bench import compress, data, gpu_day, kernels, ngram, quantize, step, ttt
 from pgolf_jax.cli.artifact import read_run
 from pgolf_jax.settings.arguments import Defaults
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "step": step.COMMAND,
     "start": step.START,
     "ttt": ttt.COMMAND,
+    "gpu-day": gpu_day.COMMAND,
     "data": data.COMMAND,
     "ngram": ngram.COMMAND,
     "compress": compress.COMMAND,

@@ -4,8 +4,6 @@ import io
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from pgolf_jax.errors import UserError
 
 _MAX_WINDOW = 1 << 27  # as --long makes them; a frame that asks for more is refused before memory is taken
@@ -20,13 +18,15 @@ class ZstdStream(io.RawIOBase):
   PIECE = 1 << 8  # bytes decompressed at a time, to 8 MiB at most: zstd makes a block of 128 KiB of four bytes
 
   def __init__(self, file: BinaryIO, path: Path):
-    self._file, self._path = file, path
+    import zstandard  # a machine that only measures has it not
+
+    self._file, self._path, self._zstandard = file, path, zstandard
     self._packed, self._at = b"", 0  # what was read of the file, and how much of it is decompressed
     self._start_frame()
     self._ready = memoryview(b"")
 
   def _start_frame(self) -> None:
-    self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+    self._frame = self._zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
     self._is_inside = False
 
   def readable(self) -> bool:
@@ -51,7 +51,7 @@ class ZstdStream(io.RawIOBase):
     self._is_inside = True
     try:
       self._ready = memoryview(self._frame.decompress(packed))
-    except zstandard.ZstdError as error:
+    except self._zstandard.ZstdError as error:
       place = self._file.tell() - len(self._packed) + self._at + len(packed)
       if "too much memory" in str(error):
         raise UserError(f"{self._path}: made with a window of zstd above {_MAX_WINDOW} bytes; use --long=27") from error

@@ -40,13 +40,13 @@ def causal_pairs(tokens: int) -> float:
   return tokens * (tokens + 1) / 2
 
 
-def forward(model: ModelConfig, tokens: float, seq_len: int, *, looping: bool) -> float:
+def forward(model: ModelConfig, tokens: float, seq_len: float, *, looping: bool) -> float:
   """A forward pass over segments of `seq_len` tokens; those that end early need less attention than this."""
   keys = (seq_len + 1) / 2  # that a query sees on average
   return tokens * (token(model, looping=looping) + head(model) + keys * pair(model, looping=looping))
 
 
-def forward_and_gradient(model: ModelConfig, tokens: float, seq_len: int, *, looping: bool) -> float:
+def forward_and_gradient(model: ModelConfig, tokens: float, seq_len: float, *, looping: bool) -> float:
   """A forward pass, as `forward` counts it, and its gradient."""
   return 3 * forward(model, tokens, seq_len, looping=looping)
 
@@ -63,7 +63,7 @@ def orthogonalisation(settings: Settings, devices: int) -> float:
   return total
 
 
-def train_step(settings: Settings, devices: int, seq_len: int, *, looping: bool) -> float:
+def train_step(settings: Settings, devices: int, seq_len: float, *, looping: bool) -> float:
   """One device's share of a training step."""
   tokens = settings.train.batch_tokens // devices
   passes = forward_and_gradient(settings.model, tokens, seq_len, looping=looping)

@@ -189,7 +189,7 @@ class TrainStep:
 
   def _step(self, mean_loss: Loss, state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
     """Runs on each device with its rows."""
-    hyper, limit = inputs.hyper, inputs.hyper.grad_clip_norm
+    limit = inputs.hyper.grad_clip_norm
     if self._clips_by_rank:
       tokens = inputs.tokens_BxT1
       tokens_GxMxT1 = tokens.reshape(max(1, self._world // self.mesh.size), -1, tokens.shape[-1])
@@ -203,12 +203,16 @@ class TrainStep:
       norm = optimizers.scattered_norm(grads, AXIS)
       grads = optimizers.clip(grads, norm, limit)
       metrics = StepMetrics(jax.lax.pmean(loss, AXIS)[None], norm[None])
-    numbers = {"lr_scale": inputs.lr_scale, "momentum": inputs.momentum, "hyper": hyper}
+    return self.update(state, grads, inputs), metrics
+
+  def update(self, state: TrainState, grads: Params, inputs: StepInputs) -> TrainState:
+    """Returns the state after the optimizer; runs on each device with its slices of the banks' mean gradients."""
+    numbers = {"lr_scale": inputs.lr_scale, "momentum": inputs.momentum, "hyper": inputs.hyper}
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, **numbers)
     params = optax.apply_updates(state.params, updates)
     follow = lambda p, a: inputs.ema_rest * p + inputs.ema_decay * a  # noqa: E731
     average = jax.tree.map(follow, params, state.average)
-    return TrainState(params, opt_state, average), metrics
+    return TrainState(params, opt_state, average)
 
 
 def structure(settings: Settings) -> Settings:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pgolf_jax.bench.kernels import cases, measure, segment_starts
+from pgolf_jax.bench.kernels import RECORD, cases, document_lengths, measure, segment_starts
 from pgolf_jax.kernels.hardware import peaks
 
 
@@ -21,7 +21,8 @@ def test_measures_every_pass_of_every_possible_implementation():
 def test_every_operation_is_the_same_in_pytorch():
   """Each case's result and gradient, at the sizes at which it is timed."""
   pytorch = pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
-  for case in cases(256, 64, 1, np.float32):
+  start_BxT = np.tile(segment_starts(128, 64, [30, 1, 97]), (2, 1))
+  for case in cases(start_BxT, 64, np.float32, RECORD._replace(matrices=1)):
     for gradient in (False, True) if case.differentiated else (False,):
       expected = case.jax_call("xla", gradient)()
       actual = case.torch_call(pytorch, "cpu", gradient)()
@@ -38,6 +39,15 @@ def test_segments_are_as_long_as_documents_and_never_longer_than_allowed():
   assert (position - start < 2048).all()
   assert (start[start] == start).all()
   assert 500 < 100_000 / len(np.unique(start)) < 1300
+
+
+def test_documents_are_as_long_as_real_ones():
+  lengths = document_lengths(40_000_000)
+  assert lengths.mean() == pytest.approx(957, rel=0.02) and np.median(lengths) == pytest.approx(621, rel=0.02)
+  assert lengths.min() == 40 and lengths.sum() > 40_000_000
+  for max_segment, keys in ((1024, 412), (2048, 649), (3072, 817)):  # seen in the validation set
+    start = segment_starts(4_000_000, max_segment)
+    assert (np.arange(4_000_000) - start + 1).mean() == pytest.approx(keys, rel=0.05)
 
 
 def test_peaks_are_those_of_the_most_particular_name():
