@@ -146,7 +146,8 @@ def keys_and_values_of_a_later_pass(patch):
       return honest_attention(q, chunk, earlier, visible)
     position = next(LATER_PASS[0])
     own = KeysValues(*(x[position].reshape(k.shape) for x, k in zip(LATER_PASS[1], chunk, strict=True)))
-    more = KeysValues(*(jnp.concatenate([e, o], axis=1) for e, o in zip(earlier, own, strict=True)))
+    by_head = (x.transpose(2, 0, 1, 3) for x in own)
+    more = KeysValues(*(jnp.concatenate([e, o], axis=2) for e, o in zip(earlier, by_head, strict=True)))
     return honest_attention(q, chunk, more, jnp.concatenate([visible, jnp.ones(own.k.shape[1], bool)]))
 
   patch.setattr(Ring, "hidden", hidden)
