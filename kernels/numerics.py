@@ -10,9 +10,14 @@ EPS = 1.1920929e-07
 """Epsilon of every norm: float32's, also when the input is bfloat16."""
 
 
+def wide_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns `jnp.einsum` of two arrays, summed in float32 and left so."""
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns `jnp.einsum` of two arrays of one type: summed in float32, then rounded to that type."""
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+  return wide_product(spec, a, b).astype(a.dtype)
 
 
 def rounded(x: jax.Array, dtype) -> jax.Array:

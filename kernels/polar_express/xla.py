@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pgolf_jax.kernels.numerics import rounded
+from pgolf_jax.kernels.numerics import rounded, wide_product
 from pgolf_jax.kernels.polar_express.reference import COEFFICIENTS
 
 
@@ -15,7 +15,7 @@ def polar_express(u_BxMxN: jax.Array, *, steps: int) -> jax.Array:
   dtype = u_BxMxN.dtype
 
   def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return rounded(jnp.einsum(spec, x, y, preferred_element_type=jnp.float32), dtype)
+    return rounded(wide_product(spec, x, y), dtype)
 
   def scaled(factor: float, x: jax.Array) -> jax.Array:
     return rounded(factor * x.astype(jnp.float32), dtype)

@@ -83,6 +83,11 @@ def _spread(x_ref, positions, width: int, beyond: float) -> jax.Array:
   return spread
 
 
+def _rotation(cos_ref, sin_ref, positions, width: int) -> tuple[jax.Array, jax.Array]:
+  """Returns cos and sin of every column, 1 and 0 where it is not turned."""
+  return _spread(cos_ref, positions, width, 1.0), _spread(sin_ref, positions, width, 0.0)
+
+
 def _others(x_smem, swap_smem) -> jax.Array:
   """Returns x · swap, in float32."""
 
@@ -111,8 +116,7 @@ def _split(qkv, gain, cos, sin, kv_heads):
     *out_refs, out_smem, swap_smem, arrived = refs
     row, positions = lax.axis_index("row"), pl.ds(lax.axis_index("tile") * _ROWS, _ROWS)
     plgpu.copy_gmem_to_smem(swap_ref, swap_smem, arrived)
-    cos_C = _spread(cos_ref, positions, width, 1.0)
-    sin_C = _spread(sin_ref, positions, width, 0.0)
+    cos_C, sin_C = _rotation(cos_ref, sin_ref, positions, width)
     plgpu.barrier_wait(arrived)
 
     def step(index, x_smem, *, first, out_ref):
@@ -157,8 +161,7 @@ def _join(qkv, gain, cos, sin, dq, dk, dv, kv_heads):
     *d_refs, dx_ref, d_gain_ref, dx_smem, swap_smem, d_gain_smem, arrived = refs
     row, positions = lax.axis_index("row"), pl.ds(lax.axis_index("tile") * _ROWS, _ROWS)
     plgpu.copy_gmem_to_smem(swap_ref, swap_smem, arrived)
-    cos_C = _spread(cos_ref, positions, width, 1.0)
-    sin_C = _spread(sin_ref, positions, width, 0.0)
+    cos_C, sin_C = _rotation(cos_ref, sin_ref, positions, width)
     plgpu.barrier_wait(arrived)
 
     def step(index, d_smem, *x_smem, first):

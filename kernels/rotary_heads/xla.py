@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from pgolf_jax.kernels.numerics import rms_norm, scaled
+from pgolf_jax.kernels.rotary_heads import head_width
 
 
 def rotary_heads(
   qkv_BxTxF: jax.Array, gain_H: jax.Array, cos_TxR: jax.Array, sin_TxR: jax.Array, *, kv_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns queries, keys and values."""
-  B, T, F = qkv_BxTxF.shape
-  H = gain_H.shape[0]
-  C = F // (H + 2 * kv_heads)
+  (B, T, _), H = qkv_BxTxF.shape, gain_H.shape[0]
+  C = head_width(qkv_BxTxF, gain_H, kv_heads)
   parts = jnp.split(qkv_BxTxF, (H * C, (H + kv_heads) * C), axis=-1)
   q, k, v = (x.reshape(B, T, -1, C) for x in parts)
   angles = jax.lax.stop_gradient((cos_TxR, sin_TxR))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pgolf_jax.kernels.numerics import wide_product
+
 _MASKED = -1e30  # finite, so that a block with no visible key leaves the running maximum defined
 
 
@@ -37,10 +39,6 @@ def _join(x: jax.Array) -> jax.Array:
   return x.transpose(1, 0, 3, 2, 4).reshape(B, N * S, x.shape[2], C)
 
 
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
 def _visible(start_BxS: jax.Array, query_block, key_block) -> jax.Array:
   """Returns [B, 1, 1, S, S]: whether each query of one block sees each key of the other."""
   S = start_BxS.shape[-1]
@@ -62,12 +60,12 @@ def _forward(blocks: _Blocks, scale: float) -> tuple[jax.Array, jax.Array]:
 
     def key_block(j, carry):
       largest, total, y = carry
-      s = jnp.where(_visible(start, i, j), _dot("bkgsc,bktc->bkgst", q, blocks.k[j]) * scale, _MASKED)
+      s = jnp.where(_visible(start, i, j), wide_product("bkgsc,bktc->bkgst", q, blocks.k[j]) * scale, _MASKED)
       new_largest = jnp.maximum(largest, s.max(axis=-1))
       p = jnp.where(s > _MASKED, jnp.exp(s - new_largest[..., None]), 0.0)
       fade = jnp.exp(largest - new_largest)
       total = total * fade + p.sum(axis=-1)
-      y = y * fade[..., None] + _dot("bkgst,bktc->bkgsc", p.astype(q.dtype), blocks.v[j])
+      y = y * fade[..., None] + wide_product("bkgst,bktc->bkgsc", p.astype(q.dtype), blocks.v[j])
       return new_largest, total, y
 
     rows = q.shape[:-1]
@@ -90,14 +88,14 @@ def _backward(blocks: _Blocks, y, lse, dy, scale: float) -> tuple[jax.Array, jax
       # smaller, is transposed, at the end.
       dq_t, dk, dv = carry
       k, v = blocks.k[j], blocks.v[j]
-      s = _dot("bktc,bkgsc->bktgs", k, q) * scale
+      s = wide_product("bktc,bkgsc->bktgs", k, q) * scale
       visible = _visible(start, i, j)[:, :, 0].swapaxes(2, 3)[:, :, :, None]
       p = jnp.where(visible, jnp.exp(s - lse[i][:, :, None]), 0.0)
-      dv_j = _dot("bktgs,bkgsc->bktc", p.astype(q.dtype), dy[i])
-      dp = _dot("bktc,bkgsc->bktgs", v, dy[i])
+      dv_j = wide_product("bktgs,bkgsc->bktc", p.astype(q.dtype), dy[i])
+      dp = wide_product("bktc,bkgsc->bktgs", v, dy[i])
       ds = (p * (dp - delta[i][:, :, None]) * scale).astype(q.dtype)
-      dq_t = dq_t + _dot("bkct,bktgs->bkcgs", k.swapaxes(2, 3), ds)
-      return dq_t, dk.at[j].add(_dot("bktgs,bkgsc->bktc", ds, q)), dv.at[j].add(dv_j)
+      dq_t = dq_t + wide_product("bkct,bktgs->bkcgs", k.swapaxes(2, 3), ds)
+      return dq_t, dk.at[j].add(wide_product("bktgs,bkgsc->bktc", ds, q)), dv.at[j].add(dv_j)
 
     B, K, G, S, C = q.shape
     init = (jnp.zeros((B, K, C, G, S), jnp.float32), *carry)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pgolf_jax.kernels.numerics import wide_product
 from pgolf_jax.model import Context, segments
 from pgolf_jax.model.adapters import Adaptation
 from pgolf_jax.model.flops import positions
@@ -186,10 +187,6 @@ def attention(
   return _attention_forward(q_BxXxHxC, chunk, earlier, visible_S)[0]
 
 
-def _products(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
 def _by_head(x_BxXxHxC: jax.Array, K: int) -> jax.Array:
   """Returns [K, B, X·G, C]: the G query heads of a key head stand beside one another, so that products are plain."""
   B, X, H, C = x_BxXxHxC.shape
@@ -207,7 +204,7 @@ def _attention_forward(q_BxXxHxC, chunk, earlier, visible_S):
   q, k, v = (_by_head(x, K) for x in (q_BxXxHxC * C**-0.5, *chunk))
   causal_QxX = jnp.arange(q.shape[2])[:, None] // (q.shape[2] // X) >= jnp.arange(X)
   scores = [
-    jnp.where(visible, _products("kbqc,kbsc->kbqs", q, keys), -jnp.inf)
+    jnp.where(visible, wide_product("kbqc,kbsc->kbqs", q, keys), -jnp.inf)
     for visible, keys in ((visible_S, earlier.k), (causal_QxX, k))
   ]
   largest = jnp.maximum(*(s.max(axis=-1, keepdims=True) for s in scores))
@@ -215,7 +212,7 @@ def _attention_forward(q_BxXxHxC, chunk, earlier, visible_S):
   p = [jnp.exp(s - largest) for s in scores]
   total = sum(x.sum(axis=-1, keepdims=True) for x in p)
   p = [x.astype(q.dtype) for x in p]
-  y = sum(_products("kbqs,kbsc->kbqc", x, values) for x, values in zip(p, (earlier.v, v), strict=True)) / total
+  y = sum(wide_product("kbqs,kbsc->kbqc", x, values) for x, values in zip(p, (earlier.v, v), strict=True)) / total
   return _by_token(y, X).astype(q.dtype), (q, KeysValues(k, v), earlier, p, total, y)
 
 
@@ -225,11 +222,11 @@ def _attention_backward(residuals, dy_BxXxHxC):
   dy = _by_head(dy_BxXxHxC, K) / total
   delta, dy = jnp.sum(dy * y, axis=-1, keepdims=True), dy.astype(q.dtype)
   ds = [
-    (x * (_products("kbqc,kbsc->kbqs", dy, values) - delta)).astype(q.dtype)
+    (x * (wide_product("kbqc,kbsc->kbqs", dy, values) - delta)).astype(q.dtype)
     for x, values in zip(p, (earlier.v, chunk.v), strict=True)
   ]
-  dq = sum(_products("kbqs,kbsc->kbqc", x, keys) for x, keys in zip(ds, (earlier.k, chunk.k), strict=True))
-  dk, dv = (_products("kbqs,kbqc->kbsc", *pair) for pair in ((ds[1], q), (p[1], dy)))
+  dq = sum(wide_product("kbqs,kbsc->kbqc", x, keys) for x, keys in zip(ds, (earlier.k, chunk.k), strict=True))
+  dk, dv = (wide_product("kbqs,kbqc->kbsc", *pair) for pair in ((ds[1], q), (p[1], dy)))
   dq, dk, dv = (_by_token(x, X).astype(q.dtype) for x in (dq * C**-0.5, dk, dv))
   return dq, KeysValues(dk, dv), None, None
 
