@@ -45,11 +45,11 @@ def test_logits_are_the_evaluation_distribution(params):
   assert generated_nll == pytest.approx(float(nll[0, -1]), rel=1e-4)
 
 
-def run(params, prompt="Go on", *, context=256, caseops=True, tokenizer=None, **sampling):
+def run(params, prompt="Go on", *, context=256, data=None, tokenizer=None, **sampling):
   settings = dataclasses.replace(
     SETTINGS,
     eval=dataclasses.replace(SETTINGS.eval, seq_len=context),
-    data=dataclasses.replace(SETTINGS.data, caseops=caseops),
+    data=dataclasses.replace(SETTINGS.data, **(data or {})),
   )
   drawn = Sampling(**({"tokens": 30, "temperature": 0.9, "top_p": 0.95, "seed": 5} | sampling))
   return list(generate(settings, params, tokenizer or Letters(), prompt, drawn))
@@ -65,7 +65,7 @@ def test_pieces_make_up_the_text_without_markers(params):
   pieces = run(params, tokens=60)
   assert all(pieces)
   assert not set("".join(pieces)) & set(caseops.MARKERS)
-  raw = "".join(run(params, tokens=60, caseops=False, prompt="go on"))
+  raw = "".join(run(params, tokens=60, data={"caseops": False}, prompt="go on"))
   assert set(raw) & set(caseops.MARKERS)  # as the model wrote them
 
 
