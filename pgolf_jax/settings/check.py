@@ -109,6 +109,12 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
     f"train.max_wallclock_seconds={t.max_wallclock_seconds} must exceed "
     f"quantize.reserve_seconds={settings.quantize.reserve_seconds}.",
   )
+  o = settings.optimizer
+  _require(
+    o.lookahead == 0 or o.lookahead_from < o.lookahead_until,
+    f"optimizer.lookahead_from={o.lookahead_from} must be less than optimizer.lookahead_until={o.lookahead_until}; or "
+    "set optimizer.lookahead=0 to look ahead never.",
+  )
   world = t.world_size or device_count
   if world is not None:
     _require(
