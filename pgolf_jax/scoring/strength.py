@@ -49,14 +49,17 @@ class Strengths:
     boost_M = np.empty(len(kind_M), np.float32)
     for kind in np.unique(kind_M):
       at = np.flatnonzero(kind_M == kind)
-      odds_mx1 = log_odds(hint_nll_M[at])[:, None]
-      expert_mxE = _SLOPE_E * odds_mx1 + _SHIFT_E
-      right_mxE = _log_sigmoid(expert_mxE) - _log_sigmoid(odds_mx1)  # log(q' / q)
-      wrong_mxE = _log_sigmoid(-expert_mxE) - _log_sigmoid(-odds_mx1)  # log((1 − q') / (1 − q))
-      gain_mxE = np.where(is_right_M[at][:, None], right_mxE, wrong_mxE)
-      after_mxE = self._log_weight_KxE[kind] + np.cumsum(gain_mxE, axis=0)
-      before_mxE = np.concatenate([self._log_weight_KxE[kind][None], after_mxE[:-1]])
-      boost_M[at] = _log_sum_exp(before_mxE + right_mxE) - _log_sum_exp(before_mxE + wrong_mxE)
+      odds_m = log_odds(hint_nll_M[at])
+      wrong_mxE = np.exp(-(_SLOPE_E * odds_m[:, None] + _SHIFT_E))
+      right_mxE = 1 / (1 + wrong_mxE)  # q'
+      wrong_mxE *= right_mxE  # 1 − q'
+      # The model's own q and 1 − q are the same for every expert and leave the weights as they are.
+      told_mxE = np.log(np.where(is_right_M[at][:, None], right_mxE, wrong_mxE))
+      after_mxE = self._log_weight_KxE[kind] + np.cumsum(told_mxE, axis=0)
+      weight_mxE = np.concatenate([self._log_weight_KxE[kind][None], after_mxE[:-1]])
+      weight_mxE = np.exp(weight_mxE - weight_mxE.max(axis=1, keepdims=True))
+      mixed_m = np.vecdot(weight_mxE, right_mxE) / np.vecdot(weight_mxE, wrong_mxE)
+      boost_M[at] = np.log(mixed_m) - odds_m
       self._log_weight_KxE[kind] = after_mxE[-1] - after_mxE[-1].max()
     return boost_M
 
@@ -85,10 +88,3 @@ def tilted(
   log_normalizer = np.logaddexp(np.log(-np.expm1(-hint_nll)), boost - hint_nll)
   return (nll - np.where(is_hint, boost, 0.0) + log_normalizer).astype(np.float32)
 
-
-def _log_sigmoid(x: np.ndarray) -> np.ndarray:
-  return -np.logaddexp(0.0, -x)
-
-
-def _log_sum_exp(x_mxE: np.ndarray) -> np.ndarray:
-  return np.logaddexp.reduce(x_mxE, axis=1)
