@@ -87,4 +87,3 @@ def tilted(
   hint_nll, boost = np.maximum(hint_nll.astype(np.float64), 1e-12), boost.astype(np.float64)
   log_normalizer = np.logaddexp(np.log(-np.expm1(-hint_nll)), boost - hint_nll)
   return (nll - np.where(is_hint, boost, 0.0) + log_normalizer).astype(np.float32)
-
