@@ -428,28 +428,32 @@ KNOWN_SUM = int(DATA.tokens.sum())
 # Learnt strengths
 
 
-def changing_strengths(change):
-  """A cheat that learns strengths from changed (nats, hits, kinds) and changes what comes of it."""
-
-  def cheat(patch):
-    honest = Strengths.learn
-    patch.setattr(Strengths, "learn", lambda self, *hints: change(lambda *h: honest(self, *h), *hints))
-
-  return cheat
+def bend_strengths(patch, change):
+  """Puts a function in place of `Strengths.learn` that gets the honest one, and nats, hits and kinds of hints."""
+  honest = Strengths.learn
+  patch.setattr(Strengths, "learn", lambda self, *hints: change(functools.partial(honest, self), *hints))
 
 
-strengths_that_know_whether_the_hint_is_right = changing_strengths(
-  lambda learn, nll, is_right, kind: learn(nll, is_right, kind) + np.where(is_right, 0.5, -0.5).astype(np.float32)
-)
-strengths_learnt_from_the_target_as_well = changing_strengths(
-  lambda learn, nll, is_right, kind: np.append(learn(nll, is_right, kind)[1:], np.float32(0))
-)
-strengths_learnt_from_the_batch_before_it_is_scored = changing_strengths(
-  lambda learn, *hints: (learn(*hints), learn(*hints))[1]
-)
-kinds_chosen_by_the_target = changing_strengths(
-  lambda learn, nll, is_right, kind: learn(nll, is_right, np.where(is_right, kind, kind // 4 * 4))
-)
+def learnt_strengths_that_know_whether_the_hint_is_right(patch):
+  def change(learn, nll, is_right, kind):
+    return learn(nll, is_right, kind) + np.where(is_right, 0.5, -0.5).astype(np.float32)
+
+  bend_strengths(patch, change)
+
+
+def strengths_learnt_from_the_target_as_well(patch):
+  bend_strengths(patch, lambda learn, *hints: np.append(learn(*hints)[1:], np.float32(0)))
+
+
+def strengths_learnt_from_the_batch_before_it_is_scored(patch):
+  bend_strengths(patch, lambda learn, *hints: (learn(*hints), learn(*hints))[1])
+
+
+def kinds_chosen_by_the_target(patch):
+  def change(learn, nll, is_right, kind):
+    return learn(nll, is_right, np.where(is_right, kind, kind // 4 * 4))
+
+  bend_strengths(patch, change)
 
 
 # The trace
@@ -520,16 +524,16 @@ def test_a_cheat_is_caught(shared, cheat, monkeypatch, tmp_path):
   assert broken is not None and broken.name in SHARED[cheat], broken
 
 
-LEARNING = {
-  "strengths that know whether the hint is right": strengths_that_know_whether_the_hint_is_right,
-  "strengths learnt from the target as well": strengths_learnt_from_the_target_as_well,
-  "strengths learnt from the batch before it is scored": strengths_learnt_from_the_batch_before_it_is_scored,
-  "kinds chosen by the target": kinds_chosen_by_the_target,
-}
+LEARNING = (
+  learnt_strengths_that_know_whether_the_hint_is_right,
+  strengths_learnt_from_the_target_as_well,
+  strengths_learnt_from_the_batch_before_it_is_scored,
+  kinds_chosen_by_the_target,
+)
 
 
-@pytest.mark.parametrize("cheat", LEARNING)
+@pytest.mark.parametrize("cheat", LEARNING, ids=lambda cheat: cheat.__name__)
 def test_a_cheat_with_learnt_strengths_is_caught(learning, cheat, monkeypatch, tmp_path):
-  LEARNING[cheat](monkeypatch)
+  cheat(monkeypatch)
   broken = first_broken(learning.checks(tmp_path, learning.score(tmp_path)))
   assert broken is not None and broken.name == HINTS, broken
