@@ -6,8 +6,10 @@ import pytest
 
 from pgolf_jax.bench.data import COMMAND as bench
 from pgolf_jax.cli import commands
+from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.data.manifest import Manifest
 from pgolf_jax.errors import UserError
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import call
 
 TEXTS = [f"Document No. {i}: " + "congress of the States " * 20 for i in range(30)]
@@ -72,6 +74,12 @@ def test_markers_before_spaces(docs, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert "with markers before spaces" in printed and "Document No. 9: congress of the States congress" in printed
   assert run("verify", out) == 0
+  data = dataclasses.replace(Settings().data, path=str(out), caseops_markers="before-space")
+  settings = dataclasses.replace(Settings(), data=data)
+  assert ensure_prepared(settings) == out
+  for change in ({"caseops_markers": "published"}, {"caseops": False}):
+    with pytest.raises(UserError, match=r"with markers before spaces, the settings say .*; set data.caseops and"):
+      ensure_prepared(dataclasses.replace(settings, data=dataclasses.replace(data, **change)))
   for transform in ("lossless_caps_caseops_v1", "identity"):
     dataclasses.replace(manifest, text_transform=transform).write(out)
     capsys.readouterr()

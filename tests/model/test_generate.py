@@ -1,6 +1,7 @@
 """Generation: the model's own distribution, in pieces, as ordinary text."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,26 @@ def test_pieces_make_up_the_text_without_markers(params):
   assert not set("".join(pieces)) & set(caseops.MARKERS)
   raw = "".join(run(params, tokens=60, data={"caseops": False}, prompt="go on"))
   assert set(raw) & set(caseops.MARKERS)  # as the model wrote them
+
+
+@pytest.mark.parametrize("form, seen", [("published", " {0}go {1}on"), ("before-space", "{0} go{1} on")])
+def test_prompt_and_continuation_are_of_the_form_that_the_model_knows(params, monkeypatch, form, seen):
+  written = caseops.encode(" the Man of NASA, a McKay", form)
+  prompts = []
+
+  def next_logits(config, dtype):
+    def logits(params, tokens_T):
+      prompts.append(Letters().decode(tokens_T))
+      logits_V = np.zeros(MODEL.vocab_size)
+      logits_V[Letters().encode(written)[len(prompts) - 1]] = 1
+      return logits_V
+
+    return logits
+
+  monkeypatch.setattr(sys.modules[generate.__module__], "next_logits", next_logits)
+  pieces = run(params, " Go ON", data={"caseops_markers": form}, tokens=len(written), temperature=0)
+  assert "".join(pieces) == " the Man of NASA, a McKay"
+  assert prompts[0] == seen.format(caseops.TITLE, caseops.ALLCAPS)
 
 
 def test_only_the_context_is_seen(params):
