@@ -31,17 +31,15 @@ class LoRAConfig:
     0.75, "TTT_LOCAL_LR_MULT", RATE, "a further factor on the learning rate of every adapter", "local_lr_mult"
   )
   weight_decay: float = setting(
-    0.5, "TTT_WEIGHT_DECAY", RATE,
-    "weight decay of the adapters: decoupled in Adam and Adagrad, added to the gradient in SGD", "weight_decay",
+    0.5, "TTT_WEIGHT_DECAY", RATE, "weight decay of the adapters: decoupled in Adam, added to the gradient in SGD",
+    "weight_decay",
   )  # fmt: skip
   beta1: float = setting(
     0.0, "TTT_BETA1", DECAY, "the adapters' Adam: decay of the first moment; their SGD: momentum", "beta1"
   )
   beta2: float = setting(0.99, "TTT_BETA2", DECAY, "the adapters' Adam: decay of the second moment", "beta2")
   grad_steps: int = setting(1, "TTT_GRAD_STEPS", Range(0, 1000), "updates after each chunk", "grad_steps")
-  optimizer: Literal["adam", "adagrad", "sgd"] = setting(
-    "adam", "TTT_OPTIMIZER", None, "how the adapters move", "optimizer"
-  )
+  optimizer: Literal["adam", "sgd"] = setting("adam", "TTT_OPTIMIZER", None, "how the adapters move", "optimizer")
   mask: Literal["", "all", "baseline_all", "no_q", "no_v", "no_qv"] = setting(
     "no_qv", "TTT_MASK", None, "which of queries and values have no adapter", "mask"
   )
