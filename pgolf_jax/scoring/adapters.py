@@ -26,9 +26,9 @@ class Rule(NamedTuple):
 
   rank: int
   scale: float  # factor on what the adapters add
-  optimizer: str  # adam, adagrad or sgd
+  optimizer: str  # adam or sgd
   lr: float
-  weight_decay: float  # decoupled in Adam and Adagrad, added to the gradient in SGD
+  weight_decay: float  # decoupled in Adam, added to the gradient in SGD
   beta1: float  # SGD: the momentum
   beta2: float
 
@@ -54,15 +54,12 @@ class Rule(NamedTuple):
   def transformation(self) -> optax.GradientTransformation:
     """Returns the optimizer.
 
-    Adam: p ← p − lr·(m̂/(√v̂ + 1e-10) + wd·p), with m̂ and v̂ bias-corrected. Adagrad: s ← s + g²;
-    p ← p − lr·(g/√s + wd·p), so that steps grow smaller along a document. SGD: g ← g + wd·p; m ← β₁m + g;
+    Adam: p ← p − lr·(m̂/(√v̂ + 1e-10) + wd·p), with m̂ and v̂ bias-corrected. SGD: g ← g + wd·p; m ← β₁m + g;
     p ← p − lr·m. Without β₁ no first moments are held: adapters of many documents are the largest part of memory.
     """
     decay, descend = optax.add_decayed_weights(self.weight_decay), optax.scale(-self.lr)
     if self.optimizer == "sgd":
       return optax.chain(decay, optax.trace(self.beta1) if self.beta1 else optax.identity(), descend)
-    if self.optimizer == "adagrad":
-      return optax.chain(optax.scale_by_rss(initial_accumulator_value=0.0, eps=_ADAM_EPS**2), decay, descend)
     if self.beta1:
       adam = optax.scale_by_adam(self.beta1, self.beta2, _ADAM_EPS)
     else:
@@ -134,7 +131,7 @@ def settle(rule: Rule, learner: Learner, done_B: Int[Array, "B"], total: Int[Arr
     done_B: steps that each row took.
     total: steps of the batch.
   """
-  if not rule.beta1 or rule.optimizer == "adagrad":  # only the decay moves p
+  if not rule.beta1:  # only the decay moves p
     factor_B = (1 - rule.lr * rule.weight_decay) ** (total - done_B).astype(jnp.float32)
     return map_rows(lambda axis, x: x * _along(factor_B, axis, x.ndim), learner.adapters)
 

@@ -31,17 +31,15 @@ class LoRAConfig:
     0.75, "TTT_LOCAL_LR_MULT", RATE, "a further factor on the learning rate of every adapter", "local_lr_mult"
   )
   weight_decay: float = setting(
-    0.5, "TTT_WEIGHT_DECAY", RATE,
-    "weight decay of the adapters: decoupled in Adam and Adagrad, added to the gradient in SGD", "weight_decay",
+    0.5, "TTT_WEIGHT_DECAY", RATE, "weight decay of the adapters: decoupled in Adam, added to the gradient in SGD",
+    "weight_decay",
   )  # fmt: skip
   beta1: float = setting(
     0.0, "TTT_BETA1", DECAY, "the adapters' Adam: decay of the first moment; their SGD: momentum", "beta1"
   )
   beta2: float = setting(0.99, "TTT_BETA2", DECAY, "the adapters' Adam: decay of the second moment", "beta2")
   grad_steps: int = setting(1, "TTT_GRAD_STEPS", Range(0, 1000), "updates after each chunk", "grad_steps")
-  optimizer: Literal["adam", "adagrad", "sgd"] = setting(
-    "adam", "TTT_OPTIMIZER", None, "how the adapters move", "optimizer"
-  )
+  optimizer: Literal["adam", "sgd"] = setting("adam", "TTT_OPTIMIZER", None, "how the adapters move", "optimizer")
   mask: Literal["", "all", "baseline_all", "no_q", "no_v", "no_qv"] = setting(
     "no_qv", "TTT_MASK", None, "which of queries and values have no adapter", "mask"
   )
@@ -187,7 +185,7 @@ class HintConfig:
   order: int = setting(16, "TOKEN_ORDER", Range(1, 32), "tokens of an n-gram, the predicted one counted")
   backoff: tuple[int, ...] = setting(
     (), "TOKEN_BACKOFF", (Range(1, 32),),
-    "tokens of shorter n-grams, from longer to shorter, that give the hint where the longer ones have none",
+    "tokens of shorter n-grams, of which the longest that has a hint gives it where order has none",
   )  # fmt: skip
   threshold: float = setting(
     0.8, "TOKEN_THRESHOLD", SHARE, "least share of a context's continuations that makes a hint"
@@ -204,4 +202,4 @@ class HintConfig:
   @property
   def orders(self) -> tuple[int, ...]:
     """Tokens of the n-grams that are asked for a hint, in turn."""
-    return (self.order, *self.backoff)
+    return (self.order, *sorted(self.backoff, reverse=True))

@@ -32,16 +32,13 @@ def steps_of(name: str, grads: list[np.ndarray], p: np.ndarray) -> np.ndarray:
     if name == "adam":
       square = 0.99 * square + 0.01 * g**2
       p = p - LR * (g / (np.sqrt(square / (1 - 0.99**t)) + 1e-10) + DECAY * p)
-    elif name == "adagrad":
-      square = square + g**2
-      p = p - LR * (g / np.sqrt(square) + DECAY * p)
     else:
       momentum = 0.9 * momentum + g + DECAY * p
       p = p - LR * momentum
   return p
 
 
-@pytest.mark.parametrize(("name", "beta1"), [("adam", 0.0), ("adagrad", 0.0), ("sgd", 0.9)])
+@pytest.mark.parametrize(("name", "beta1"), [("adam", 0.0), ("sgd", 0.9)])
 def test_optimizers_by_their_formulas(name, beta1):
   how, grads = rule(optimizer=name, beta1=beta1), [arrays(seed) for seed in (1, 2, 3)]
   learner = begin(how, arrays(0))
@@ -53,7 +50,7 @@ def test_optimizers_by_their_formulas(name, beta1):
     np.testing.assert_allclose(moved, expected, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "beta1"), [("adam", 0.0), ("adam", 0.9), ("adagrad", 0.0), ("sgd", 0.9)])
+@pytest.mark.parametrize(("name", "beta1"), [("adam", 0.0), ("adam", 0.9), ("sgd", 0.9)])
 def test_rows_that_sat_out_come_to_where_gradients_of_zero_would_have_taken_them(name, beta1):
   how, took = rule(optimizer=name, beta1=beta1), jnp.array([3, 1, 2])
 
