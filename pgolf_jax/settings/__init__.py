@@ -210,6 +210,16 @@ class TrainConfig:
     (), "MIDRUN_CAP_SCHEDULE", (RATE, SHARE), "further factors on every learning rate, each from its share of the run"
   )
   ema_decay: float = setting(0.9965, "EMA_DECAY", DECAY, "decay of the averaged weights, per step")
+  average_from: float = setting(
+    0.0, "AVERAGE_FROM", DECAY,
+    "progress at which the average begins anew, all steps alike until ema_decay takes over; 0: with the first weights",
+  )  # fmt: skip
+  average_share: float = setting(
+    1.0,
+    "AVERAGE_SHARE",
+    SHARE,
+    "share of the average in the weights that training gives; the last step's have the rest",
+  )
   warmup_steps: int = setting(
     20, "WARMUP_STEPS", INDEX, "steps in each looping mode before the clock starts, which are then undone"
   )

@@ -116,17 +116,29 @@ class TrainStep:
     """Returns the state before the first step; the moving average starts at the parameters."""
     return self.shared._init(jax.device_put(params, replicated(self.mesh)))
 
-  def inputs(self, tokens_BxT1: np.ndarray, lr_scale: float, momentum: float, lookahead: float = 0.0) -> StepInputs:
-    """Places a step's rows on their devices; every process holds all rows and places those of its devices."""
+  def inputs(
+    self,
+    tokens_BxT1: np.ndarray,
+    lr_scale: float,
+    momentum: float,
+    *,
+    lookahead: float = 0.0,
+    ema_decay: float | None = None,
+  ) -> StepInputs:
+    """Places a step's rows on their devices; every process holds all rows and places those of its devices.
+
+    Args:
+      ema_decay: the settings' where it is not given.
+    """
     rows = place(self.mesh, tokens_BxT1, P(AXIS))
-    return StepInputs(rows, *map(np.float32, (lr_scale, momentum, lookahead)), *self._numbers)
+    decay = self.settings.train.ema_decay if ema_decay is None else ema_decay
+    lr_scale, momentum, lookahead, decay, rest = map(np.float32, (lr_scale, momentum, lookahead, decay, 1 - decay))
+    return StepInputs(rows, lr_scale, momentum, lookahead, self._hyper, decay, rest)
 
   @functools.cached_property
-  def _numbers(self) -> tuple[Hyper, jax.Array, jax.Array]:
+  def _hyper(self) -> Hyper:
     """The arguments that are the same at every step, on the devices."""
-    decay = self.settings.train.ema_decay
-    numbers = Hyper.of(self.settings.optimizer), np.float32(decay), np.float32(1 - decay)
-    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), numbers)
+    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), Hyper.of(self.settings.optimizer))
 
   def trace(self, seq_len: int, looping: bool) -> jax.stages.Traced:
     """Traces step(state, inputs) → (state, metrics) from shapes alone; the state is donated."""
@@ -215,6 +227,13 @@ class TrainStep:
     follow = lambda p, a: inputs.ema_rest * p + inputs.ema_decay * a  # noqa: E731
     average = jax.tree.map(follow, params, state.average)
     return TrainState(params, opt_state, average)
+
+
+def trained(params: Params, average: Params, share: float) -> Params:
+  """Returns what training gives: the average, or a mixture with the last parameters in which it has this share."""
+  if share == 1:
+    return average
+  return jax.tree.map(lambda p, a: np.float32(share) * a + np.float32(1 - share) * p, params, average)
 
 
 def structure(settings: Settings) -> Settings:

@@ -36,6 +36,8 @@ NUMBERS = {
   "optimizer.lookahead_from": 0.1,
   "optimizer.lookahead_until": 0.9,
   "train.ema_decay": 0.7,
+  "train.average_from": 0.4,
+  "train.average_share": 0.5,
   "train.warmdown_frac": 0.3,
   "train.warmdown_iters": 2,
   "train.min_lr": 0.3,
