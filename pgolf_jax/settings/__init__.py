@@ -153,6 +153,22 @@ class OptimizerConfig:
   muon_momentum_warmup_steps: int = setting(1500, "MUON_MOMENTUM_WARMUP_STEPS", INDEX, "steps over which μ changes")
   muon_steps: int = setting(5, "MUON_BACKEND_STEPS", INDEX, "polar-express steps, 0 to 5; more count as 5")
   muon_row_normalize: bool = setting(True, "MUON_ROW_NORMALIZE", None, "whether each row is divided by its norm first")
+  muon_column_normalize: bool = setting(
+    False, "MUON_COLUMN_NORMALIZE", None, "whether each column is divided by its norm, after the rows"
+  )
+  muon_heads: int = setting(
+    0, "MUON_HEADS", Range(0, 2**16), "heads that are orthogonalised together; 0: all rows of a matrix"
+  )
+  muon_heads_of: Literal["q", "k", "v", "qk", "kv", "qkv"] = setting(
+    "qk", "MUON_HEADS_OF", None, "whose heads: those of queries, keys or values; all other matrices stay whole"
+  )
+  muon_row_floor: float = setting(
+    0.0, "MUON_ROW_FLOOR", RATE,
+    "least norm of a row of the orthogonalised update, over the norm of the weights' row; 0: none",
+  )  # fmt: skip
+  cautious_decay: Literal["never", "matrices", "all"] = setting(
+    "never", "CAUTIOUS_DECAY", None, "where weights only decay that the step's direction brings nearer to zero"
+  )
   muon_dtype: Literal["bfloat16", "float32"] = setting("bfloat16", None, None, "type of momentum and orthogonalisation")
   embed_lr: float = setting(0.03, "TIED_EMBED_LR", RATE, "learning rate of the embedding")
   embed_wd: float = setting(0.085, "EMBED_WD", RATE, "weight decay of the embedding")

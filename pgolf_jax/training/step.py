@@ -79,8 +79,9 @@ class TrainStep:
 
   def __init__(self, settings: Settings, mesh: Mesh):
     self.settings, self.mesh = settings, mesh
+    unused = parameters.without_path(settings.model)
     self.optimizer = optimizers.make(
-      settings.optimizer, unused=parameters.without_path(settings.model), axis=AXIS, axis_size=mesh.size
+      settings.optimizer, model=settings.model, unused=unused, axis=AXIS, axis_size=mesh.size
     )
     self._params = {
       name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameters.shapes(settings.model).items()
@@ -246,11 +247,14 @@ def structure(settings: Settings) -> Settings:
   def kept(section, names):
     return dataclasses.replace(type(section)(), **{name: getattr(section, name) for name in names})
 
-  optimizer = kept(settings.optimizer, ["muon_steps", "muon_row_normalize", "muon_dtype", "clip_scope"])
+  forms = ["steps", "row_normalize", "column_normalize", "heads", "heads_of", "dtype"]
+  optimizer = kept(settings.optimizer, [*(f"muon_{form}" for form in forms), "cautious_decay", "clip_scope"])
+  # Of these a program is made for "some", whatever the number.
+  some = {name: 0.5 if getattr(settings.optimizer, name) > 0 else 0.0 for name in ("lookahead", "muon_row_floor")}
   first_values = {"qk_gain_init", "tied_embed_init_std", "sparse_attn_gate_init_std"}
   return Settings(
     model=kept(settings.model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in first_values]),
-    optimizer=dataclasses.replace(optimizer, lookahead=0.5 if settings.optimizer.lookahead > 0 else 0.0),
+    optimizer=dataclasses.replace(optimizer, **some),
     train=kept(settings.train, ["batch_tokens", "micro_batches", "world_size", "compute_dtype"]),
   )
 

@@ -67,7 +67,8 @@ def test_no_number_of_a_sweep_is_written_into_the_program(mesh):
 
 @pytest.mark.parametrize("name, value", [
   ("model.logit_softcap", 20.0), ("optimizer.muon_steps", 3), ("train.batch_tokens", 1024),
-  ("optimizer.lookahead", 0.6),
+  ("optimizer.lookahead", 0.6), ("optimizer.muon_row_floor", 0.4), ("optimizer.cautious_decay", "all"),
+  ("optimizer.muon_column_normalize", True), ("optimizer.muon_heads", 1),
 ])  # fmt: skip
 def test_what_a_program_is_made_from_is_not_shared(mesh, name, value):
   assert structure(changed(ONE, {name: value})) != structure(ONE)
