@@ -109,6 +109,13 @@ class ModelConfig:
   sparse_attn_gate_init_std: float = setting(
     0.0, "SPARSE_ATTN_GATE_INIT_STD", RATE, "standard deviation of that gate's first weights"
   )
+  value_residual: bool = setting(
+    False, "VALUE_RESIDUAL", None, "whether the first layer's values are mixed into those of all later layers"
+  )
+  dense_skips: int = setting(
+    0, "DENSE_SKIPS", INDEX,
+    "layers whose outputs join the embedding's in a sum before the last norm, weighted by token; 0: no sum",
+  )  # fmt: skip
   logit_softcap: float = setting(30.0, "LOGIT_SOFTCAP", POSITIVE, "cap c of the logits z in training: c·tanh(z/c)")
   asym_logit_rescale: bool = setting(
     True, "ASYM_LOGIT_RESCALE", None, "whether evaluation has caps of its own for z > 0 and z ≤ 0"
@@ -131,6 +138,11 @@ class ModelConfig:
   def mlp_dim(self) -> int:
     """F, width of the MLP's hidden layer."""
     return int(self.mlp_mult * self.model_dim)
+
+  @property
+  def dense_sources(self) -> tuple[int, ...]:
+    """The layers whose outputs the dense skips take, evenly among all but the last."""
+    return tuple((2 * i + 1) * (self.num_layers - 1) // (2 * self.dense_skips) for i in range(self.dense_skips))
 
   def layer_order(self, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (encoder, decoder): physical layers in the order in which they run. Recipe section 2."""

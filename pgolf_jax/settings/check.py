@@ -60,6 +60,10 @@ def _check_model(settings: Settings) -> None:
     f"model.num_kv_heads={m.num_kv_heads} must divide model.num_heads={m.num_heads}; "
     f"{_divisor_near(m.num_heads, m.num_kv_heads)} does.",
   )
+  _require(
+    m.dense_skips < m.num_layers,
+    f"model.dense_skips={m.dense_skips} must be less than the {m.num_layers} layers; the last one needs no skip.",
+  )
   rotating = m.rope_dims or m.head_dim
   _require(
     rotating % 2 == 0 and rotating <= m.head_dim,
