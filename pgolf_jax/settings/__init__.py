@@ -63,9 +63,18 @@ class DataConfig:
   caseops: bool = setting(
     True, "CASEOPS_ENABLED", None, "whether CaseOps rewrote the text, so that bytes come from the sidecar"
   )
+  caseops_markers: Literal["published", "before-space"] = setting(
+    "published", "CASEOPS_MARKERS", None,
+    "published: CaseOps' marker of a capitalised word is behind the space in front of it; before-space: before it",
+  )  # fmt: skip
   discard_prefetched: bool = setting(
     True, None, None, "whether a change of sequence length throws away two micro-batches, as in the reference"
   )
+
+  @property
+  def markers(self) -> Literal["none", "published", "before-space"]:
+    """Where CaseOps put its markers, if it rewrote the text."""
+    return self.caseops_markers if self.caseops else "none"
 
 
 @dataclasses.dataclass(frozen=True)

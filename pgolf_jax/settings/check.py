@@ -1,5 +1,6 @@
 """Settings that cannot work, each by itself or together, refused before anything starts."""
 
+import itertools
 import math
 
 from pgolf_jax.errors import UserError
@@ -17,6 +18,7 @@ def check(settings: Settings, *, device_count: int | None = None) -> None:
   _check_train(settings, device_count)
   _check_eval(settings)
   _check_ttt(settings)
+  _check_hints(settings)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -164,3 +166,15 @@ def _check_ttt(settings: Settings) -> None:
       f"ttt.phase.chunk_tokens={t.phase.chunk_tokens} holds no row of eval.seq_len={settings.eval.seq_len} tokens; "
       "make it a multiple, or set ttt.phase.prefix_docs=0 to leave the global phase out.",
     )
+
+
+def _check_hints(settings: Settings) -> None:
+  h = settings.hints
+  _require(
+    all(longer > shorter for longer, shorter in itertools.pairwise(h.orders)),
+    f"hints.backoff={','.join(map(str, h.backoff))} must fall from below hints.order={h.order}; 8,5,4,3 does from 16.",
+  )
+  _require(
+    h.strength == "fixed" or settings.ttt.order == "strict",
+    "hints.strength=mixture learns from the documents scored before, in one order; it needs ttt.order=strict.",
+  )
