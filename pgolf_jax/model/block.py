@@ -49,6 +49,7 @@ class LayerUse(NamedTuple):
   Attributes:
     adapters: by kind, without the axis P.
     attend: (q, k, v) → y over the keys that each query may see.
+    mixed_value: what stands in for the values v that this use makes.
     x0: [B, T, D], the normed embedding.
     observe: called with the name and the input of every matrix; None where nobody asks.
     tap: called with the name and the value of an activation of this use.
@@ -58,6 +59,7 @@ class LayerUse(NamedTuple):
   adapters: dict[str, Adapter]
   adapter_scale: float
   attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  mixed_value: Callable[[jax.Array], jax.Array]
   angles: Angles
   x0: jax.Array
   observe: Callable[[str, jax.Array], None] | None
@@ -90,6 +92,7 @@ class Attention(nnx.Module):
       parts = zip("qkv", jnp.split(qkv, (len(w.q), len(w.q) + len(w.k)), axis=-1), strict=True)
       qkv = jnp.concatenate([use.adapted(kind, part, n) for kind, part in parts], axis=-1)
     q, k, v = rotary_heads(qkv, self.q_gain[...], *use.angles, kv_heads=m.num_kv_heads)
+    v = use.mixed_value(v)
     y = use.attend(q, k, v)
     for name, value in (("q", q), ("k", k), ("v", v), ("attend", y)):
       use.tap(name, value)

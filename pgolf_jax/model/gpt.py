@@ -25,6 +25,8 @@ from pgolf_jax.settings import ModelConfig
 Collect = Callable[[str, jax.Array], Any]
 """(name of a matrix, its input [B, T, N]) → a statistic: an array or a tree of arrays."""
 
+Lanes = tuple[jax.Array, jax.Array]
+
 
 class Output(NamedTuple):
   """What a forward pass gives.
@@ -63,6 +65,11 @@ class GPT(nnx.Module):
     if config.asym_logit_rescale:
       self.softcap_pos = nnx.Param(None)
       self.softcap_neg = nnx.Param(None)
+    if config.value_residual:
+      self.value_shares = nnx.Param(None)
+    if config.dense_skips:
+      self.dense_skip_weights = nnx.Param(None)
+      self.dense_skip_biases = nnx.Param(None)
     self.blocks = nnx.List([Block(config, layer) for layer in range(config.num_layers)])
 
   def __call__(
@@ -91,6 +98,7 @@ class GPT(nnx.Module):
     tap("embedding", x)
     collected: dict[str, Any] = {}
     cache: list[Any] = []
+    first_value: list[jax.Array] = []
 
     def observe(name: str, x_BxTxN: jax.Array) -> None:
       statistic = collect(name, x_BxTxN)
@@ -104,17 +112,27 @@ class GPT(nnx.Module):
         cache.append(seen)
         return y
 
+      def mixed_value(v):
+        """Returns, with value residuals (arXiv 2410.17897), (1 − λ)·v + λ·(the values of the first use of a layer)."""
+        if not m.value_residual:
+          return v
+        first_value.append(v)
+        return v + scaled(first_value[0] - v, self.value_shares[layer])
+
       def tap_here(name: str, value: jax.Array) -> None:
         tap(f"{position:02d}.blocks.{layer}.{name}", value)
 
       asked = observe if collect else None
-      return LayerUse(self._weights(layer), _at(adapters, position), scale, attend, angles, x0, asked, tap_here)
+      weights, adapters_here = self._weights(layer), _at(adapters, position)
+      return LayerUse(weights, adapters_here, scale, attend, mixed_value, angles, x0, asked, tap_here)
 
     encoder, decoder = layer_order(m, context.looping)
     skips: list[jax.Array] = []
+    outputs: dict[int, jax.Array | Lanes] = {}  # by layer, of its last use
     for position, layer in enumerate(encoder):
       x = self.blocks[layer](x, use(position, layer))
       skips.append(x)
+      outputs[layer] = x
     lanes = None
     for j, layer in enumerate(decoder):
       if lanes is None and layer >= m.parallel_start_layer > 0:
@@ -131,8 +149,10 @@ class GPT(nnx.Module):
       else:
         resid, post = self.parallel_resid_lambdas[layer], self.parallel_post_lambdas[layer]
         lanes = self.blocks[layer].parallel(lanes, here, resid, post)
-    if lanes is not None:
-      x = {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[m.parallel_final_lane]
+      outputs[layer] = x if lanes is None else lanes
+    x = self._one_lane(outputs[layer])
+    if m.dense_skips:
+      x = self._join_dense_skips(x, [x0, *(self._one_lane(outputs[layer]) for layer in m.dense_sources)])
     hidden = rms_norm(x)
     tap("hidden", hidden)
     if collect:
@@ -179,6 +199,19 @@ class GPT(nnx.Module):
       up=self.mlp_up_bank[layer],
       down=self.mlp_down_bank[layer],
     )
+
+  def _one_lane(self, lanes: jax.Array | Lanes) -> jax.Array:
+    if not isinstance(lanes, tuple):
+      return lanes
+    return {"attn": lanes[0], "mlp": lanes[1], "mean": 0.5 * (lanes[0] + lanes[1])}[self.config.parallel_final_lane]
+
+  def _join_dense_skips(self, x_BxTxD: jax.Array, sources: list[jax.Array]) -> jax.Array:
+    """Returns x + Σₛ (wₛ·norm(x) / √D + bₛ)·hₛ, hₛ the sources: MUDD (arXiv 2502.12170) in a small form."""
+    weights = self.dense_skip_weights[...] * self.config.model_dim**-0.5
+    gates_BxTxS = linear(rms_norm(x_BxTxD), weights)
+    # Repeated in float32, as in `scaled`, so that its gradient is added up there.
+    gates_BxTxS += jnp.broadcast_to(self.dense_skip_biases[...], gates_BxTxS.shape).astype(x_BxTxD.dtype)
+    return x_BxTxD + sum(gates_BxTxS[..., s, None] * source for s, source in enumerate(sources))
 
   def _join_skip(self, x: jax.Array, skip: jax.Array, j: int) -> jax.Array:
     skip = scaled(skip, self.skip_weights[j])

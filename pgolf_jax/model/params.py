@@ -60,6 +60,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     by_name[f"blocks.{i}.attn.q_gain"] = (H,)
     if m.sparse_attn_gate:
       by_name[f"blocks.{i}.attn.attn_gate_w"] = (H, m.gate_window)
+  # At the end, so that the others' first values stay as they are.
+  if m.value_residual:
+    by_name["value_shares"] = (L,)
+  if m.dense_skips:
+    by_name["dense_skip_weights"], by_name["dense_skip_biases"] = (m.dense_skips + 1, D), (m.dense_skips + 1,)
   return by_name
 
 
@@ -104,11 +109,13 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, key: jax.Ar
       return jnp.stack([jnp.ones(shape[1]), jnp.zeros(shape[1])])
     case "q_gain":
       return jnp.full(shape, config.qk_gain_init)
+    case "value_shares":
+      return jnp.full(shape, 0.5)
     case "attn_gate_w":
       return config.sparse_attn_gate_init_std * jax.random.normal(key, shape)
     case "softcap_pos" | "softcap_neg":
       return jnp.full(shape, config.logit_softcap)
-    case _:  # mlp_down_bank, skip_gates, smear_gate.weight, smear_lambda
+    case _:  # mlp_down_bank, skip_gates, smear_gate.weight, smear_lambda, dense_skip_weights, dense_skip_biases
       return jnp.zeros(shape)
 
 

@@ -182,6 +182,7 @@ def infer(tensors: Tensors, where: str) -> ModelConfig:
     mlp_mult=hidden / width, gate_window=window, skip_gates="skip_gates" in tensors,
     smear_gate="smear_lambda" in tensors, asym_logit_rescale=any(name in tensors for name in SOFTCAPS),
     sparse_attn_gate="blocks.0.attn.attn_gate_w" in tensors, num_loops=0,
+    value_residual="value_shares" in tensors, dense_skips=max(0, len(tensors.get("dense_skip_biases", ())) - 1),
   )  # fmt: skip
   if model.mlp_dim != hidden:  # the quotient was rounded down
     model = dataclasses.replace(model, mlp_mult=(hidden + 0.5) / width)

@@ -243,8 +243,8 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
   # The reference's optimizers skip what has no gradient.
   steps = range(len(case.about["steps"]))
   unused = {name for name in start if not any(f"grads/{k}/{name}" in case.inputs for k in steps)}
-  optimizer = optimizers.make(config, unused=unused)
-  step = _optimizer_program(config, frozenset(unused))
+  optimizer = optimizers.make(config, model=case.settings.model, unused=unused)
+  step = _optimizer_program(config, case.settings.model, frozenset(unused))
   params = {name: jnp.asarray(value) for name, value in start.items()}
   state = optimizer.init(params)
   outputs: Arrays = {}
@@ -259,8 +259,8 @@ def _optimizer(case: Case, mesh: Mesh) -> Arrays:
 
 
 @functools.lru_cache(maxsize=4)
-def _optimizer_program(config: OptimizerConfig, unused: frozenset[str]):
-  optimizer = optimizers.make(config, unused=unused)
+def _optimizer_program(config: OptimizerConfig, model: ModelConfig, unused: frozenset[str]):
+  optimizer = optimizers.make(config, model=model, unused=unused)
 
   @jax.jit
   def step(params, state, grads, lr_scale, momentum):

@@ -118,6 +118,13 @@ class ModelConfig:
   sparse_attn_gate_init_std: float = setting(
     0.0, "SPARSE_ATTN_GATE_INIT_STD", RATE, "standard deviation of that gate's first weights"
   )
+  value_residual: bool = setting(
+    False, "VALUE_RESIDUAL", None, "whether the first layer's values are mixed into those of all later layers"
+  )
+  dense_skips: int = setting(
+    0, "DENSE_SKIPS", INDEX,
+    "layers whose outputs join the embedding's in a sum before the last norm, weighted by token; 0: no sum",
+  )  # fmt: skip
   logit_softcap: float = setting(30.0, "LOGIT_SOFTCAP", POSITIVE, "cap c of the logits z in training: c·tanh(z/c)")
   asym_logit_rescale: bool = setting(
     True, "ASYM_LOGIT_RESCALE", None, "whether evaluation has caps of its own for z > 0 and z ≤ 0"
@@ -141,6 +148,11 @@ class ModelConfig:
     """F, width of the MLP's hidden layer."""
     return int(self.mlp_mult * self.model_dim)
 
+  @property
+  def dense_sources(self) -> tuple[int, ...]:
+    """The layers whose outputs the dense skips take, evenly among all but the last."""
+    return tuple((2 * i + 1) * (self.num_layers - 1) // (2 * self.dense_skips) for i in range(self.dense_skips))
+
   def layer_order(self, looping: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (encoder, decoder): physical layers in the order in which they run. Recipe section 2."""
     layers = list(range(self.num_layers))
@@ -162,6 +174,22 @@ class OptimizerConfig:
   muon_momentum_warmup_steps: int = setting(1500, "MUON_MOMENTUM_WARMUP_STEPS", INDEX, "steps over which μ changes")
   muon_steps: int = setting(5, "MUON_BACKEND_STEPS", INDEX, "polar-express steps, 0 to 5; more count as 5")
   muon_row_normalize: bool = setting(True, "MUON_ROW_NORMALIZE", None, "whether each row is divided by its norm first")
+  muon_column_normalize: bool = setting(
+    False, "MUON_COLUMN_NORMALIZE", None, "whether each column is divided by its norm, after the rows"
+  )
+  muon_heads: int = setting(
+    0, "MUON_HEADS", Range(0, 2**16), "heads that are orthogonalised together; 0: all rows of a matrix"
+  )
+  muon_heads_of: Literal["q", "k", "v", "qk", "kv", "qkv"] = setting(
+    "qk", "MUON_HEADS_OF", None, "whose heads: those of queries, keys or values; all other matrices stay whole"
+  )
+  muon_row_floor: float = setting(
+    0.0, "MUON_ROW_FLOOR", RATE,
+    "least norm of a row of the orthogonalised update, over the norm of the weights' row; 0: none",
+  )  # fmt: skip
+  cautious_decay: Literal["never", "matrices", "all"] = setting(
+    "never", "CAUTIOUS_DECAY", None, "where weights only decay that the step's direction brings nearer to zero"
+  )
   muon_dtype: Literal["bfloat16", "float32"] = setting("bfloat16", None, None, "type of momentum and orthogonalisation")
   embed_lr: float = setting(0.03, "TIED_EMBED_LR", RATE, "learning rate of the embedding")
   embed_wd: float = setting(0.085, "EMBED_WD", RATE, "weight decay of the embedding")
@@ -219,6 +247,16 @@ class TrainConfig:
     (), "MIDRUN_CAP_SCHEDULE", (RATE, SHARE), "further factors on every learning rate, each from its share of the run"
   )
   ema_decay: float = setting(0.9965, "EMA_DECAY", DECAY, "decay of the averaged weights, per step")
+  average_from: float = setting(
+    0.0, "AVERAGE_FROM", DECAY,
+    "progress at which the average begins anew, all steps alike until ema_decay takes over; 0: with the first weights",
+  )  # fmt: skip
+  average_share: float = setting(
+    1.0,
+    "AVERAGE_SHARE",
+    SHARE,
+    "share of the average in the weights that training gives; the last step's have the rest",
+  )
   warmup_steps: int = setting(
     20, "WARMUP_STEPS", INDEX, "steps in each looping mode before the clock starts, which are then undone"
   )

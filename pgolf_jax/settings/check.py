@@ -62,6 +62,10 @@ def _check_model(settings: Settings) -> None:
     f"model.num_kv_heads={m.num_kv_heads} must divide model.num_heads={m.num_heads}; "
     f"{_divisor_near(m.num_heads, m.num_kv_heads)} does.",
   )
+  _require(
+    m.dense_skips < m.num_layers,
+    f"model.dense_skips={m.dense_skips} must be less than the {m.num_layers} layers; the last one needs no skip.",
+  )
   rotating = m.rope_dims or m.head_dim
   _require(
     rotating % 2 == 0 and rotating <= m.head_dim,
@@ -109,7 +113,13 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
     f"train.max_wallclock_seconds={t.max_wallclock_seconds} must exceed "
     f"quantize.reserve_seconds={settings.quantize.reserve_seconds}.",
   )
-  o = settings.optimizer
+  o, m = settings.optimizer, settings.model
+  for kind, heads in (("q", m.num_heads), ("k", m.num_kv_heads), ("v", m.num_kv_heads)):
+    _require(
+      o.muon_heads == 0 or kind not in o.muon_heads_of or heads % o.muon_heads == 0,
+      f"optimizer.muon_heads={o.muon_heads} must divide the {heads} heads of {kind} "
+      f"(optimizer.muon_heads_of={o.muon_heads_of}); {_divisor_near(heads, o.muon_heads)} does.",
+    )
   _require(
     o.lookahead == 0 or o.lookahead_from < o.lookahead_until,
     f"optimizer.lookahead_from={o.lookahead_from} must be less than optimizer.lookahead_until={o.lookahead_until}; or "

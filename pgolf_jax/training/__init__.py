@@ -49,19 +49,22 @@ class StepPlan:
   momentum: float  # Muon's μ
   seq_len_changed: bool  # since the step before
   lookahead: float  # β of `optimizer.with_lookahead`
+  ema_decay: float  # share of the moving average that stays
 
 
 @dataclasses.dataclass
 class Schedule:
   """Turns (step, elapsed seconds) into a StepPlan.
 
-  It remembers when the sequence length last changed and that looping has begun; a checkpoint keeps this (`state`).
+  It remembers when the sequence length last changed, that looping has begun and when the average began anew; a
+  checkpoint keeps this (`state`).
   """
 
   settings: Settings
   seq_len: int | None = None  # of the step before
   changed_at: int | None = None  # step at which the sequence length last changed
   looping: bool = False
+  averaged_since: int | None = None  # step at which the average began anew
 
   @property
   def train(self) -> TrainConfig:
@@ -110,7 +113,16 @@ class Schedule:
     self.looping = self.looping or (self.settings.model.num_loops > 0 and p >= self.train.enable_looping_at)
     optimizer = self.settings.optimizer
     momentum, ahead = muon_momentum(optimizer, step), lookahead(optimizer, p, scale)
-    return StepPlan(p, seq_len, self.looping, scale, momentum, changed, ahead)
+    return StepPlan(p, seq_len, self.looping, scale, momentum, changed, ahead, self._ema_decay(step, p))
+
+  def _ema_decay(self, step: int, progress: float) -> float:
+    """Returns the average's decay at a step: (k − 1) / k at the k-th since it began anew, but at most ema_decay."""
+    if self.averaged_since is None and 0 < self.train.average_from <= progress:
+      self.averaged_since = step
+    if self.averaged_since is None:
+      return self.train.ema_decay
+    before = step - self.averaged_since
+    return min(before / (before + 1), self.train.ema_decay)
 
   def state(self) -> dict[str, int]:
     """Returns what a checkpoint keeps; −1 stands for None."""
@@ -118,6 +130,7 @@ class Schedule:
       "seq_len": -1 if self.seq_len is None else self.seq_len,
       "changed_at": -1 if self.changed_at is None else self.changed_at,
       "looping": int(self.looping),
+      "averaged_since": -1 if self.averaged_since is None else self.averaged_since,
     }
 
   def restore(self, state: dict[str, int]) -> None:
@@ -125,3 +138,5 @@ class Schedule:
     self.seq_len = None if state["seq_len"] < 0 else int(state["seq_len"])
     self.changed_at = None if state["changed_at"] < 0 else int(state["changed_at"])
     self.looping = bool(state["looping"])
+    since = state.get("averaged_since", -1)  # checkpoints of before there was this setting lack it
+    self.averaged_since = None if since < 0 else int(since)

@@ -23,7 +23,7 @@ from pgolf_jax.runtime.distributed import replicated
 from pgolf_jax.runtime.files import Damaged, is_sealed, remove, seal
 from pgolf_jax.runtime.log import log
 from pgolf_jax.training.optimizer import MuonState, pad_stack
-from pgolf_jax.training.step import TrainState, TrainStep
+from pgolf_jax.training.step import TrainState, TrainStep, trained
 
 
 class Checkpoints:
@@ -162,16 +162,17 @@ class Checkpoints:
         raise Damaged(f"The checkpoint of step {step} is damaged: {name} is not what was written.")
 
   def restore_average(self, step: int) -> Params:
-    """Returns the averaged weights alone.
+    """Returns the averaged weights, as `trained` makes them out of what was saved.
 
     Raises:
       Damaged: they are not what was written.
     """
-    progress = self._progress(step)
-    items = ocp.args.Composite(average=ocp.args.StandardRestore(self._abstract.average))
-    average = self._read(step, items).average
-    self._verify(step, TrainState(None, None, average), progress)
-    return average
+    progress, share = self._progress(step), self._step.settings.train.average_share
+    parts = {"average": self._abstract.average} | ({"params": self._abstract.params} if share < 1 else {})
+    read = self._read(step, ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in parts.items()}))
+    saved = TrainState(read.params if share < 1 else None, None, read.average)
+    self._verify(step, saved, progress)
+    return trained(saved.params, saved.average, share)
 
   def close(self) -> None:
     """Waits until everything is written."""

@@ -34,7 +34,7 @@ from pgolf_jax.settings.load import differences, from_dict, to_dict
 from pgolf_jax.training import Schedule, StepPlan
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.figures import curves, learning_rates, speed
-from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep, chosen
+from pgolf_jax.training.step import StepMetrics, TrainState, TrainStep, chosen, trained
 
 Programs = dict[tuple[int, bool], jax.stages.Compiled]
 """(sequence length, looping) → the compiled step."""
@@ -129,7 +129,7 @@ class Trainer:
       "tokens": steps * t.batch_tokens,
       "tokens_per_second": steps * t.batch_tokens / max(self.clock.seconds, 1e-9),
       "parameters": count,
-      "weights": parameters.content_hash(state.average),
+      "weights": parameters.content_hash(trained(state.params, state.average, t.average_share)),
       "devices": self.mesh.size,
       "device": self.mesh.devices.flat[0].device_kind,
       "compile_and_warm_up_seconds": before_clock,
@@ -217,7 +217,8 @@ class Trainer:
         if plan.seq_len_changed and self.settings.data.discard_prefetched:
           self.loader.skip(2)
         tokens = self.loader.step(t.micro_batches // self._world)
-        inputs = self.step.inputs(tokens, plan.lr_scale, plan.momentum, plan.lookahead)
+        numbers = {"lookahead": plan.lookahead, "ema_decay": plan.ema_decay}
+        inputs = self.step.inputs(tokens, plan.lr_scale, plan.momentum, **numbers)
         state, metrics = programs[plan.seq_len, plan.looping](state, inputs)
         step += 1
         # The devices work on this step while the host waits for the one before.

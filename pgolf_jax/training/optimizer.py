@@ -4,7 +4,7 @@ With several devices each orthogonalises its share of a bank's stack: the gradie
 slice of the padded stack (`scatter_stacks`), and its updates are gathered before weight decay and learning rate.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import optax
 
 from pgolf_jax.kernels import polar_express as polar
 from pgolf_jax.model.params import BANKS, SOFTCAPS
-from pgolf_jax.settings import OptimizerConfig
+from pgolf_jax.settings import ModelConfig, OptimizerConfig
 
 _FLOOR = 1e-7  # of a row's norm
 
@@ -52,6 +52,7 @@ class Hyper(NamedTuple):
   grad_clip_norm: Number  # infinite for no limit
   lookahead_decay: Number
   lookahead_rest: Number  # 1 − lookahead_decay
+  muon_row_floor: Number
 
   @classmethod
   def of(cls, config: OptimizerConfig) -> "Hyper":
@@ -79,19 +80,44 @@ def scale_by_adam() -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
 
 
+class HeadGroups(NamedTuple):
+  """Which matrices of a bank are orthogonalised by groups of heads rather than whole."""
+
+  rows: int  # of a group
+  chosen: np.ndarray  # [stack], true for these matrices
+
+
+def head_groups(config: OptimizerConfig, model: ModelConfig) -> dict[str, HeadGroups]:
+  """Returns the groups of every bank that has some."""
+  if config.muon_heads == 0:
+    return {}
+  kinds = {"qo_bank": "qo", "kv_bank": "kv"}
+  chosen = {name: np.repeat([kind in config.muon_heads_of for kind in pair], model.num_layers)
+            for name, pair in kinds.items()}  # fmt: skip
+  return {name: HeadGroups(config.muon_heads * model.head_dim, c) for name, c in chosen.items() if c.any()}
+
+
 def scale_by_muon(
-  *, dtype: jnp.dtype = jnp.bfloat16, steps: int = 5, row_normalize: bool = True
+  *,
+  dtype: jnp.dtype = jnp.bfloat16,
+  steps: int = 5,
+  row_normalize: bool = True,
+  column_normalize: bool = False,
+  groups: Mapping[str, HeadGroups] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Returns orthogonalised Nesterov momentum, applied to each [m, n] of a stack on its own.
 
   M ← μM + g; u = g + μM; each row of u divided by its 2-norm; u ← `polar_express`(u); u ← √max(1, m/n)·u.
-  The step's μ is the extra argument `momentum` of `update`. It differs from `optax.contrib.muon`: rows are normalised
+  The step's μ is the extra argument `momentum` of `update`; where `update` is given the slices that device p of several
+  has, p is its extra argument `part`. It differs from `optax.contrib.muon`: rows are normalised
   first, μ follows a schedule, M is not bias-corrected, and everything runs in one chosen type.
 
   Args:
     dtype: of M and of everything up to the orthogonalised u. In bfloat16 every product and sum is rounded on its own.
     steps: of `polar_express`.
     row_normalize: whether rows are normalised.
+    column_normalize: whether columns are, after the rows.
+    groups: the last two lines hold for each group of heads on its own in the matrices of a bank that it chooses.
 
   Reference: Jordan et al. 2024, "Muon"; Amsel et al. 2025, https://arxiv.org/abs/2505.16932.
   """
@@ -106,30 +132,55 @@ def scale_by_muon(
   def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
-  def direction(u: jax.Array) -> jax.Array:
-    if row_normalize:
-      norm = jnp.maximum(jnp.linalg.norm(wide(u), axis=-1, keepdims=True), _FLOOR)
-      u = rounded(wide(u) / wide(rounded(norm)))
+  def normalized(u: jax.Array, axis: int) -> jax.Array:
+    norm = jnp.maximum(jnp.linalg.norm(wide(u), axis=axis, keepdims=True), _FLOOR)
+    return rounded(wide(u) / wide(rounded(norm)))
+
+  def orthogonal(u: jax.Array) -> jax.Array:
     shape_scale = max(1.0, u.shape[-2] / u.shape[-1]) ** 0.5
     return shape_scale * wide(polar.polar_express(u, steps=steps))
+
+  def direction(name: str, u: jax.Array, part: jax.Array | int) -> jax.Array:
+    if row_normalize:
+      u = normalized(u, axis=-1)
+    if column_normalize:
+      u = normalized(u, axis=-2)
+    if not groups or name not in groups:
+      return orthogonal(u)
+    rows, chosen = groups[name]
+    by_group = orthogonal(u.reshape(-1, rows, u.shape[-1])).reshape(u.shape)
+    if chosen.all():
+      return by_group
+    # A device's slice has matrices of both kinds, which ones depends on the device. Slices past the stack's end are
+    # padding, for which either way gives zeros.
+    chosen = jnp.asarray(np.pad(chosen, (0, -len(chosen) % len(u))))
+    here = jax.lax.dynamic_slice(chosen, (part * len(u),), (len(u),))
+    return jnp.where(here[:, None, None], by_group, orthogonal(u))
 
   def init(params):
     return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params))
 
-  def update(grads, state, params=None, *, momentum, **extra):
+  def update(grads, state, params=None, *, momentum, part=0, **extra):
     del params, extra
     grads = jax.tree.map(lambda g: rounded(wide(g)), grads)
     moments = jax.tree.map(lambda m, g: rounded(wide(rounded(momentum * wide(m))) + wide(g)), state.momentum, grads)
     # PyTorch's `g.add(M, alpha=μ)` rounds μ to the arrays' type and then the sum, but not the product.
     short = wide(rounded(jnp.float32(momentum)))
     nesterov = jax.tree.map(lambda m, g: rounded(wide(g) + short * wide(m)), moments, grads)
-    return jax.tree.map(direction, nesterov), MuonState(moments)
+    return jax.tree_util.tree_map_with_path(lambda path, u: direction(path[-1].key, u, part), nesterov), MuonState(
+      moments
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def make(
-  config: OptimizerConfig, *, unused: Collection[str] = (), axis: str | None = None, axis_size: int = 1
+  config: OptimizerConfig,
+  *,
+  model: ModelConfig | None = None,
+  unused: Collection[str] = (),
+  axis: str | None = None,
+  axis_size: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the whole optimizer over flat parameters.
 
@@ -137,19 +188,29 @@ def make(
   `hyper` (a `Hyper`; the config's where it is not given) and, where the config looks ahead, `lookahead`.
 
   Args:
+    model: whose heads Muon tells apart, where the config asks for that.
     unused: parameters without a path to the loss, which stay as they are: not even decay moves them.
     axis: mesh axis inside `jax.shard_map`; the gradients of banks are then slices made by `scatter_stacks`.
     axis_size: devices along it.
   """
+  if config.muon_heads and model is None:
+    raise ValueError("optimizer.muon_heads needs the model")
   muon = scale_by_muon(
-    dtype=jnp.dtype(config.muon_dtype), steps=config.muon_steps, row_normalize=config.muon_row_normalize
+    dtype=jnp.dtype(config.muon_dtype),
+    steps=config.muon_steps,
+    row_normalize=config.muon_row_normalize,
+    column_normalize=config.muon_column_normalize,
+    groups=head_groups(config, model) if model else None,
   )
   if axis is not None:
     muon = _over_slices(muon, axis, axis_size)
+  if config.muon_row_floor > 0:
+    muon = optax.chain(muon, floor_rows())
+  matrices, rest = config.cautious_decay in ("matrices", "all"), config.cautious_decay == "all"
   groups = {
-    "bank": optax.chain(muon, _decayed_step("matrix_lr", "muon_wd")),
-    "embedding": optax.chain(scale_by_adam(), _decayed_step("embed_lr", "embed_wd")),
-    "scalar": optax.chain(scale_by_adam(), _decayed_step("scalar_lr", "adam_wd")),
+    "bank": optax.chain(muon, _decayed_step("matrix_lr", "muon_wd", cautious=matrices)),
+    "embedding": optax.chain(scale_by_adam(), _decayed_step("embed_lr", "embed_wd", cautious=rest)),
+    "scalar": optax.chain(scale_by_adam(), _decayed_step("scalar_lr", "adam_wd", cautious=rest)),
     "fixed": optax.set_to_zero(),
   }
   whole = optax.partition(groups, lambda params: {n: "fixed" if n in unused else group(n) for n in params})
@@ -201,16 +262,36 @@ def group(name: str) -> str:
   return "embedding" if name == "tok_emb.weight" else "scalar"
 
 
-def _decayed_step(lr: str, decay: str) -> optax.GradientTransformationExtraArgs:
-  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·direction; lr and decay are names of numbers of `hyper`."""
+def floor_rows() -> optax.GradientTransformationExtraArgs:
+  """Returns each row d of a direction as max(1, φ‖w‖ / ‖d‖)·d; w is the weights' row, φ `hyper.muon_row_floor`.
+
+  Reference: modded-nanogpt, record of 2026-06-19 of its optimization track ("RowFloor").
+  """
+
+  def update(directions, state, params, *, hyper, **extra):
+    del extra
+    norm = lambda x: jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    lift = lambda d, w: d * jnp.maximum(1.0, hyper.muon_row_floor * norm(w) / jnp.maximum(norm(d), _FLOOR))  # noqa: E731
+    return jax.tree.map(lift, directions, params), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _decayed_step(lr: str, decay: str, *, cautious: bool) -> optax.GradientTransformationExtraArgs:
+  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·direction; lr and decay are names of numbers of `hyper`.
+
+  Args:
+    cautious: whether only those values decay that the direction brings nearer to zero, https://arxiv.org/abs/2510.12402.
+  """
 
   def update(directions, state, params, *, lr_scale, hyper, **extra):
     del extra
     rate = getattr(hyper, lr) * lr_scale
-    keep = 1.0 - rate * getattr(hyper, decay)
+    fade = rate * getattr(hyper, decay)
+    keep = lambda d, w: 1.0 - jnp.where(d * w > 0, fade, 0.0) if cautious else 1.0 - fade  # noqa: E731
     # The decayed W and the step are each rounded, as in PyTorch. The difference of close numbers is exact, so that
     # `optax.apply_updates` arrives at the same bits.
-    step = lambda d, w: (_rounded(w * keep) - _rounded(rate * d)) - w  # noqa: E731
+    step = lambda d, w: (_rounded(w * keep(d, w)) - _rounded(rate * d)) - w  # noqa: E731
     return jax.tree.map(step, directions, params), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -259,7 +340,7 @@ def _over_slices(inner: optax.GradientTransformationExtraArgs, axis: str, axis_s
     )
 
   def update(slices, state, params, **extra):
-    updates, state = inner.update(slices, state, None, **extra)
+    updates, state = inner.update(slices, state, None, part=jax.lax.axis_index(axis), **extra)
     gather = lambda u, p: jax.lax.all_gather(u, axis, tiled=True)[: p.shape[0]]  # noqa: E731
     return jax.tree.map(gather, updates, params), state
 

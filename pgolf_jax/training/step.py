@@ -79,8 +79,9 @@ class TrainStep:
 
   def __init__(self, settings: Settings, mesh: Mesh):
     self.settings, self.mesh = settings, mesh
+    unused = parameters.without_path(settings.model)
     self.optimizer = optimizers.make(
-      settings.optimizer, unused=parameters.without_path(settings.model), axis=AXIS, axis_size=mesh.size
+      settings.optimizer, model=settings.model, unused=unused, axis=AXIS, axis_size=mesh.size
     )
     self._params = {
       name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in parameters.shapes(settings.model).items()
@@ -116,17 +117,29 @@ class TrainStep:
     """Returns the state before the first step; the moving average starts at the parameters."""
     return self.shared._init(jax.device_put(params, replicated(self.mesh)))
 
-  def inputs(self, tokens_BxT1: np.ndarray, lr_scale: float, momentum: float, lookahead: float = 0.0) -> StepInputs:
-    """Places a step's rows on their devices; every process holds all rows and places those of its devices."""
+  def inputs(
+    self,
+    tokens_BxT1: np.ndarray,
+    lr_scale: float,
+    momentum: float,
+    *,
+    lookahead: float = 0.0,
+    ema_decay: float | None = None,
+  ) -> StepInputs:
+    """Places a step's rows on their devices; every process holds all rows and places those of its devices.
+
+    Args:
+      ema_decay: the settings' where it is not given.
+    """
     rows = place(self.mesh, tokens_BxT1, P(AXIS))
-    return StepInputs(rows, *map(np.float32, (lr_scale, momentum, lookahead)), *self._numbers)
+    decay = self.settings.train.ema_decay if ema_decay is None else ema_decay
+    lr_scale, momentum, lookahead, decay, rest = map(np.float32, (lr_scale, momentum, lookahead, decay, 1 - decay))
+    return StepInputs(rows, lr_scale, momentum, lookahead, self._hyper, decay, rest)
 
   @functools.cached_property
-  def _numbers(self) -> tuple[Hyper, jax.Array, jax.Array]:
+  def _hyper(self) -> Hyper:
     """The arguments that are the same at every step, on the devices."""
-    decay = self.settings.train.ema_decay
-    numbers = Hyper.of(self.settings.optimizer), np.float32(decay), np.float32(1 - decay)
-    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), numbers)
+    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), Hyper.of(self.settings.optimizer))
 
   def trace(self, seq_len: int, looping: bool) -> jax.stages.Traced:
     """Traces step(state, inputs) → (state, metrics) from shapes alone; the state is donated."""
@@ -217,6 +230,13 @@ class TrainStep:
     return TrainState(params, opt_state, average)
 
 
+def trained(params: Params, average: Params, share: float) -> Params:
+  """Returns what training gives: the average, or a mixture with the last parameters in which it has this share."""
+  if share == 1:
+    return average
+  return jax.tree.map(lambda p, a: np.float32(share) * a + np.float32(1 - share) * p, params, average)
+
+
 def structure(settings: Settings) -> Settings:
   """Returns the settings that a step's program is made from, all others at their defaults.
 
@@ -227,11 +247,14 @@ def structure(settings: Settings) -> Settings:
   def kept(section, names):
     return dataclasses.replace(type(section)(), **{name: getattr(section, name) for name in names})
 
-  optimizer = kept(settings.optimizer, ["muon_steps", "muon_row_normalize", "muon_dtype", "clip_scope"])
+  forms = ["steps", "row_normalize", "column_normalize", "heads", "heads_of", "dtype"]
+  optimizer = kept(settings.optimizer, [*(f"muon_{form}" for form in forms), "cautious_decay", "clip_scope"])
+  # Of these a program is made for "some", whatever the number.
+  some = {name: 0.5 if getattr(settings.optimizer, name) > 0 else 0.0 for name in ("lookahead", "muon_row_floor")}
   first_values = {"qk_gain_init", "tied_embed_init_std", "sparse_attn_gate_init_std"}
   return Settings(
     model=kept(settings.model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in first_values]),
-    optimizer=dataclasses.replace(optimizer, lookahead=0.5 if settings.optimizer.lookahead > 0 else 0.0),
+    optimizer=dataclasses.replace(optimizer, **some),
     train=kept(settings.train, ["batch_tokens", "micro_batches", "world_size", "compute_dtype"]),
   )
 

@@ -19,10 +19,13 @@ SMALL = ModelConfig(
   loop_end=1, parallel_start_layer=2, rope_dims=8, tied_embed_init_std=0.5,
 )  # fmt: skip
 
+ADDED = dataclasses.replace(SMALL, value_residual=True, dense_skips=2)
+
 
 @pytest.fixture(scope="module")
 def params():
-  params = parameters.init(SMALL, jax.random.key(0))
+  """Of ADDED, which has all of SMALL."""
+  params = parameters.init(ADDED, jax.random.key(0))
   keys = jax.random.split(jax.random.key(1), len(params))
   return {n: p + 0.2 * jax.random.normal(k, p.shape) for (n, p), k in zip(params.items(), keys, strict=True)}
 
@@ -34,7 +37,8 @@ def test_the_record_has_its_published_size_and_order():
 
 
 def test_module_paths_are_the_names_of_the_recipe(params):
-  assert parameter_names(SMALL) == set(parameters.shapes(SMALL)) == set(params)
+  assert parameter_names(SMALL) == set(parameters.shapes(SMALL))
+  assert parameter_names(ADDED) == set(parameters.shapes(ADDED)) == set(params)
 
 
 def test_initial_values():
@@ -56,24 +60,25 @@ def rows_of_documents(key):
   return jnp.concatenate([fixed[:11].at[0].set(1), middle.at[0].set(1), fixed[11:].at[0].set(1)])[None]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_another_document_changes_nothing_to_the_bit(params, dtype):
+@pytest.mark.parametrize("config, dtype", [(SMALL, jnp.float32), (SMALL, jnp.bfloat16), (ADDED, jnp.bfloat16)])
+def test_another_document_changes_nothing_to_the_bit(params, config, dtype):
   """Attention, smear gate and skips keep documents apart: what differs is only where the text differs."""
 
   @jax.jit
   def hidden(tokens):
     context = packed(tokens, bos_id=1, seq_len=16, looping=True, dtype=dtype)
-    return bind(SMALL, params)(tokens, context).hidden[0]
+    return bind(config, params)(tokens, context).hidden[0]
 
   a, b = (np.asarray(hidden(rows_of_documents(jax.random.key(k))), np.float32) for k in (1, 2))
   same = (a == b).all(axis=1)
   assert same[:11].all() and same[24:].all() and not same[12:24].all()
 
 
-def test_the_future_changes_nothing_to_the_bit(params):
+@pytest.mark.parametrize("config", [SMALL, ADDED])
+def test_the_future_changes_nothing_to_the_bit(params, config):
   tokens = rows_of_documents(jax.random.key(1))
   other = tokens.at[0, 20:].set(5)
-  nll = jax.jit(lambda t: packed_nll(bind(SMALL, params), t, looping=True, seq_len=64, dtype=jnp.float32)[0])
+  nll = jax.jit(lambda t: packed_nll(bind(config, params), t, looping=True, seq_len=64, dtype=jnp.float32)[0])
   a, b = np.asarray(nll(tokens)), np.asarray(nll(other))
   assert (a[:19] == b[:19]).all() and not (a[20:] == b[20:]).all()
 
@@ -99,7 +104,53 @@ def test_every_switch_changes_the_model_and_still_runs(params, switch):
   assert np.isfinite(off).all() and not np.array_equal(off, score(SMALL, params))
 
 
+def activations(config, params):
+  """Every activation of a looped pass over a row of documents, by name."""
+
+  @jax.jit
+  def run(params, tokens):
+    taps = {}
+    context = packed(tokens, bos_id=1, seq_len=16, looping=True, dtype=jnp.float32)
+    bind(config, params)(tokens, context._replace(tap=taps.__setitem__))
+    return taps
+
+  return jax.tree.map(np.asarray, run(params, rows_of_documents(jax.random.key(1))))
+
+
+def test_the_first_layers_values_join_those_of_later_uses(params):
+  config = dataclasses.replace(SMALL, value_residual=True)
+  plain, mixed = activations(SMALL, params), activations(config, params)
+  np.testing.assert_allclose(mixed["00.blocks.0.v"], plain["00.blocks.0.v"], atol=1e-6)
+  share = params["value_shares"][1]
+  wanted = (1 - share) * plain["01.blocks.1.v"] + share * plain["00.blocks.0.v"]
+  np.testing.assert_allclose(mixed["01.blocks.1.v"], wanted, rtol=1e-4, atol=1e-5)
+  assert np.abs(wanted - plain["01.blocks.1.v"]).max() > 0.1
+  still = activations(config, params | {"value_shares": jnp.zeros(3)})
+  np.testing.assert_allclose(still["hidden"], plain["hidden"], atol=1e-5)
+
+
+def test_dense_skips_add_outputs_weighted_by_token(params):
+  config = dataclasses.replace(SMALL, dense_skips=2)
+  assert config.dense_sources == (0, 1)
+  plain, added = activations(SMALL, params), activations(config, params)
+  sources = [plain[name] for name in ("embedding", "00.blocks.0.x", "02.blocks.1.x")]
+  x = 0.5 * (plain["03.blocks.2.lane0"] + plain["03.blocks.2.lane1"])
+  normed = lambda x: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-7)  # noqa: E731
+  gates = normed(x) @ np.asarray(params["dense_skip_weights"]).T / 32**0.5 + np.asarray(params["dense_skip_biases"])
+  wanted = normed(x + sum(gates[..., s, None] * source for s, source in enumerate(sources)))
+  np.testing.assert_allclose(added["hidden"], wanted, rtol=1e-3, atol=1e-4)
+  first = params | {name: jnp.zeros(params[name].shape) for name in ("dense_skip_weights", "dense_skip_biases")}
+  np.testing.assert_allclose(activations(config, first)["hidden"], plain["hidden"], atol=1e-5)
+
+
+def test_what_is_added_leaves_the_other_first_values_alone():
+  with_them, without = (parameters.init(config, jax.random.key(2)) for config in (ADDED, SMALL))
+  assert all(np.array_equal(with_them[name], value) for name, value in without.items())
+  assert (with_them["value_shares"] == 0.5).all() and not with_them["dense_skip_weights"].any()
+
+
 def test_wrong_parameters_are_refused_by_name(params):
+  params = {name: params[name] for name in parameters.shapes(SMALL)}
   parameters.check(SMALL, params)
   with pytest.raises(UserError, match="kv_bank is missing"):
     parameters.check(SMALL, {k: v for k, v in params.items() if k != "kv_bank"})

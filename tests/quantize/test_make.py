@@ -1,13 +1,17 @@
 """Which matrices are quantised; the search for clips, which fills the budget in few attempts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from tiny_model import SETTINGS, random_params, with_quantize, write_data
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
+from pgolf_jax.quantize.artifact import load
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, Rows
 from pgolf_jax.quantize.calibrate import Calibration
-from pgolf_jax.quantize.make import fit, quantize
+from pgolf_jax.quantize.make import fit, make, quantize
 from pgolf_jax.settings import ModelConfig, QuantizeConfig
 
 
@@ -70,3 +74,20 @@ def test_matrices_above_the_limit_are_quantised_and_nothing_else():
 
 def test_the_limit_is_the_recipes_unless_set():
   assert QuantizeConfig().fp16_up_to == 65_536
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "rate"])
+def test_what_the_model_may_have_beside_the_recipe_travels_in_the_artifact(tmp_path, method):
+  write_data(tmp_path / "data")
+  model = dataclasses.replace(SETTINGS.model, value_residual=True, dense_skips=1)
+  rng = np.random.default_rng(0)
+  shapes = {"value_shares": (2,), "dense_skip_weights": (2, model.model_dim), "dense_skip_biases": (2,)}
+  new = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+  made = make(dataclasses.replace(with_quantize(method=method), model=model), random_params() | new, tmp_path / "data")
+  (tmp_path / "artifact").write_bytes(made.data)
+  settings, params = load(tmp_path / "artifact")
+  assert settings.model == model
+  for name, value in new.items():
+    error = np.linalg.norm(params[name] - value) / np.linalg.norm(value)
+    assert error < (1e-3 if method == "gptq" else 0.3), name

@@ -29,7 +29,7 @@ def steps(given, params, rows, devices, betas=(0.0, 0.6, 0.4)):  # noqa: F811
   step = TrainStep(given, data_mesh(jax.devices()[:devices]))
   program, state = step.lower(SEQ_LEN, looping=True).compile(), step.init(params)
   for beta in betas:
-    state, _ = program(state, step.inputs(rows, 0.7, 0.9, beta))
+    state, _ = program(state, step.inputs(rows, 0.7, 0.9, lookahead=beta))
   for x, declared in zip(jax.tree.leaves(state), jax.tree.leaves(step.abstract), strict=True):
     assert (x.shape, x.dtype, x.sharding) == (declared.shape, declared.dtype, declared.sharding)
   return jax.tree.map(np.asarray, state)
