@@ -3,6 +3,7 @@
 import inspect
 
 import jax
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -16,6 +17,15 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 """The layout of one number for each column of such a matrix."""
+
+WARPS = 4
+"""Warps of a warpgroup."""
+
+ROW_PART = 256
+"""Numbers of a row that a warp holds in one register of 8 a thread, and the most that a copy takes along one axis."""
+
+ROWS = plgpu.Layout.TILED(Tiling(((WARPS, 1, ROW_PART), (8,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
+"""The layout of rows of some times `ROW_PART` numbers, [rows, parts, ROW_PART], each row in one warp."""
 
 
 def load(ref, layout) -> jax.Array:

@@ -71,6 +71,7 @@ def items_of(plan: PlanName) -> list[Item]:
   kernels, steps = _ITEMS
   if plan == "A":
     operations = (
+      "residual_norm",
       "rotary_heads",
       "segment_attention",
       "leaky_relu2_mlp",

@@ -102,6 +102,12 @@ def _norm(x):
   return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
+def residual_norm(x, added, add, keep, scale: float):
+  """The sum keep · x + add · added, and its norm times scale."""
+  y = keep.to(x.dtype) * x + add.to(x.dtype) * added
+  return y, _norm(y) * scale
+
+
 def _rotate(x, cos, sin):
   half = cos.shape[-1]
   a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

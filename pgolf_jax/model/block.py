@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp_kernel
 from pgolf_jax.kernels.numerics import rms_norm, scaled
+from pgolf_jax.kernels.residual_norm import residual_norm
 from pgolf_jax.kernels.rotary_heads import rotary_heads
 from pgolf_jax.model.adapters import Adapter, delta
 from pgolf_jax.settings import ModelConfig
@@ -161,9 +162,10 @@ class Block(nnx.Module):
   @jax.named_scope("layer")
   def __call__(self, x: Float[Array, "B T D"], use: LayerUse) -> Float[Array, "B T D"]:
     """Runs one lane: attention, then the MLP on its result."""
-    x = self._mix(x, use)
-    x = x + self._attend(x, use)
-    x = x + self._mlp(x, use)
+    x, n = self._mixed(x, use)
+    a = self._attend(n, use)
+    x, n = residual_norm(x, a, self.attn_scale[...], scale=self.norm_scale)
+    x = x + self._mlp(n, use)
     use.tap("x", x)
     return x
 
@@ -178,21 +180,26 @@ class Block(nnx.Module):
       post: [2, 2], the factor on each output for each lane: post[output, lane], attention's output first.
     """
     lane0, lane1 = lanes
-    a = self._attend(self._mix(lane0, use), use)
-    m = self._mlp(lane1, use)
+    _, n = self._mixed(lane0, use)
+    a = scaled(self._attend(n, use), self.attn_scale[...])
+    m = self._mlp(rms_norm(lane1) * self.norm_scale, use)
     after0 = scaled(lane0, resid[0]) + scaled(a, post[0, 0]) + scaled(m, post[1, 0])
     after1 = scaled(lane1, resid[1]) + scaled(a, post[0, 1]) + scaled(m, post[1, 1])
     use.tap("lane0", after0)
     use.tap("lane1", after1)
     return after0, after1
 
-  def _attend(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    out = self.attn(rms_norm(x) * self.norm_scale, use)
-    use.tap("attn", out)
-    return scaled(out, self.attn_scale[...])
+  def _mixed(self, x: jax.Array, use: LayerUse) -> tuple[jax.Array, jax.Array]:
+    """Returns the lane mixed with the normed embedding, and its norm."""
+    mix = self.resid_mix[...]
+    return residual_norm(x, use.x0, mix[1], mix[0], scale=self.norm_scale)
 
-  def _mlp(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    n = rms_norm(x) * self.norm_scale
+  def _attend(self, n: jax.Array, use: LayerUse) -> jax.Array:
+    out = self.attn(n, use)
+    use.tap("attn", out)
+    return out
+
+  def _mlp(self, n: jax.Array, use: LayerUse) -> jax.Array:
     w, slope = use.weights, self.config.leaky_relu_sq_slope
     if use.observe:
       use.observe(f"blocks.{self.layer}.mlp.fc.weight", n)
@@ -204,7 +211,3 @@ class Block(nnx.Module):
     out = use.adapted("mlp", out, n)
     use.tap("mlp", out)
     return scaled(out, self.mlp_scale[...])
-
-  def _mix(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    mix = self.resid_mix[...]
-    return scaled(x, mix[0]) + scaled(use.x0, mix[1])

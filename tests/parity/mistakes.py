@@ -217,11 +217,11 @@ def no_scale_by_depth(patch, case):
 
 @mistake("forward", "01.blocks.1.q")
 def residual_and_embedding_mixed_the_other_way_round(patch, case):
-  def mix(self, x, use):
+  def mixed(self, x, use):
     factor = self.resid_mix[...]
-    return numerics.scaled(x, factor[1]) + numerics.scaled(use.x0, factor[0])
+    return block.residual_norm(x, use.x0, factor[0], factor[1], scale=self.norm_scale)
 
-  patch.setattr(block.Block, "_mix", mix)
+  patch.setattr(block.Block, "_mixed", mixed)
 
 
 @mistake("forward", "01.blocks.1.q")
