@@ -11,19 +11,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pgolf_jax.kernels import hardware, hopper
+from pgolf_jax.kernels import hopper
 from pgolf_jax.kernels.numerics import EPS
 
-_ROWS = 8
-"""Rows of a tile, which arrive and leave together."""
-_STAGES = 2
-"""Tiles in flight."""
 _WIDTHS = (256, 512)
-_BLOCKS = 2
-"""Thread blocks for each multiprocessor, which share its registers and shared memory."""
 
 
 def obstacle(x_BxTxD, added_BxTxD, add_D, keep_D, *, scale: float) -> str | None:
@@ -31,8 +24,8 @@ def obstacle(x_BxTxD, added_BxTxD, add_D, keep_D, *, scale: float) -> str | None
   if x_BxTxD.dtype not in (jnp.bfloat16, jnp.float16):
     return f"it needs bfloat16 or float16, not {x_BxTxD.dtype}"
   width, rows = x_BxTxD.shape[-1], x_BxTxD.size // x_BxTxD.shape[-1]
-  if width not in _WIDTHS or rows % _ROWS:
-    return f"it needs rows of 256 or 512 numbers, a multiple of {_ROWS} in all, not {rows} of {width}"
+  if width not in _WIDTHS or rows % hopper.TILE_ROWS:
+    return f"it needs rows of 256 or 512 numbers, a multiple of {hopper.TILE_ROWS} in all, not {rows} of {width}"
   return None
 
 
@@ -85,46 +78,11 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def _spread(x: jax.Array, shape: tuple[int, int, int], *axes: int) -> jax.Array:
-  return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, axes), hopper.ROWS)
+  return hopper.spread(x, shape, axes, hopper.ROWS)
 
 
-def _over_tiles(compute, in_refs, out_refs, out_smems, sums):
-  """Runs this thread block's share of the tiles of the arrays, and returns the sums.
-
-  Args:
-    compute: (inputs of four rows, sums) → (outputs of these rows, sums), all in float32.
-    out_smems: two tiles for each output, on their way out.
-  """
-  tiles, *width = in_refs[0].shape
-  tiles //= _ROWS
-  block, blocks = lax.axis_index("block"), lax.axis_size("block")
-
-  def step(index, *refs):
-    *in_smems, sums = refs
-    slot = lax.rem(index[0], 2)
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    for first in range(0, _ROWS, hopper.WARPS):  # the warps take a row each
-      rows = pl.ds(first, hopper.WARPS)
-      inputs = [hopper.load(smem.at[rows], hopper.ROWS).astype(jnp.float32) for smem in in_smems]
-      outputs, sums = compute(*inputs, sums)
-      for smem, value in zip(out_smems, outputs, strict=True):
-        smem[slot, rows] = value.astype(smem.dtype)
-    plgpu.commit_smem()
-    for smem, ref in zip(out_smems, out_refs, strict=True):
-      tile = pl.ds((block + index[0] * blocks) * _ROWS, _ROWS)
-      plgpu.copy_smem_to_gmem(smem.at[slot], ref.at[tile], commit_group=False)
-    plgpu.commit_smem_to_gmem_group()
-    return sums
-
-  sums = plgpu.emit_pipeline(
-    step,
-    grid=(lax.div(tiles - block + blocks - 1, blocks),),
-    in_specs=[plgpu.BlockSpec((_ROWS, *width), lambda i: (block + i * blocks, 0, 0))] * len(in_refs),
-    max_concurrent_steps=_STAGES,
-    init_carry=sums,
-  )(*in_refs)
-  plgpu.wait_smem_to_gmem(0)
-  return sums
+def _lanes(*refs):
+  return [(ref, hopper.ROWS) for ref in refs]
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -136,14 +94,15 @@ def _sum_and_norm(x, added, add, keep, scale):
     factor_refs, out_refs, out_smems = refs[:-4], refs[-4:-2], refs[-2:]
     add_D, keep_D = _read(factor_refs, shape)
 
-    def compute(x_rows, added_rows, sums):
+    def compute(_, x_rows, added_rows, nothing):
       y = _sum(x_rows, added_rows, add_D, keep_D, x.dtype)
-      return (y, y * _spread(_inverse_norm(y) * scale, shape, 0)), sums
+      return (y, y * _spread(_inverse_norm(y) * scale, shape, 0)), nothing
 
-    _over_tiles(compute, (x_ref, added_ref), out_refs, out_smems, ())
+    hopper.over_rows(compute, _lanes(x_ref, added_ref), list(zip(out_refs, out_smems, strict=True)))
 
   like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-  return plgpu.kernel(kernel, out_type=(like, like), scratch_types=_leaving(x), **_grid(x))(x, added, *factors)
+  scratch, grid = (hopper.leaving(x),) * 2, hopper.rows_grid(len(x))
+  return plgpu.kernel(kernel, out_type=(like, like), scratch_types=scratch, **grid)(x, added, *factors)
 
 
 @functools.partial(jax.jit, static_argnums=6)
@@ -160,7 +119,7 @@ def _gradients(x, added, add, keep, dy, dn, scale):
     out_refs, sum_refs, (*out_smems, sum_smem) = refs[:2], refs[2:][:count], refs[2 + count :]
     add_D, keep_D = _read(factor_refs, shape)
 
-    def compute(x_rows, added_rows, dy_rows, dn_rows, sums):
+    def compute(_, x_rows, added_rows, dy_rows, dn_rows, sums):
       y = _sum(x_rows, added_rows, add_D, keep_D, x.dtype)
       norm = _inverse_norm(y)
       along = _mean(dn_rows * y) * norm * norm
@@ -169,16 +128,17 @@ def _gradients(x, added, add, keep, dy, dn, scale):
       return (d if keep_D is None else d * keep_D, d * add_D), sums
 
     zeros = tuple(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), hopper.ROWS) for _ in factors)
-    sums = _over_tiles(compute, (x_ref, added_ref, dy_ref, dn_ref), out_refs, out_smems, zeros)
+    inputs, outputs = _lanes(x_ref, added_ref, dy_ref, dn_ref), list(zip(out_refs, out_smems, strict=True))
+    sums = hopper.over_rows(compute, inputs, outputs, zeros)
     for total, ref in zip(sums, sum_refs, strict=True):
       sum_smem[...] = total
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(sum_smem, ref.at[lax.axis_index("block")])
       plgpu.wait_smem_to_gmem(0)
 
-  like, grid = jax.ShapeDtypeStruct(x.shape, x.dtype), _grid(x)
+  like, grid = jax.ShapeDtypeStruct(x.shape, x.dtype), hopper.rows_grid(len(x))
   sums = jax.ShapeDtypeStruct((*grid["grid"], *shape), jnp.float32)
-  scratch = (*_leaving(x), plgpu.SMEM(shape, jnp.float32))
+  scratch = (*[hopper.leaving(x)] * 2, plgpu.SMEM(shape, jnp.float32))
   call = plgpu.kernel(kernel, out_type=(like, like, *[sums] * count), scratch_types=scratch, **grid)
   return call(x, added, dy, dn, *factors)
 
@@ -191,16 +151,3 @@ def _read(factor_refs, shape: tuple[int, int, int]) -> tuple[jax.Array, jax.Arra
   """Returns the factors of what is added and of x, repeated over rows; the second is None where there is none."""
   factors = [_spread(hopper.load(ref, hopper.ROWS.reduce(0)), shape, 1, 2) for ref in factor_refs]
   return (*factors, None)[:2]
-
-
-def _leaving(x: jax.Array) -> tuple[plgpu.SMEM, plgpu.SMEM]:
-  """Two tiles for each of two outputs, on their way out."""
-  return (plgpu.SMEM((2, _ROWS, *x.shape[1:]), x.dtype),) * 2
-
-
-def _grid(x: jax.Array) -> dict:
-  return {
-    "grid": (min(_BLOCKS * hardware.target().cores, x.shape[0] // _ROWS),),
-    "grid_names": ("block",),
-    "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-  }
