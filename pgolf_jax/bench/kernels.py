@@ -13,6 +13,7 @@ import numpy as np
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.kernels import Choice, softcapped_xent
+from pgolf_jax.kernels import gated_xsa as xsa
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
 from pgolf_jax.kernels import residual_norm as norm
@@ -26,6 +27,7 @@ Operation = Literal[
   "residual_norm",
   "rotary_heads",
   "segment_attention",
+  "gated_xsa",
   "leaky_relu2_mlp",
   "softcapped_xent",
   "linear_softcapped_xent",
@@ -282,6 +284,17 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     lambda torch, q, k, v, start: torch.segment_attention(*(x.flatten(0, 1) for x in (q, k, v)), lengths),
     (4 * pairs * H * C, 14 * pairs * H * C),
     (num_bytes, 3 * num_bytes),
+    (0, 1, 2),
+  )
+  gate = normal(B, T, H)
+  yield Case(
+    "gated_xsa",
+    (q, v, gate),
+    partial(xsa.gated_xsa, scale=0.5),
+    partial(xsa.OPERATION.choose, q, v, gate, scale=0.5),
+    lambda torch, *arguments: torch.gated_xsa(*arguments, 0.5),
+    (0, 0),
+    (size * tokens * (2 * H * C + K * C + H), size * tokens * (5 * H * C + 3 * K * C + 3 * H)),
     (0, 1, 2),
   )
   x, up, down = normal(tokens, D), normal(F, D, scale=D**-0.5), normal(D, F, scale=F**-0.5)
