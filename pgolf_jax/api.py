@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgolf_jax import stages as run_stages
+from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import Position, RawBatch, RawDocument
 from pgolf_jax.data.encode import Encoder
 from pgolf_jax.data.folder import Sources, locate, locate_prepared, prepare_files
@@ -50,8 +51,8 @@ def prepare(out: str | Path, train: str | Path | None = None, **options: Any) ->
   Args:
     out: folder to make; `settings(data__path=out)` trains on it.
     train: documents, a .jsonl or .jsonl.zst file or a folder of .txt files; the built-in speeches if not given.
-    **options: `val`, `val_docs`, `val_every`, `tokenizer`, `vocab_size`, `caseops`, `shard_tokens`, `max_document` and
-      `workers`, see `pgolf data prepare --help`.
+    **options: `val`, `val_docs`, `val_every`, `tokenizer`, `vocab_size`, `caseops`, `caseops_markers`, `shard_tokens`,
+      `max_document` and `workers`, see `pgolf data prepare --help`.
 
   Returns:
     What the folder holds.
@@ -286,7 +287,7 @@ class Model:
       UserError: a text is empty, or no text is given.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    data = encode(texts, self.tokenizer, is_caseops=self.config.data.caseops)
+    data = encode(texts, self.tokenizer, self.config.data.markers)
     with quietly():
       if ttt:
         nll_N = adaptation.evaluate(self.config, self._placed, data, self._mesh, programs=self._programs).nll_N
@@ -362,7 +363,7 @@ def load(path: str | Path, tokenizer: str | Path | None = None, weights: Weights
       return Model(subject, None, str(error))
 
 
-def encode(texts: Sequence[str], tokenizer: Tokenizer, *, is_caseops: bool) -> ValidationData:
+def encode(texts: Sequence[str], tokenizer: Tokenizer, markers: Markers) -> ValidationData:
   """Returns texts as a stream of documents with their byte sidecar, as `prepare` would lay them out for validation.
 
   Raises:
@@ -376,6 +377,6 @@ def encode(texts: Sequence[str], tokenizer: Tokenizer, *, is_caseops: bool) -> V
       documents.append(RawDocument(f"text {number}", 0, text.encode()))
     except (UnicodeEncodeError, AttributeError) as error:
       raise UserError(f"text {number} cannot be scored ({error}); give strings of whole Unicode characters.") from error
-  encoder = Encoder(tokenizer, is_caseops=is_caseops, held_out=None)
+  encoder = Encoder(tokenizer, markers=markers, held_out=None)
   batch = encoder(RawBatch(Position(), documents, 0))
   return ValidationData(batch.tokens_N.astype(np.int32), batch.bytes_N.astype(np.int32))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import Stopped, UserError
+from pgolf_jax.report.statistics import paired
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.files import write_json
@@ -170,7 +171,8 @@ def summary(folder: Path) -> dict:
   """Returns the results of a set: every run, and for each configuration n, mean, deviation and best of each score.
 
   A configuration is all settings but the seed; it is named by the settings in which the set's runs differ. Deviations
-  are those of samples, None for one run; scores are bits per byte.
+  are those of samples, None for one run; scores are bits per byte. Differences are those from the first configuration,
+  paired by seed: mean, standard error, number of seeds and Student's two-sided p.
   """
   found = {}
   for path in sorted(folder.iterdir()):
@@ -188,14 +190,33 @@ def summary(folder: Path) -> dict:
     chosen = {key: texts[name].get(key) for key in varied}
     rows.append({"run": name, "seed": run.settings.seed, "settings": chosen, "bpb": scores})
     configurations.setdefault(tuple(chosen.values()), []).append(rows[-1])
+  first = next(iter(configurations.values()), [])
   return {
     "set": folder.name,
     "runs": rows,
     "configurations": [
-      {"settings": group[0]["settings"], "runs": [row["run"] for row in group], "scores": _scores(group)}
+      {
+        "settings": group[0]["settings"],
+        "runs": [row["run"] for row in group],
+        "scores": _scores(group),
+        "differences": {} if group is first else _differences(first, group),
+      }
       for group in configurations.values()
     ],
   }
+
+
+def _differences(first: Sequence[dict], rows: Sequence[dict]) -> dict[str, dict]:
+  """Score's name → how much higher it is than in the first configuration, over the seeds that both have."""
+  by_seed = {row["seed"]: row["bpb"] for row in first}
+  differences = {}
+  for name in SCORES.values():
+    pairs = [(row["bpb"], by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
+    both = [(base[name], score[name]) for score, base in pairs if name in score and name in base]
+    if both:
+      difference = paired(*zip(*both, strict=True))
+      differences[name] = {key: getattr(difference, key) for key in ("mean", "error", "count", "p")}
+  return differences
 
 
 def _scores(rows: Sequence[dict]) -> dict[str, dict]:
@@ -229,10 +250,21 @@ def table(found: dict, width: int | None = None) -> str:
     name = " ".join(f"{labels[key]}={value}" for key, value in group["settings"].items()) or found["set"]
     for score, s in group["scores"].items():
       deviation = "" if s["deviation"] is None else f"± {s['deviation']:.5f}"
-      rows.append([name, score, str(s["n"]), f"{s['mean']:.5f}", deviation, f"{s['best']:.5f}", s["best_run"]])
+      gap = _gap(group["differences"].get(score))
+      rows.append([name, score, str(s["n"]), f"{s['mean']:.5f}", deviation, *gap, f"{s['best']:.5f}", s["best_run"]])
     if not group["scores"]:
-      rows.append([name, "no score yet", *[""] * 5])
-  head = ["configuration", "bits per byte", ">n", ">mean", ">deviation", ">best", "best run"]
+      rows.append([name, "no score yet", *[""] * 7])
+  head = ["configuration", "bits per byte", ">n", ">mean", ">deviation", ">Δ by seed", ">p", ">best", "best run"]
+  shown = [i for i, name in enumerate(head) if any(row[i] for row in rows) or name not in (">Δ by seed", ">p")]
+  head, *rows = ([line[i] for i in shown] for line in (head, *rows))
   text = Table(head, rows).text(line_width() if width is None else width)
   failures = [f"failed: {name}: {reason}" for name, reason in found.get("failed", {}).items()]
   return "\n".join([text, *failures])
+
+
+def _gap(difference: dict | None) -> tuple[str, str]:
+  """A difference ± its standard error, and its p."""
+  if difference is None:
+    return "", ""
+  error = "" if difference["error"] is None else f" ± {difference['error']:.5f}"
+  return f"{difference['mean']:+.5f}{error}", "" if difference["p"] is None else f"{difference['p']:.1g}"

@@ -76,3 +76,17 @@ def random_documents(lengths: list[int], seed: int = 0) -> ValidationData:
     parts.append(np.concatenate([[SETTINGS.model.bos_id], body]))
   tokens = np.concatenate(parts).astype(np.int32)
   return ValidationData(tokens, np.where(tokens == SETTINGS.model.bos_id, 0, 1 + tokens % 5).astype(np.int32))
+
+
+def chained_documents(lengths: list[int], seed: int = 0) -> ValidationData:
+  """Documents of few tokens, each followed by one of two: contexts come again and again, and hints are often wrong."""
+  rng = np.random.default_rng(seed)
+  successors = rng.integers(2, 18, (48, 2))
+  tokens = []
+  for length in lengths:
+    tokens += [SETTINGS.model.bos_id, int(rng.integers(2, 18))]
+    tokens += [0] * (length - 2)
+    for i in range(len(tokens) - length + 2, len(tokens)):
+      tokens[i] = int(successors[tokens[i - 1], int(rng.random() < 0.3)])
+  tokens = np.array(tokens, np.int32)
+  return ValidationData(tokens, np.where(tokens == SETTINGS.model.bos_id, 0, 1 + tokens % 5).astype(np.int32))

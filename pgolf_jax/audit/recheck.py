@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,13 +21,26 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring import record
 from pgolf_jax.scoring.documents import Document, find_documents
+from pgolf_jax.scoring.hints import SHARES
 from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores, WeightsEvent
+from pgolf_jax.scoring.strength import SHIFTS, SLOPES
 from pgolf_jax.settings import Settings
 
 _TILT_ERROR = 5e-5  # nats; scores are float32 numbers of up to some tens of nats
 _PROBABILITY_ERROR = 1e-4
 _SUM_ERROR = 1e-9  # of a sum, relative; both are float64 sums of the same numbers
 _PRINTED_ERROR = 5.1e-6  # bits per byte, of a figure printed with five digits
+
+
+_BLOCK = 1 << 16  # targets whose strengths are computed at once
+
+
+class Hinted(NamedTuple):
+  """The hint of each target of a stream."""
+
+  ids_N: np.ndarray  # the token hinted at; 0 where the gate is shut
+  gate_N: np.ndarray
+  kind_N: np.ndarray  # 0 where the gate is shut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,40 +83,78 @@ class Subject:
     return [self._named(event) for event in self.trace if isinstance(event, ScoreEvent)]
 
   @functools.cached_property
-  def _hints_of_run(self) -> tuple[np.ndarray, np.ndarray]:
+  def _hints_of_run(self) -> "Hinted":
     return self._count(self.data.tokens)
 
-  def hints(self, tokens_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (token hinted at, gate) of each target of a stream whose documents are counted in the trace's order."""
+  def hints(self, tokens_N1: np.ndarray) -> "Hinted":
+    """Returns the hints of a stream whose documents are counted in the trace's order."""
     return self._hints_of_run if tokens_N1 is self.data.tokens else self._count(tokens_N1)
 
-  def _count(self, tokens_N1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    ids_N, gate_N = np.zeros(len(tokens_N1) - 1, np.int32), np.zeros(len(tokens_N1) - 1, bool)
+  def _in_order(self) -> list[Document]:
+    """Documents in the order in which they are counted."""
+    return [document for event in self.trace if isinstance(event, HintsEvent) for document in self._named(event)]
+
+  def _count(self, tokens_N1: np.ndarray) -> "Hinted":
+    targets = len(tokens_N1) - 1
+    hinted = Hinted(np.zeros(targets, np.int32), np.zeros(targets, bool), np.zeros(targets, np.int16))
     if not self.settings.hints.enabled:
-      return ids_N, gate_N
+      return hinted
     if self.settings.ttt.order == "reference":
       # As published: one pass over the stream, its first target in place of its first token.
-      parts = [(slice(0, len(ids_N)), np.append(tokens_N1[1:2], tokens_N1[1:]))]
+      parts = [(slice(0, targets), np.append(tokens_N1[1:2], tokens_N1[1:]))]
     else:
-      counted = [document for event in self.trace if isinstance(event, HintsEvent) for document in self._named(event)]
-      parts = [(d.target_slice, tokens_N1[d.start : d.start + d.length]) for d in counted]
+      parts = [(d.target_slice, tokens_N1[d.start : d.start + d.length]) for d in self._in_order()]
     # Not by the evaluator's own functions: whoever bends those must not bend the audit with them.
     config = self.settings.hints
-    counts = NgramState(
-      config.order,
-      threshold=config.threshold,
-      mode=config.table,
-      vocab_size=self.settings.model.vocab_size,
-      expected=len(ids_N),
-      threads=os.cpu_count() or 1,
-    )
-    for targets, text in parts:
-      if len(text) and counts.last != text[0]:
-        counts.seed(np.ascontiguousarray(text[:1]))
-      ids, gate = counts.update(np.ascontiguousarray(text[1:]))
-      gate |= config.table == "reference" and config.threshold <= 0  # a confidence of 0 passes, as published
-      ids_N[targets], gate_N[targets] = ids * gate, gate
-    return ids_N, gate_N
+    for place, order in enumerate(config.orders):
+      counts = NgramState(
+        order,
+        threshold=config.threshold,
+        mode=config.table,
+        vocab_size=self.settings.model.vocab_size,
+        expected=targets,
+        threads=os.cpu_count() or 1,
+      )
+      for where, text in parts:
+        if len(text) and counts.last != text[0]:
+          counts.seed(np.ascontiguousarray(text[:1]))
+        share = np.zeros(len(text) - 1, np.float32)
+        ids, gate = counts.update(np.ascontiguousarray(text[1:]), confidence=share)
+        gate |= config.table == "reference" and config.threshold <= 0  # a confidence of 0 passes, as published
+        new = gate & ~hinted.gate_N[where]
+        hinted.ids_N[where][new], hinted.gate_N[where][new] = ids[new], True
+        hinted.kind_N[where][new] = place * (len(SHARES) + 1) + np.searchsorted(SHARES, share[new], side="right")
+    return hinted
+
+  def boosts(self, scores: Scores, tokens_N1: np.ndarray) -> np.ndarray:
+    """Returns the strength β of every tilt, in nats; where it is learnt, as the hints before it and their scores say.
+
+    Args:
+      scores: of the stream. A target's strength does not depend on its own score, nor on later ones.
+      tokens_N1: the stream.
+    """
+    config, (hint_N, gate_N, kind_N) = self.settings.hints, self.hints(tokens_N1)
+    boost_N = np.full(len(hint_N), np.float32(config.boost), np.float64)
+    if config.strength == "fixed" or not gate_N.any():
+      return boost_N
+    target_M = np.concatenate([np.arange(d.target_slice.start, d.target_slice.stop) for d in self._in_order()])
+    target_M = target_M[gate_N[target_M]]
+    for kind in np.unique(kind_N[target_M]):
+      evidence_E = np.zeros(len(SLOPES) * len(SHIFTS))
+      of_kind = target_M[kind_N[target_M] == kind]
+      for at in np.split(of_kind, range(_BLOCK, len(of_kind), _BLOCK)):
+        hint_nll = np.maximum(scores.hint_nll_N[at].astype(np.float64), 1e-30)
+        odds = np.clip(-hint_nll - np.log(-np.expm1(-hint_nll)), -16, 16)
+        is_right, q = hint_N[at] == tokens_N1[at + 1], 1 / (1 + np.exp(-odds))
+        expert_Exm = np.stack([1 / (1 + np.exp(-(a * odds + b))) for a in SLOPES for b in SHIFTS])
+        told_Exm = np.log(np.where(is_right, expert_Exm / q, (1 - expert_Exm) / (1 - q)))
+        after_Exm = evidence_E[:, None] + np.cumsum(told_Exm, axis=1)
+        before_Exm = np.column_stack([evidence_E, after_Exm[:, :-1]])
+        weight_Exm = np.exp(before_Exm - before_Exm.max(axis=0))
+        mixed = (weight_Exm * expert_Exm).sum(axis=0) / weight_Exm.sum(axis=0)
+        boost_N[at] = np.log(mixed / (1 - mixed)) - odds
+        evidence_E = after_Exm[:, -1]
+    return boost_N
 
   def _named(self, event: Event) -> list[Document]:
     if not all(0 <= index < len(self.documents) for index in event.documents):
@@ -169,8 +221,8 @@ def tilts(subject: Subject, scores: Scores, where_N: np.ndarray, tokens_N1: np.n
   """
   name = "hints and tilts recomputed"
   tokens_N1 = subject.data.tokens if tokens_N1 is None else tokens_N1
-  hint_N, gate_N = subject.hints(tokens_N1)
-  beta = float(np.float32(subject.settings.hints.boost))
+  hint_N, gate_N, _ = subject.hints(tokens_N1)
+  beta_N = subject.boosts(scores, tokens_N1)
   is_right_N = gate_N & (hint_N == tokens_N1[1:])
   model_N, hint_nll_N = scores.model_nll_N.astype(np.float64), scores.hint_nll_N.astype(np.float64)
 
@@ -184,7 +236,7 @@ def tilts(subject: Subject, scores: Scores, where_N: np.ndarray, tokens_N1: np.n
 
   with np.errstate(invalid="ignore", over="ignore"):
     q_N = np.exp(-np.maximum(hint_nll_N, 0))
-    expected_N = model_N - beta * is_right_N + np.log((1 - q_N) + q_N * math.exp(beta))
+    expected_N = model_N - beta_N * is_right_N + np.log((1 - q_N) + q_N * np.exp(beta_N))
     apart_N = np.abs(scores.nll_N - expected_N)
     p_N = np.exp(-model_N)
     broken = (
@@ -220,7 +272,7 @@ def sums(subject: Subject, folder: Path, reported: dict | None) -> Iterator[Chec
     "bpb_without_hints": float(scores.model_nll_N.sum(dtype=np.float64)) / math.log(2) / max(text_bytes, 1),
     "targets": len(scores.nll_N),
     "bytes": text_bytes,
-    "gated": int(subject.hints(subject.data.tokens)[1].sum()),
+    "gated": int(subject.hints(subject.data.tokens).gate_N.sum()),
     "order": subject.settings.ttt.order,
     "method": subject.settings.ttt.method,
   }

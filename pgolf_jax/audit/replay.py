@@ -88,7 +88,7 @@ def draw_cuts(subject: Subject, count: int, *, fast: bool = False) -> list[Cut]:
 def _cut(subject: Subject, batch: int, rng: np.random.Generator) -> Cut:
   tokens_N1, bytes_N1 = subject.data
   bos, targets = subject.settings.model.bos_id, len(tokens_N1) - 1
-  hint_N, gate_N = subject.hints(tokens_N1)
+  hint_N, gate_N, _ = subject.hints(tokens_N1)
   is_wrong_N = gate_N & (hint_N != tokens_N1[1:]) & (hint_N != bos)
   later_N, earlier_N, cut = np.zeros(targets, bool), np.zeros(targets, bool), []
   for documents in subject.batches[:batch]:
@@ -182,10 +182,11 @@ def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[C
 
 
 def _moved(subject: Subject, base: Scores, outcome: Outcome) -> np.ndarray:
-  """Returns which earlier scores are not equal to the bit; tilted ones where the hint is the same."""
+  """Returns which earlier scores are not equal to the bit; tilted ones where hint and strength are the same."""
   cut, scores = outcome
-  (hint_N, gate_N), (other_N, opened_N) = subject.hints(subject.data.tokens), subject.hints(cut.data.tokens)
+  (hint_N, gate_N, _), (other_N, opened_N, _) = subject.hints(subject.data.tokens), subject.hints(cut.data.tokens)
   same_N = (gate_N == opened_N) & (hint_N == other_N)
+  same_N &= subject.boosts(base, subject.data.tokens) == subject.boosts(scores, cut.data.tokens)
   moved_N = scores.model_nll_N != base.model_nll_N
   moved_N |= same_N & (scores.nll_N != base.nll_N)
   moved_N |= same_N & gate_N & (scores.hint_nll_N != base.hint_nll_N)
@@ -203,7 +204,7 @@ def sample_targets(subject: Subject, cuts: Sequence[Cut]) -> np.ndarray:
   for target in at_cuts:
     is_near[max(target - _largest_chunk(subject.settings), 0) : target + _largest_chunk(subject.settings)] = True
   places = places[~is_near[places]]
-  _, gate_N = subject.hints(subject.data.tokens)
+  gate_N = subject.hints(subject.data.tokens).gate_N
   tilted = places[gate_N[places]]
   extra = [rng.choice(x, min(len(x), _EXTRA_SAMPLES // 2), replace=False) for x in (tilted, places) if len(x)]
   return np.unique(np.concatenate([at_cuts, *extra]))
@@ -211,7 +212,7 @@ def sample_targets(subject: Subject, cuts: Sequence[Cut]) -> np.ndarray:
 
 def put_likely_tokens(subject: Subject, cuts: Sequence[Cut], samples: dict[int, np.ndarray]) -> list[Cut]:
   """Returns cuts with the most probable token in place of every other target: where a cheat gains most, if it is so."""
-  hint_N, gate_N = subject.hints(subject.data.tokens)
+  hint_N, gate_N, _ = subject.hints(subject.data.tokens)
   changed = []
   for cut in cuts:
     tokens_N1, bytes_N1 = cut.data.tokens.copy(), cut.data.token_bytes
@@ -239,7 +240,7 @@ def full(subject: Subject, samples: dict[int, np.ndarray]) -> Check:
   targets = np.array(sorted(samples))
   logp = np.stack([samples[int(t)] for t in targets]).astype(np.float64)
   token = subject.data.tokens[targets + 1]
-  hint_N, gate_N = subject.hints(subject.data.tokens)
+  hint_N, gate_N, _ = subject.hints(subject.data.tokens)
   hint, gate = hint_N[targets], gate_N[targets]
   at = np.arange(len(targets))
   off = np.abs(np.exp(logp).sum(axis=1) - 1)
@@ -269,8 +270,8 @@ def full(subject: Subject, samples: dict[int, np.ndarray]) -> Check:
 def fixed_before(subject: Subject, samples: dict[int, np.ndarray], outcomes: Sequence[Outcome]) -> Check:
   """A token put in place of a target is scored with the probability that the run had given it before."""
   name, limit = "a score is that of a distribution fixed before", _SAME_MACHINE[subject.settings.train.compute_dtype]
-  hint_N, gate_N = subject.hints(subject.data.tokens)
-  beta, compared, tilted, apart = float(np.float32(subject.settings.hints.boost)), 0, 0, 0.0
+  hint_N, gate_N, _ = subject.hints(subject.data.tokens)
+  beta_N, compared, tilted, apart = subject.boosts(subject.scores, subject.data.tokens), 0, 0, 0.0
   for cut, scores in outcomes:
     for t, token in zip(cut.targets.tolist(), cut.new_tokens.tolist(), strict=True):
       is_hint = gate_N[t] and token == hint_N[t]
@@ -279,7 +280,7 @@ def fixed_before(subject: Subject, samples: dict[int, np.ndarray], outcomes: Seq
       elif t in samples:
         expected = -float(samples[t][token])
         if gate_N[t]:
-          expected -= _log_normalizer(float(subject.scores.hint_nll_N[t]), beta)
+          expected -= _log_normalizer(float(subject.scores.hint_nll_N[t]), beta_N[t])
       else:
         continue
       compared, tilted = compared + 1, tilted + bool(gate_N[t])
@@ -296,8 +297,9 @@ def fixed_before(subject: Subject, samples: dict[int, np.ndarray], outcomes: Seq
 
 def _tilted_hint(subject: Subject, scores: Scores, targets: np.ndarray) -> np.ndarray:
   """Nats of the hint after the tilt towards it."""
-  beta, hint_nll = float(np.float32(subject.settings.hints.boost)), scores.hint_nll_N[targets].astype(np.float64)
-  return hint_nll - beta + np.array([_log_normalizer(nll, beta) for nll in hint_nll])
+  beta = subject.boosts(scores, subject.data.tokens)[targets]
+  hint_nll = scores.hint_nll_N[targets].astype(np.float64)
+  return hint_nll - beta + np.array([_log_normalizer(*pair) for pair in zip(hint_nll, beta, strict=True)])
 
 
 def _log_normalizer(hint_nll: float, beta: float) -> float:

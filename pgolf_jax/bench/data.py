@@ -47,7 +47,8 @@ def data(
     held_out_from, holdout = (open_corpus(val), Holdout(None)) if val else (None, holdout)
     model = tokenizer or ensure_default_data(folder / "default", 1024) / TOKENIZER
     pieces = Tokenizer.load(model)
-    preparation = Preparation(corpus, held_out_from, holdout, pieces, pieces.vocab_size, pieces.has_caseops)
+    markers = "published" if pieces.has_caseops else "none"
+    preparation = Preparation(corpus, held_out_from, holdout, pieces, pieces.vocab_size, markers)
     ways = [_whole(preparation, folder, processes) for processes in dict.fromkeys((workers, 1))]
     ways += _parts(_sample(corpus, sample_mb * 1e6), model, workers)
     measurements, notes = harness.measure(ways, repeats, warmups=0)

@@ -1,6 +1,6 @@
 """`pgolf bench`: every benchmark, by its module's name."""
 
-from pgolf_jax.bench import compress, data, gpu_day, kernels, ngram, quantize, step, ttt
+from pgolf_jax.bench import compress, data, gpu_day, kernels, ngram, quantize, scoring, step, ttt
 from pgolf_jax.cli.artifact import read_run
 from pgolf_jax.settings.arguments import Defaults
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "data": data.COMMAND,
     "ngram": ngram.COMMAND,
     "compress": compress.COMMAND,
+    "scoring": scoring.COMMAND,
     "quantize": Defaults(quantize.COMMAND, read_run, example="runs/demo"),
   }
 }

@@ -1,6 +1,7 @@
 """`pgolf data`: preparing, downloading and checking the text."""
 
 from pathlib import Path
+from typing import Literal
 
 from pgolf_jax.settings.arguments import Positional
 
@@ -14,6 +15,7 @@ def prepare(
   tokenizer: Path | None = None,
   vocab_size: int | None = None,
   caseops: bool = True,
+  caseops_markers: Literal["published", "before-space"] = "published",
   shard_tokens: int = 100_000_000,
   max_document: int = 1 << 26,
   workers: int | None = None,
@@ -34,6 +36,8 @@ def prepare(
     tokenizer: SentencePiece model to use; a lossless one is trained on the training documents if not given.
     vocab_size: pieces of the tokenizer; 8192 if one is trained and this is not given.
     caseops: rewrite capitals by CaseOps first.
+    caseops_markers: where the marker of a capitalised word goes: behind the space in front of the word (published), or
+      before that space, so that words with and without capitals share their pieces (before-space).
     shard_tokens: tokens of a shard.
     max_document: bytes of the longest document; a longer one is an error that names it.
     workers: processes; one per core if not given.
@@ -42,7 +46,19 @@ def prepare(
 
   prepare_files(
     out,
-    Sources(train, val, val_docs, val_every, tokenizer, vocab_size, caseops, shard_tokens, max_document, workers),
+    Sources(
+      train,
+      val,
+      val_docs,
+      val_every,
+      tokenizer,
+      vocab_size,
+      caseops,
+      caseops_markers,
+      shard_tokens,
+      max_document,
+      workers,
+    ),
   )
   inspect(out)
 
@@ -69,6 +85,8 @@ def inspect(folder: Positional[Path]) -> None:
 
 
 def _facts(contents):
+  from pgolf_jax.data.caseops import IN_WORDS
+
   val = next((split for split in contents.splits if split.name == "val"), None)
   if contents.sidecar_bytes is not None and val:
     per_token = contents.sidecar_bytes / max(val.tokens, 1)
@@ -83,6 +101,7 @@ def _facts(contents):
   else:
     yield "tokenizer", "none"
   if manifest := contents.manifest:
+    yield "rewriting", IN_WORDS[manifest.markers]
     lost = manifest.val.text_bytes - manifest.val.counted_bytes
     yield "text", f"{manifest.train.text_bytes:,} bytes for training, {manifest.val.text_bytes:,} for validation"
     yield "not counted", f"{lost:,} bytes of the validation text, which the tokenizer drops when it normalises"

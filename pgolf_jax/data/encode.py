@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Integer, UInt16
 
 from pgolf_jax.data import caseops
+from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import Position, RawBatch, RawDocument, digest
 from pgolf_jax.data.shards import BOS
 from pgolf_jax.data.tokenizer import Tokenizer
@@ -65,15 +66,15 @@ class EncodedBatch:
 class Encoder:
   """Turns documents into tokens: for each document a bos and the pieces of its (rewritten) text."""
 
-  def __init__(self, tokenizer: Tokenizer, *, is_caseops: bool, held_out: frozenset[bytes] | None):
+  def __init__(self, tokenizer: Tokenizer, *, markers: Markers, held_out: frozenset[bytes] | None):
     """Makes an encoder, which can be pickled for worker processes.
 
     Args:
       tokenizer: whose pieces to use.
-      is_caseops: whether to rewrite the text by CaseOps first.
+      markers: where CaseOps puts them, which rewrites the text first.
       held_out: digests of documents to leave out, for training; None for validation, which gets a sidecar.
     """
-    self._tokenizer, self._is_caseops, self._held_out = tokenizer, is_caseops, held_out
+    self._tokenizer, self._markers, self._held_out = tokenizer, markers, held_out
 
   def __call__(self, batch: RawBatch) -> EncodedBatch:
     """Encodes a batch.
@@ -103,14 +104,14 @@ class Encoder:
     )
 
   def _encode(self, document: RawDocument, text: str, size: int):
-    coded = caseops.encode(text) if self._is_caseops else text
+    coded = caseops.encode(text, self._markers)
     tokens_N = self._tokenizer.encode(coded)
     if not tokens_N.size:
       raise UserError(f"{document.place}: nothing is left of this document after normalising; remove it")
     if self._held_out is not None:
       return tokens_N, None
     try:
-      bytes_N = token_bytes(self._tokenizer, coded, tokens_N, is_caseops=self._is_caseops)
+      bytes_N = token_bytes(self._tokenizer, coded, tokens_N, is_caseops=self._markers != "none")
     except UserError as error:
       raise UserError(f"{document.place}: {error}") from error
     if self._tokenizer.kind == "lossless" and bytes_N.sum() != size:

@@ -8,7 +8,10 @@ import dataclasses
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Literal
 
+from pgolf_jax.data import caseops
+from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import MAX_DOCUMENT_BYTES, Holdout, TextFiles, open_corpus
 from pgolf_jax.data.manifest import MANIFEST, Manifest
 from pgolf_jax.data.prepare import SHARD_TOKENS, Preparation, prepare
@@ -26,8 +29,8 @@ def locate(settings: Settings) -> Path:
   """Returns the path of a run's data folder, whether there is such a folder or not."""
   if settings.data.path != DEFAULT:
     return Path(settings.data.path)
-  name = f"speeches-{settings.model.vocab_size}{'' if settings.data.caseops else '-plain'}"
-  return jax_setup.cache_folder() / "data" / name
+  kind = {"none": "-plain", "published": "", "before-space": "-before-space"}[settings.data.markers]
+  return jax_setup.cache_folder() / "data" / f"speeches-{settings.model.vocab_size}{kind}"
 
 
 def locate_prepared(settings: Settings) -> Path:
@@ -41,8 +44,9 @@ def locate_prepared(settings: Settings) -> Path:
     if not folder.is_dir():
       raise UserError(missing(folder))
   elif not (folder / MANIFEST).is_file():
-    plain = "" if settings.data.caseops else " --no-caseops"
-    command = f"pgolf data prepare --vocab-size {settings.model.vocab_size}{plain} --out {folder}"
+    options = {"none": " --no-caseops", "published": "", "before-space": " --caseops-markers before-space"}
+    how = f"--vocab-size {settings.model.vocab_size}{options[settings.data.markers]}"
+    command = f"pgolf data prepare {how} --out {folder}"
     raise UserError(f"The default text is not prepared; `{command}` prepares it, or name another folder of data.")
   return folder
 
@@ -69,20 +73,28 @@ def ensure_prepared(settings: Settings) -> Path:
   The log says what was prepared. Of several processes on one run the first prepares, the others wait.
 
   Raises:
-    UserError: there is no such folder, or as `ensure_default_data`.
+    UserError: there is no such folder, its text was rewritten in another way than the settings say, or as
+      `ensure_default_data`.
   """
   folder = locate(settings)
   if settings.data.path == DEFAULT:
     with distributed.leader_first("default data"):
       if not (folder / MANIFEST).is_file():
         log.info("preparing the default text, State-of-the-Union speeches, in %s", folder)
-      ensure_default_data(folder, settings.model.vocab_size, is_caseops=settings.data.caseops)
+      ensure_default_data(folder, settings.model.vocab_size, settings.data.markers)
   elif not folder.is_dir():
     raise UserError(missing(folder))
+  elif (manifest := Manifest.read(folder)) and manifest.markers != settings.data.markers:
+    text, wanted = caseops.IN_WORDS[manifest.markers], caseops.IN_WORDS[settings.data.markers]
+    raise UserError(
+      f"The text in {folder} is {text}, the settings say {wanted}; set data.caseops and data.caseops_markers."
+    )
   return folder
 
 
-def ensure_default_data(folder: Path, vocab_size: int, *, is_caseops: bool = True, workers: int | None = None) -> Path:
+def ensure_default_data(
+  folder: Path, vocab_size: int, markers: Markers = "published", workers: int | None = None
+) -> Path:
   """Prepares the default text in `folder` with a tokenizer trained on it, unless that has been done.
 
   Takes a few seconds the first time. If several processes ask at once, one prepares and the others wait.
@@ -90,7 +102,7 @@ def ensure_default_data(folder: Path, vocab_size: int, *, is_caseops: bool = Tru
   Args:
     folder: where the shards go.
     vocab_size: pieces of the tokenizer.
-    is_caseops: whether the text is rewritten by CaseOps.
+    markers: where CaseOps puts them.
     workers: processes that tokenize; None for one per core.
 
   Returns:
@@ -100,7 +112,7 @@ def ensure_default_data(folder: Path, vocab_size: int, *, is_caseops: bool = Tru
     UserError: the folder holds something else, or as `default_corpus`.
   """
   corpus, holdout = default_corpus()
-  prepare(folder, Preparation(corpus, None, holdout, None, vocab_size, is_caseops), workers)
+  prepare(folder, Preparation(corpus, None, holdout, None, vocab_size, markers), workers)
   return Path(folder)
 
 
@@ -115,6 +127,7 @@ class Sources:
   tokenizer: Path | None = None
   vocab_size: int | None = None
   caseops: bool = True
+  caseops_markers: Literal["published", "before-space"] = "published"
   shard_tokens: int = SHARD_TOKENS
   max_document: int = MAX_DOCUMENT_BYTES
   workers: int | None = None
@@ -138,7 +151,8 @@ def prepare_files(folder: Path, sources: Sources) -> Manifest:
   given = Tokenizer.load(sources.tokenizer, sources.vocab_size) if sources.tokenizer else None
   pieces = given.vocab_size if given else sources.vocab_size or 8192
   held_out_from = open_corpus(sources.val, sources.max_document) if sources.val else None
-  preparation = Preparation(corpus, held_out_from, holdout, given, pieces, sources.caseops, sources.shard_tokens)
+  markers = sources.caseops_markers if sources.caseops else "none"
+  preparation = Preparation(corpus, held_out_from, holdout, given, pieces, markers, sources.shard_tokens)
   return prepare(folder, preparation, sources.workers)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import Position
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import read_json, replacing
@@ -19,8 +20,12 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = "pgolf-data-1"
-# The published name of CaseOps, and that of text left as it is.
-TRANSFORMS = {True: "lossless_caps_caseops_v1", False: "identity"}
+# Where CaseOps puts its markers → what the manifest calls that; the second name is the published one.
+TRANSFORMS: dict[Markers, str] = {
+  "none": "identity",
+  "published": "lossless_caps_caseops_v1",
+  "before-space": "lossless_caps_caseops_before_space_v1",
+}
 
 
 _FILE_NAME = re.compile(r"fineweb_(train|val|val_bytes)_[0-9]+\.bin")
@@ -116,9 +121,9 @@ class Manifest:
       raise UserError(f"{path}: damaged ({error}); prepare the folder again") from error
 
   @property
-  def is_caseops(self) -> bool:
-    """Whether the text was rewritten by CaseOps."""
-    return self.text_transform == TRANSFORMS[True]
+  def markers(self) -> Markers:
+    """Where CaseOps put its markers."""
+    return next((markers for markers, name in TRANSFORMS.items() if name == self.text_transform), "none")
 
   def files(self) -> list[File]:
     """Returns all files that the manifest lists."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf_jax.data import caseops
+from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import Corpus, HeldOutDocuments, Holdout, in_training, read_batches, training_texts
 from pgolf_jax.data.encode import EncodedBatch, Encoder, encode_all
 from pgolf_jax.data.manifest import (
@@ -48,7 +49,7 @@ class Preparation:
     holdout: which documents are held out.
     tokenizer: the tokenizer to use; None trains one.
     vocab_size: pieces of the tokenizer to train.
-    is_caseops: whether the text is rewritten by CaseOps.
+    markers: where CaseOps puts them.
     shard_tokens: tokens of each shard but the last.
   """
 
@@ -57,7 +58,7 @@ class Preparation:
   holdout: Holdout
   tokenizer: Tokenizer | None
   vocab_size: int
-  is_caseops: bool = True
+  markers: Markers = "published"
   shard_tokens: int = SHARD_TOKENS
 
   def __post_init__(self):
@@ -68,7 +69,7 @@ class Preparation:
         f"a tokenizer of {self.tokenizer.vocab_size} pieces where {self.vocab_size} were asked for; "
         f"use another tokenizer or set the vocabulary size to {self.tokenizer.vocab_size}"
       )
-    if self.is_caseops and self.tokenizer is not None and not self.tokenizer.has_caseops:
+    if self.markers != "none" and self.tokenizer is not None and not self.tokenizer.has_caseops:
       raise UserError("this tokenizer has no pieces for the CaseOps markers; use another, or prepare without CaseOps")
 
   @property
@@ -87,7 +88,7 @@ class Preparation:
       "train": self.train.identity(),
       "val": self.val and self.val.identity(),
       "validation": dataclasses.asdict(self.holdout),
-      "text_transform": TRANSFORMS[self.is_caseops],
+      "text_transform": TRANSFORMS[self.markers],
       "tokenizer": self.tokenizer and self.tokenizer.sha256,
       "vocab_size": self.vocab_size,
       "shard_tokens": self.shard_tokens,
@@ -136,7 +137,7 @@ def _prepare(folder: Path, preparation: Preparation, journal: Journal, workers: 
     if not journal.splits[split].finished:
       _write_split(split, encoding, journal)
   manifest = Manifest(
-    text_transform=TRANSFORMS[preparation.is_caseops],
+    text_transform=TRANSFORMS[preparation.markers],
     tokenizer_sha256=tokenizer.sha256,
     tokenizer_kind=tokenizer.kind,
     vocab_size=tokenizer.vocab_size,
@@ -162,8 +163,8 @@ def _tokenizer(folder: Path, preparation: Preparation, held_out: HeldOutDocument
     with progress("training the tokenizer"):
       texts = training_texts(preparation.train, preparation.holdout_in_train, held_out, TOKENIZER_BYTES)
       journal.tokenizer_text_bytes = sum(len(text.encode()) for text in texts)
-      coded = map(caseops.encode, texts) if preparation.is_caseops else texts
-      tokenizer = train_tokenizer(coded, preparation.vocab_size, is_caseops=preparation.is_caseops)
+      coded = (caseops.encode(text, preparation.markers) for text in texts)
+      tokenizer = train_tokenizer(coded, preparation.vocab_size, is_caseops=preparation.markers != "none")
     journal.save()
   with replacing(path, is_durable=True) as partial:
     partial.write_bytes(tokenizer.model)
@@ -190,7 +191,7 @@ def _write_split(split: str, encoding: _Encoding, journal: Journal) -> None:
   else:
     corpus, left_out = preparation.train, held_out.digests
     batches = read_batches(corpus, begun.start, wanted=in_training(preparation.holdout_in_train))
-  encoder = Encoder(tokenizer, is_caseops=preparation.is_caseops, held_out=left_out)
+  encoder = Encoder(tokenizer, markers=preparation.markers, held_out=left_out)
 
   def save(progress: SplitProgress) -> None:
     journal.splits[split] = progress

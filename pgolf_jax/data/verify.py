@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pgolf_jax.data import caseops, overlap, sidecar
+from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import digest
 from pgolf_jax.data.encode import token_bytes
 from pgolf_jax.data.manifest import TOKENIZER, Manifest, sha256_of
@@ -69,7 +70,7 @@ def inspect(folder: Path) -> Contents:
   path = folder / TOKENIZER
   tokenizer = Tokenizer.load(path) if path.exists() else None
   manifest = Manifest.read(folder)
-  opening = _opening(folder, tokenizer) if tokenizer and "val" in present else None
+  opening = _opening(folder, tokenizer, _markers(manifest, tokenizer)) if tokenizer and "val" in present else None
   return Contents(splits, sidecar, tokenizer, manifest, opening)
 
 
@@ -86,13 +87,16 @@ def _split(folder: Path, split: str) -> SplitContents:
   )
 
 
-def _opening(folder: Path, tokenizer: Tokenizer, characters: int = 200) -> str | None:
+def _markers(manifest: Manifest | None, tokenizer: Tokenizer) -> Markers:
+  """Returns where CaseOps put its markers in a folder's text; without a manifest, what its tokenizer is made for."""
+  return manifest.markers if manifest else "published" if tokenizer.has_caseops else "none"
+
+
+def _opening(folder: Path, tokenizer: Tokenizer, markers: Markers, characters: int = 200) -> str | None:
   first = next(iter_documents(list_shards(folder, "val")), None)
   if first is None:
     return None
-  coded = tokenizer.decode(first.tokens_N[1:characters])
-  text = caseops.decode(coded, strict=False) if tokenizer.has_caseops else coded
-  return text[:characters]
+  return caseops.decode(tokenizer.decode(first.tokens_N[1:characters]), markers, strict=False)[:characters]
 
 
 class _FailedError(Exception):
@@ -143,12 +147,12 @@ class _Folder:
     return Tokenizer.load(path)
 
   @cached_property
-  def is_caseops(self) -> bool:
-    return self.manifest.is_caseops if self.manifest else self.tokenizer.has_caseops
+  def markers(self) -> Markers:
+    return _markers(self.manifest, self.tokenizer)
 
   @cached_property
   def pieces(self) -> sidecar.PieceBytes:
-    return sidecar.PieceBytes(self.tokenizer, is_caseops=self.is_caseops)
+    return sidecar.PieceBytes(self.tokenizer, is_caseops=self.markers != "none")
 
   def shards(self, split: str) -> list[Path]:
     return list_shards(self.path, split)
@@ -269,15 +273,15 @@ def _check_text(data: _Folder) -> str:
     tokens_N = document.tokens_N[1:]
     try:
       coded = tokenizer.decode(tokens_N)
-      text = caseops.decode(coded) if data.is_caseops else coded
+      text = caseops.decode(coded, data.markers)
     except UserError as error:
       raise _FailedError(f"{document.place}: {error}") from error
-    if not np.array_equal(tokenizer.encode(coded), tokens_N):
+    if not np.array_equal(tokenizer.encode(caseops.encode(text, data.markers)), tokens_N):
       raise _FailedError(
         f"{document.place}: not the tokens that this tokenizer makes of this document; prepare it again"
       )
     at += 1
-    bytes_N = token_bytes(tokenizer, coded, tokens_N, is_caseops=data.is_caseops)
+    bytes_N = token_bytes(tokenizer, coded, tokens_N, is_caseops=data.markers != "none")
     wrong_N = bytes_N != sidecar_N[at : at + len(tokens_N)]
     if wrong_N.any():
       i = int(np.argmax(wrong_N))

@@ -46,27 +46,26 @@ def generate(
   """Yields the continuation of `prompt` in pieces of text, each as soon as later tokens cannot change it.
 
   Args:
-    settings: of the model; it sees the last `eval.seq_len` tokens. With `data.caseops` the prompt is rewritten for the
-      model, and its output is turned back into ordinary text.
+    settings: of the model; it sees the last `eval.seq_len` tokens. The prompt is rewritten for the model as its
+      training text was (`data.caseops`, `data.caseops_markers`), and its output is turned back into ordinary text.
     tokenizer: the one that the model was trained with.
     sampling: length, temperature and seed.
 
   Raises:
     UserError: the tokenizer's vocabulary is not of the model's size.
   """
-  vocab_size, context, caseops_text = settings.model.vocab_size, settings.eval.seq_len, settings.data.caseops
+  vocab_size, context, markers = settings.model.vocab_size, settings.eval.seq_len, settings.data.markers
   if tokenizer.vocab_size != vocab_size:
     raise UserError(
       f"The tokenizer has {tokenizer.vocab_size} pieces, the model {vocab_size}; give its own with --tokenizer."
     )
   logits = next_logits(settings.model, jnp.dtype(settings.train.compute_dtype))
   rng = np.random.default_rng(sampling.seed)
-  tokens = [BOS, *tokenizer.encode(caseops.encode(prompt) if caseops_text else prompt).tolist()]
+  tokens = [BOS, *tokenizer.encode(caseops.encode(prompt, markers)).tolist()]
   prompt_tokens = len(tokens)
 
   def text() -> str:
-    coded = tokenizer.decode(tokens)
-    return caseops.decode(coded, strict=False) if caseops_text else coded
+    return caseops.decode(tokenizer.decode(tokens), markers, strict=False)
 
   shown = len(text())
   for _ in range(sampling.tokens):

@@ -8,6 +8,7 @@ import importlib.metadata
 from pathlib import Path
 
 from pgolf_jax import __version__
+from pgolf_jax.data import caseops
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of, tokenizer_file
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
@@ -106,12 +107,9 @@ def require_data(
   require_tokenizer(known, artifact, sha256, pieces, f"The text in {folder} was made with")
   if (highest := int(data.tokens.max())) >= size:
     raise UserError(f"{folder} holds token {highest}, but the model of {artifact} has {size:,}; give its own data.")
-  if manifest and manifest.is_caseops != settings.data.caseops:
-    words = {True: "rewritten by CaseOps", False: "as it is"}
-    raise UserError(
-      f"The text in {folder} is {words[manifest.is_caseops]}, that of {artifact} was {words[settings.data.caseops]}; "
-      "give its own data."
-    )
+  if manifest and manifest.markers != settings.data.markers:
+    text, wanted = caseops.IN_WORDS[manifest.markers], caseops.IN_WORDS[settings.data.markers]
+    raise UserError(f"The text in {folder} is {text}, that of {artifact} was {wanted}; give its own data.")
   if not origin.validation:
     log.warning("%s does not say which data it was made with; %s is scored as it is.", artifact, folder)
   elif data.tokens_sha256 != origin.validation and not any_text:

@@ -211,7 +211,7 @@ def hints(runs: Runs) -> Plot:
   if not any(run.settings.hints.enabled for run in runs):
     raise Absent("hints are off (hints.enabled = false).")
   if documents.hits is None:
-    raise Absent("the scores by target are not there, without which right hints cannot be told from wrong ones.")
+    raise Absent("documents.jsonl does not tell right hints from wrong ones; score the run again.")
   given, right = documents.hints.sum(), documents.hits.sum()
   if not given:
     raise Absent("no context was seen often enough to give a hint.")

@@ -223,11 +223,13 @@ def _documents(run: RunFolder, results: dict) -> Documents:
     raise Absent(f"{run.scores / 'documents.jsonl'} is empty; score the run again.")
   names = ("document", "start", "targets", "bytes", "nats", "nats_untilted", "hints")
   columns = [np.array([line[name] for line in lines]) for name in names]
-  documents = Documents(*columns, nats_plain=None, hits=None)
+  # Older runs do not tell which hints were right.
+  hits = np.array([line["right"] for line in lines]) if all("right" in line for line in lines) else None
+  documents = Documents(*columns, nats_plain=None, hits=hits)
   plain_N = _artifact_nll(run, results)
   if plain_N is not None:
     documents = documents._replace(nats_plain=_sums(plain_N, documents))
-  return documents._replace(hits=_hits(run, results, documents))
+  return documents
 
 
 def _sums(x_N: np.ndarray, documents: Documents) -> np.ndarray:
@@ -245,20 +247,6 @@ def _artifact_nll(run: RunFolder, results: dict) -> np.ndarray | None:
   made = results.get("artifact", {})
   is_whole = nll_N.shape == (made.get("targets"),) and nll_N.dtype == np.float32
   return nll_N if is_whole and math.isclose(nll_N.mean(dtype=np.float64), made["loss"], rel_tol=1e-6) else None
-
-
-def _hits(run: RunFolder, results: dict, documents: Documents) -> np.ndarray | None:
-  """Returns how many of each document's hints were right.
-
-  A right hint is the target itself, so that the model's nats of the hint and of the target are those of one token; a
-  hint is there where the tilt moved the score.
-  """
-  try:
-    scores = read_scores(run.scores, results.get("artifact", results["ttt"])["targets"])
-  except UserError:
-    return None
-  # The tilt adds log(1 + q(e^β − 1)) − β ≤ 0 where the hint is right, and log(1 + q(e^β − 1)) ≥ 0 where it is wrong.
-  return _sums((scores.nll_N < scores.model_nll_N).astype(np.uint8), documents).astype(int)
 
 
 _EDGES = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1 << 17, 1 << 62)

@@ -71,6 +71,7 @@ class Difference(NamedTuple):
     p_lower: one-sided, that the second is lower.
     half_width: half the 95 % interval of `mean`.
     count: pairs, or values of both groups together.
+    error: standard error of `mean`.
   """
 
   mean: float
@@ -78,6 +79,7 @@ class Difference(NamedTuple):
   p_lower: float | None
   half_width: float | None
   count: int
+  error: float | None = None
 
 
 def welch(first: Sequence[float], second: Sequence[float], margin: float = 0.0) -> Difference:
@@ -93,7 +95,8 @@ def welch(first: Sequence[float], second: Sequence[float], margin: float = 0.0) 
   test = stats.ttest_ind(second + margin, first, equal_var=False)
   lower = stats.ttest_ind(second + margin, first, equal_var=False, alternative="less")
   low, high = test.confidence_interval(0.95)
-  return Difference(mean, float(test.pvalue), float(lower.pvalue), float(high - low) / 2, count)
+  error = math.hypot(stats.sem(first), stats.sem(second))
+  return Difference(mean, float(test.pvalue), float(lower.pvalue), float(high - low) / 2, count, error)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -105,7 +108,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
   test = stats.ttest_rel(second, first)
   low, high = test.confidence_interval(0.95)
   p_lower = float(stats.ttest_rel(second, first, alternative="less").pvalue)
-  return Difference(mean, float(test.pvalue), p_lower, float(high - low) / 2, count)
+  error = float(stats.sem(second - first))
+  return Difference(mean, float(test.pvalue), p_lower, float(high - low) / 2, count, error)
 
 
 class Ratio(NamedTuple):

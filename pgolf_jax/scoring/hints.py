@@ -7,6 +7,9 @@ that order and on its own document's past, as do the weights and the adapters: o
 `reference`: the stream from left to right, once, before anything is scored. A document's hints then come from documents
 that are scored later, while those depend on it through the global phase.
 
+Of several orders of n-grams the longest that has a hint gives it. How much a hint weighs is fixed, or it is learnt
+(`scoring.strength`).
+
 The text that was counted is the only state. A restarted evaluation counts its finished documents once more, at tens of
 millions of tokens a second.
 """
@@ -17,11 +20,15 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int, Int16, Int32, Integer
 
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring.documents import Document
+from pgolf_jax.scoring.strength import Strengths, tilted
 from pgolf_jax.settings import HintConfig, Settings
+
+SHARES = (0.35, 0.65, 0.999)
+"""Shares of a context's continuations at which the classes of confidence begin, after the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Hints:
 
   ids: Int32[np.ndarray, "N"]  # the token hinted at
   gate: Bool[np.ndarray, "N"]  # whether the distribution is tilted at all
-  boost: Float32[np.ndarray, "N"]  # β, nats
+  boost: Float32[np.ndarray, "N"]  # β, nats, where it is fixed
+  kind: Int16[np.ndarray, "N"]  # of the hint: its n-gram's place in `HintConfig.orders`, and the class of confidence
 
 
 class HintStream:
@@ -47,32 +55,45 @@ class HintStream:
   """
 
   def __init__(self, config: HintConfig, vocab_size: int, *, expected: int = 0, threads: int | None = None):
-    self._state = NgramState(
-      config.order,
-      threshold=config.threshold,
-      mode=config.table,
-      vocab_size=vocab_size,
-      expected=expected,
-      threads=_cores() if threads is None else threads,
-    )
+    self._counts = [
+      NgramState(
+        order,
+        threshold=config.threshold,
+        mode=config.table,
+        vocab_size=vocab_size,
+        expected=expected,
+        threads=_cores() if threads is None else threads,
+      )
+      for order in config.orders
+    ]
     self._boost = np.float32(config.boost)
     # As published, no hint means confidence 0, and a threshold of 0 lets that through, as a hint at token 0.
     self._is_always_open = config.table == "reference" and config.threshold <= 0
 
   def add(self, document: Integer[np.ndarray, "N1"]) -> Hints:
     """Returns hints for `document[1:]`, and counts these targets for the documents after it."""
-    if len(document) and self._state.last != document[0]:
-      self._state.seed(document[:1])
-    ids, gate = self._state.update(document[1:])
-    if self._is_always_open:
-      gate[:] = True
-    ids *= gate
-    return Hints(ids.view(np.int32), gate, gate * self._boost)
+    targets = max(len(document) - 1, 0)
+    ids, gate, kind = np.zeros(targets, np.int32), np.zeros(targets, bool), np.zeros(targets, np.int16)
+    for place, counts in enumerate(self._counts):
+      if len(document) and counts.last != document[0]:
+        counts.seed(document[:1])
+      share = np.empty(targets, np.float32)
+      hint, is_open = counts.update(document[1:], confidence=share)
+      is_open = (is_open | self._is_always_open) & ~gate
+      np.copyto(ids, hint, where=is_open, casting="unsafe")
+      np.copyto(kind, place * (len(SHARES) + 1) + np.digitize(share, SHARES), where=is_open, casting="unsafe")
+      gate |= is_open
+    return Hints(ids, gate, gate * self._boost, kind)
 
   @property
   def nbytes(self) -> int:
     """Bytes of memory that the counts hold."""
-    return self._state.nbytes
+    return sum(counts.nbytes for counts in self._counts)
+
+
+def kinds(config: HintConfig) -> int:
+  """Returns the number of kinds of hints."""
+  return len(config.orders) * (len(SHARES) + 1)
 
 
 def build_hints(
@@ -92,7 +113,7 @@ def build_hints(
     threads: as in `HintStream`.
   """
   if not len(targets):
-    return Hints(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32))
+    return Hints(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, np.int16))
   seed = int(targets[0]) if seed_token is None else seed_token
   size = 1 + max(int(targets.max()), seed) if vocab_size is None else vocab_size
   stream = HintStream(config, size, expected=len(targets), threads=threads)
@@ -110,6 +131,8 @@ class HintCounter:
   Attributes:
     ids_N: the token hinted at; 0 where the gate is shut.
     gate_N: whether the target's distribution is tilted; False until its hint is made.
+    boost_N: β of the tilt. Where strengths are learnt, it is there after `learn`.
+    learns: whether strengths are learnt.
   """
 
   def __init__(self, settings: Settings, tokens_N1: Integer[np.ndarray, "N1"], documents: Sequence[Document]):
@@ -119,6 +142,9 @@ class HintCounter:
     self._stream: HintStream | None = None
     targets = len(tokens_N1) - 1
     self.ids_N, self.gate_N = np.zeros(targets, np.int32), np.zeros(targets, bool)
+    self.boost_N, self._kind_N = np.zeros(targets, np.float32), np.zeros(targets, np.int16)
+    self.learns = self._config.enabled and self._config.strength == "mixture"
+    self._strengths = Strengths(kinds(self._config))
 
   def prepare(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:
     """Makes the hints of these documents, the next to be scored, and returns the documents that were counted for it."""
@@ -133,7 +159,9 @@ class HintCounter:
       self._stream = HintStream(self._config, self._vocab_size, expected=len(self.ids_N))
     for document in documents:
       hints = self._stream.add(self._tokens_N1[document.start : document.start + document.length])
-      self.ids_N[document.target_slice], self.gate_N[document.target_slice] = hints.ids, hints.gate
+      targets = document.target_slice
+      self.ids_N[targets], self.gate_N[targets] = hints.ids, hints.gate
+      self.boost_N[targets], self._kind_N[targets] = hints.boost, hints.kind
     return documents
 
   def _count_everything(self) -> tuple[Document, ...]:
@@ -141,8 +169,40 @@ class HintCounter:
     documents, self._documents = self._documents, ()
     if documents:
       hints = build_hints(self._tokens_N1[1:], self._config, vocab_size=self._vocab_size)
-      self.ids_N, self.gate_N = hints.ids, hints.gate
+      self.ids_N, self.gate_N, self.boost_N, self._kind_N = hints.ids, hints.gate, hints.boost, hints.kind
     return documents
+
+  def learn(self, documents: tuple[Document, ...], hint_nll_N: Float[np.ndarray, "N"]) -> None:
+    """Learns the strengths of these documents' tilts, in the order in which their hints were made.
+
+    Args:
+      hint_nll_N: the model's nats of the hints, of the whole stream; those of these documents are read.
+    """
+    target_M = np.concatenate([np.arange(d.target_slice.start, d.target_slice.stop) for d in documents])
+    target_M = target_M[self.gate_N[target_M]]
+    is_right_M = self._is_right(target_M)
+    self.boost_N[target_M] = self._strengths.learn(hint_nll_N[target_M], is_right_M, self._kind_N[target_M])
+
+  def _is_right(self, target_M: np.ndarray) -> np.ndarray:
+    return self.ids_N[target_M] == self._tokens_N1[target_M + 1]
+
+  def tilt(
+    self,
+    target_M: Integer[np.ndarray, "M"],
+    model_nll_M: Float[np.ndarray, "M"],
+    hint_nll_M: Float[np.ndarray, "M"],
+  ) -> Float32[np.ndarray, "M"]:
+    """Returns the nats of targets after their tilts; where the gate is shut, the model's."""
+    tilted_M = tilted(model_nll_M, hint_nll_M, self._is_right(target_M), self.boost_N[target_M])
+    return np.where(self.gate_N[target_M], tilted_M, model_nll_M)
+
+  def tilt_all(self, target: int, logp_V: Float[np.ndarray, "V"]) -> Float32[np.ndarray, "V"]:
+    """Returns the log-probabilities of all tokens in a target's place after its tilt."""
+    if not self.gate_N[target]:
+      return logp_V
+    hint = self.ids_N[target]
+    is_hint_V = np.arange(len(logp_V)) == hint
+    return -tilted(-logp_V, np.full(len(logp_V), -logp_V[hint]), is_hint_V, np.full(len(logp_V), self.boost_N[target]))
 
 
 def tilt(

@@ -357,6 +357,7 @@ def _document_line(batch: Batch, document: Document, result: Evaluation, data: V
     "nats": float(result.nll_N[targets].sum(dtype=np.float64)),
     "nats_untilted": float(result.model_nll_N[targets].sum(dtype=np.float64)),
     "hints": int(result.gate_N[targets].sum()),
+    "right": int(np.sum(result.hint_N[targets] == data.tokens[1:][targets], where=result.gate_N[targets])),
   }
 
 

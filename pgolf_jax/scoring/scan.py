@@ -48,7 +48,9 @@ class Spec(NamedTuple):
     """Returns the spec for batches of ordinary, or of short, documents."""
     dtype = jnp.dtype(settings.train.compute_dtype)
     rule, context = Rule.choose(settings.ttt, short=short), choose_context(settings, dtype)
-    return cls(settings.model, settings.ttt, rule, context, settings.hints.boost, dtype, distributions)
+    # Strengths that are learnt are known to the host alone, which tilts.
+    boost = settings.hints.boost if settings.hints.strength == "fixed" else 0.0
+    return cls(settings.model, settings.ttt, rule, context, boost, dtype, distributions)
 
 
 class ScanState(NamedTuple):

@@ -101,8 +101,8 @@ def evaluate(
   if options.folder is not None:
     identity = identify(settings, params, data, programs.phase.world, is_drawn=options.draw is None)
   record = Record(options.folder, data, identity, writes=distributed.is_leader())
-  collect = functools.partial(_collect, plan, record, options)
   state = _prepare(plan, programs, params, options)
+  collect = functools.partial(_collect, plan, state, record, options)
   compilation = time.monotonic() - began
 
   clock = Clock(record.progress.seconds["evaluation"])
@@ -267,23 +267,36 @@ def _places(layout: Layout, batch: Batch, call: Call) -> tuple[np.ndarray, np.nd
   return np.where(valid, start_n[document_B][:, None] + within, 0), valid
 
 
-def _collect(plan: Plan, record: Record, options: Options, running: list[RunningCall], bar: Progress) -> None:
-  """Brings scores to the host and enters them under their targets."""
+def _collect(
+  plan: Plan, state: State, record: Record, options: Options, running: list[RunningCall], bar: Progress
+) -> None:
+  """Brings a batch's scores to the host and enters them under their targets."""
+  if not running:
+    return
+  entries, samples = [], {}
   for _, target, valid, gate, sampled, scored in running:
-    steps, target_M = len(valid), target[valid]
+    steps = len(valid)
     model_M, hint_M, tilted_M = (np.asarray(x)[:steps][valid] for x in (scored.model_nll, scored.hint_nll, scored.nll))
     # Without a hint the two are one number, which a compiler that computes it twice may round differently.
-    record.enter(target_M, model_M, hint_M, np.where(gate[valid], tilted_M, model_M))
+    entries.append((target[valid], model_M, hint_M, np.where(gate[valid], tilted_M, model_M)))
     if sampled is not None and sampled.any():
       step_M, row_M = sampled.any(axis=2).nonzero()
       targets = target[step_M, row_M, sampled[step_M, row_M].argmax(axis=1)]
       logp_MxV = np.asarray(scored.logp)[step_M, row_M]
-      record.distributions.update(zip(targets.tolist(), logp_MxV, strict=True))
-    bar.advance(len(target_M))
+      samples.update(zip(targets.tolist(), logp_MxV, strict=True))
+  batch = running[-1].batch
+  target_M, model_M, hint_M, nll_M = map(np.concatenate, zip(*entries, strict=True))
+  if state.hints.learns:
+    record.hint_nll_N[target_M] = hint_M
+    state.hints.learn(batch.documents, record.hint_nll_N)
+    nll_M = state.hints.tilt(target_M, model_M, hint_M)
+    samples = {t: state.hints.tilt_all(t, logp_V) for t, logp_V in samples.items()}
+  record.enter(target_M, model_M, hint_M, nll_M)
+  record.distributions.update(samples)
+  bar.advance(len(target_M))
   if not running:
     return
   bar.note(f"bpb {record.running_bpb:.4f}")
-  batch = running[-1].batch
   if batch.index + 1 in plan.settings.ttt.eval_batches:
     log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
   if options.after_batch is not None:
@@ -328,6 +341,8 @@ def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> Non
   state.done = record.progress
   for batch in plan.batches[: state.done.batches]:
     state.hints.prepare(batch.documents)
+    if state.hints.learns:
+      state.hints.learn(batch.documents, record.hint_nll_N)
   state.adapters.restore(state.done.adapters, record.arrays())
   if state.done.phases:
     state.params = jax.device_put(record.weights(state.done.phases), replicated(programs.mesh))

@@ -63,9 +63,18 @@ class DataConfig:
   caseops: bool = setting(
     True, "CASEOPS_ENABLED", None, "whether CaseOps rewrote the text, so that bytes come from the sidecar"
   )
+  caseops_markers: Literal["published", "before-space"] = setting(
+    "published", "CASEOPS_MARKERS", None,
+    "published: CaseOps' marker of a capitalised word is behind the space in front of it; before-space: before it",
+  )  # fmt: skip
   discard_prefetched: bool = setting(
     True, None, None, "whether a change of sequence length throws away two micro-batches, as in the reference"
   )
+
+  @property
+  def markers(self) -> Literal["none", "published", "before-space"]:
+    """Where CaseOps put its markers, if it rewrote the text."""
+    return self.caseops_markers if self.caseops else "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +172,13 @@ class OptimizerConfig:
   beta1: float = setting(0.9, "BETA1", DECAY, "AdamW's decay of the first moment")
   beta2: float = setting(0.99, "BETA2", DECAY, "AdamW's decay of the second moment")
   adam_eps: float = setting(1e-8, "ADAM_EPS", SHARE, "AdamW's epsilon")
+  lookahead: float = setting(
+    0.0, "LOOKAHEAD", DECAY,
+    "steps of the averaged change of the weights that gradients look ahead by, times the schedule's factor; 0: none",
+  )  # fmt: skip
+  lookahead_decay: float = setting(0.99, "LOOKAHEAD_DECAY", DECAY, "decay of that average, per step")
+  lookahead_from: float = setting(0.15, "LOOKAHEAD_FROM", SHARE, "progress from which gradients look ahead")
+  lookahead_until: float = setting(0.75, "LOOKAHEAD_UNTIL", SHARE, "progress from which they no longer do")
   grad_clip_norm: float = setting(0.3, "GRAD_CLIP_NORM", NOT_NEGATIVE, "largest norm of a gradient; 0: no limit")
   clip_scope: Literal["rank", "global"] = setting(
     "rank", None, None, "rank clips each rank's gradient before the average, as the reference does; global the average"

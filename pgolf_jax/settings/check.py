@@ -1,5 +1,6 @@
 """Settings that cannot work, each by itself or together, refused before anything starts."""
 
+import itertools
 import math
 
 from pgolf_jax.errors import UserError
@@ -17,6 +18,7 @@ def check(settings: Settings, *, device_count: int | None = None) -> None:
   _check_train(settings, device_count)
   _check_eval(settings)
   _check_ttt(settings)
+  _check_hints(settings)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -107,6 +109,12 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
     f"train.max_wallclock_seconds={t.max_wallclock_seconds} must exceed "
     f"quantize.reserve_seconds={settings.quantize.reserve_seconds}.",
   )
+  o = settings.optimizer
+  _require(
+    o.lookahead == 0 or o.lookahead_from < o.lookahead_until,
+    f"optimizer.lookahead_from={o.lookahead_from} must be less than optimizer.lookahead_until={o.lookahead_until}; or "
+    "set optimizer.lookahead=0 to look ahead never.",
+  )
   world = t.world_size or device_count
   if world is not None:
     _require(
@@ -148,3 +156,15 @@ def _check_ttt(settings: Settings) -> None:
       f"ttt.phase.chunk_tokens={t.phase.chunk_tokens} holds no row of eval.seq_len={settings.eval.seq_len} tokens; "
       "make it a multiple, or set ttt.phase.prefix_docs=0 to leave the global phase out.",
     )
+
+
+def _check_hints(settings: Settings) -> None:
+  h = settings.hints
+  _require(
+    all(longer > shorter for longer, shorter in itertools.pairwise(h.orders)),
+    f"hints.backoff={','.join(map(str, h.backoff))} must fall from below hints.order={h.order}; 8,5,4,3 does from 16.",
+  )
+  _require(
+    h.strength == "fixed" or settings.ttt.order == "strict",
+    "hints.strength=mixture learns from the documents scored before, in one order; it needs ttt.order=strict.",
+  )

@@ -183,10 +183,23 @@ class HintConfig:
   enabled: bool = setting(True, "NGRAM_TILT_ENABLED", None, "whether distributions are tilted towards n-gram hints")
   # The published list of coefficients ends with the one for pairs of order 32.
   order: int = setting(16, "TOKEN_ORDER", Range(1, 32), "tokens of an n-gram, the predicted one counted")
+  backoff: tuple[int, ...] = setting(
+    (), "TOKEN_BACKOFF", (Range(1, 32),),
+    "tokens of shorter n-grams, from longer to shorter, that give the hint where the longer ones have none",
+  )  # fmt: skip
   threshold: float = setting(
     0.8, "TOKEN_THRESHOLD", SHARE, "least share of a context's continuations that makes a hint"
   )
   boost: float = setting(2.625, "TOKEN_BOOST", Range(-50, 50), "what a hint adds to its token's logit, in nats")  # β
+  strength: Literal["fixed", "mixture"] = setting(
+    "fixed", "TOKEN_STRENGTH", None,
+    "fixed: every hint adds boost; mixture: what it adds is learnt from the hints before it, kind by kind",
+  )  # fmt: skip
   table: Literal["exact", "reference"] = setting(
     "exact", None, None, "exact compares contexts in full; reference uses the published hash keys, which may collide"
   )
+
+  @property
+  def orders(self) -> tuple[int, ...]:
+    """Tokens of the n-grams that are asked for a hint, in turn."""
+    return (self.order, *self.backoff)

@@ -33,6 +33,11 @@ def muon_momentum(config: OptimizerConfig, step: int) -> float:
   return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
 
 
+def lookahead(config: OptimizerConfig, progress: float, lr_scale: float) -> float:
+  """Returns the β of a step's `optimizer.with_lookahead`, which falls with the learning rate."""
+  return config.lookahead * lr_scale if config.lookahead_from <= progress < config.lookahead_until else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
   """What one step is run with."""
@@ -43,6 +48,7 @@ class StepPlan:
   lr_scale: float  # factor on every learning rate
   momentum: float  # Muon's μ
   seq_len_changed: bool  # since the step before
+  lookahead: float  # β of `optimizer.with_lookahead`
 
 
 @dataclasses.dataclass
@@ -102,7 +108,9 @@ class Schedule:
     if self.changed_at is not None and self.train.seq_change_warmup_steps > 0:
       scale *= min((step - self.changed_at + 1) / self.train.seq_change_warmup_steps, 1.0)
     self.looping = self.looping or (self.settings.model.num_loops > 0 and p >= self.train.enable_looping_at)
-    return StepPlan(p, seq_len, self.looping, scale, muon_momentum(self.settings.optimizer, step), changed)
+    optimizer = self.settings.optimizer
+    momentum, ahead = muon_momentum(optimizer, step), lookahead(optimizer, p, scale)
+    return StepPlan(p, seq_len, self.looping, scale, momentum, changed, ahead)
 
   def state(self) -> dict[str, int]:
     """Returns what a checkpoint keeps; −1 stands for None."""

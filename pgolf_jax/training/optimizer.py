@@ -25,6 +25,13 @@ class MuonState(NamedTuple):
   momentum: optax.Updates  # M by bank, [stack, m, n], in Muon's type
 
 
+class LookaheadState(NamedTuple):
+  """What `with_lookahead` remembers."""
+
+  inner: optax.OptState
+  drift: optax.Updates  # moving average of the parameters' changes, float32
+
+
 Number = np.float32 | jax.Array
 
 
@@ -43,12 +50,15 @@ class Hyper(NamedTuple):
   beta2_rest: Number  # 1 − β₂
   adam_eps: Number
   grad_clip_norm: Number  # infinite for no limit
+  lookahead_decay: Number
+  lookahead_rest: Number  # 1 − lookahead_decay
 
   @classmethod
   def of(cls, config: OptimizerConfig) -> "Hyper":
     """Returns the numbers of a config, in float32."""
     values = {name: getattr(config, name) for name in cls._fields if not name.endswith("_rest")}
     values |= {"beta1_rest": 1 - config.beta1, "beta2_rest": 1 - config.beta2}
+    values["lookahead_rest"] = 1 - config.lookahead_decay
     values["grad_clip_norm"] = config.grad_clip_norm if config.grad_clip_norm > 0 else np.inf
     return cls(**{name: np.float32(value) for name, value in values.items()})
 
@@ -123,8 +133,8 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the whole optimizer over flat parameters.
 
-  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate), `momentum` (μ) and
-  `hyper` (a `Hyper`; the config's where it is not given).
+  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate), `momentum` (μ),
+  `hyper` (a `Hyper`; the config's where it is not given) and, where the config looks ahead, `lookahead`.
 
   Args:
     unused: parameters without a path to the loss, which stay as they are: not even decay moves them.
@@ -143,11 +153,43 @@ def make(
     "fixed": optax.set_to_zero(),
   }
   whole = optax.partition(groups, lambda params: {n: "fixed" if n in unused else group(n) for n in params})
+  if config.lookahead > 0:
+    whole = with_lookahead(whole)
 
   def update(grads, state, params, *, hyper: Hyper | None = None, **extra):
     return whole.update(grads, state, params, hyper=hyper or Hyper.of(config), **extra)
 
   return optax.GradientTransformationExtraArgs(whole.init, update)
+
+
+def with_lookahead(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+  """Returns `inner` with Nesterov's momentum on the average of the parameters' changes (EMA-Nesterov).
+
+  θ' ← θ + βm; gradient and inner step at θ'; m ← γm + (1 − γ)(change of θ, the way to θ' included). A change that all
+  steps share grows by 1 / (1 − β). The gradients must be those at `ahead(…)`. β is the extra argument `lookahead` of
+  `update`, 0 where it is not given, as before the average has filled; γ is `hyper.lookahead_decay`.
+
+  Reference: https://arxiv.org/abs/2605.25395.
+  """
+
+  def init(params):
+    return LookaheadState(inner.init(params), jax.tree.map(jnp.zeros_like, params))
+
+  def update(grads, state, params, *, hyper, lookahead=0.0, **extra):
+    there = ahead(params, state, lookahead)
+    updates, inner_state = inner.update(grads, state.inner, there, hyper=hyper, **extra)
+    updates = jax.tree.map(lambda u, to, w: (to - w) + u, updates, there, params)
+    follow = lambda m, u: hyper.lookahead_decay * m + hyper.lookahead_rest * u  # noqa: E731
+    return updates, LookaheadState(inner_state, jax.tree.map(follow, state.drift, updates))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def ahead(params: optax.Params, state: optax.OptState, lookahead: Number) -> optax.Params:
+  """Returns the parameters at which this optimizer wants the gradient: `params`, but for `with_lookahead`."""
+  if not isinstance(state, LookaheadState):
+    return params
+  return jax.tree.map(lambda w, m: w + lookahead * m, params, state.drift)
 
 
 def group(name: str) -> str:

@@ -3,36 +3,23 @@
 from pathlib import Path
 
 import jax
-import numpy as np
-from ttt_case import SETTINGS, changed, random_params
+from ttt_case import SETTINGS, chained_documents, changed, random_params
 
 from pgolf_jax.audit import replays
 from pgolf_jax.audit.recheck import Subject, recheck
 from pgolf_jax.audit.replay import Evaluator
-from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import Check, UserError
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
-
-
-def chained_documents(lengths: list[int], seed: int = 0) -> ValidationData:
-  """Documents of few tokens, each followed by one of two: contexts come again and again, and hints are often wrong."""
-  rng = np.random.default_rng(seed)
-  successors = rng.integers(2, 18, (48, 2))
-  tokens = []
-  for length in lengths:
-    tokens += [SETTINGS.model.bos_id, int(rng.integers(2, 18))]
-    tokens += [0] * (length - 2)
-    for i in range(len(tokens) - length + 2, len(tokens)):
-      tokens[i] = int(successors[tokens[i - 1], int(rng.random() < 0.3)])
-  tokens = np.array(tokens, np.int32)
-  return ValidationData(tokens, np.where(tokens == SETTINGS.model.bos_id, 0, 1 + tokens % 5).astype(np.int32))
-
+from pgolf_jax.settings import load
 
 DATA = chained_documents([40, 31, 52, 36, 45, 38, 47])
 STRICT = changed(SETTINGS, phase__prefix_docs=4, batch_size=2)
 REFERENCE = changed(STRICT, order="reference")
 CACHED = changed(STRICT, method="cached", chunk_size=7)
+LEARNT = load.changed(
+  changed(SETTINGS, batch_size=2), {"hints.strength": "mixture", "hints.backoff": (3, 2), "hints.threshold": 0.0}
+)
 
 
 class Run:

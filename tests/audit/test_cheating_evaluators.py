@@ -9,7 +9,8 @@ import functools
 
 import numpy as np
 import pytest
-from case import CACHED, DATA, REFERENCE, STRICT, Run, chained_documents, first_broken
+from case import CACHED, DATA, LEARNT, REFERENCE, STRICT, Run, first_broken
+from ttt_case import chained_documents
 
 from pgolf_jax.audit import replays
 from pgolf_jax.audit.recheck import Subject
@@ -17,6 +18,7 @@ from pgolf_jax.errors import checks_table
 from pgolf_jax.scoring import adapter_sets, buckets, global_phase, ttt
 from pgolf_jax.scoring.hints import HintCounter, HintStream
 from pgolf_jax.scoring.record import Record, ScoreEvent, Scores, WeightsEvent
+from pgolf_jax.scoring.strength import Strengths
 
 ONCE, ORDER, HINTS = "every target scored exactly once", "one order explains every score", "hints and tilts recomputed"
 LATER, FULL, FIXED = (
@@ -35,10 +37,20 @@ def shared():
 LONG = chained_documents([40, 131, 52, 77])  # longer than a window, or than the ring of keys and values
 
 
-@pytest.mark.parametrize("kind", ["strict", "reference", "cached"])
-def test_an_honest_evaluation_is_clean(kind, shared, tmp_path):
-  settings = {"strict": STRICT, "reference": REFERENCE, "cached": CACHED}[kind]
-  run = Run(settings, LONG) if kind == "cached" else Run(settings, other=shared)
+@pytest.fixture(scope="module")
+def learning():
+  """An evaluator that learns the strengths of its tilts."""
+  return Run(LEARNT)
+
+
+@pytest.mark.parametrize("kind", ["strict", "reference", "cached", "learnt"])
+def test_an_honest_evaluation_is_clean(kind, request, tmp_path):
+  if kind == "cached":
+    run = Run(CACHED, LONG)
+  elif kind == "learnt":
+    run = request.getfixturevalue("learning")
+  else:
+    run = Run({"strict": STRICT, "reference": REFERENCE}[kind], other=request.getfixturevalue("shared"))
   checks = list(run.checks(tmp_path, run.score(tmp_path)))
   assert [check for check in checks if check.passed is False] == [], checks_table(checks)
   unproved = [check.name for check in checks if check.passed is None]
@@ -413,6 +425,37 @@ def scores_looked_up_for_the_known_stream_alone(patch):
 KNOWN_SUM = int(DATA.tokens.sum())
 
 
+# Learnt strengths
+
+
+def bend_strengths(patch, change):
+  """Puts a function in place of `Strengths.learn` that gets the honest one, and nats, hits and kinds of hints."""
+  honest = Strengths.learn
+  patch.setattr(Strengths, "learn", lambda self, *hints: change(functools.partial(honest, self), *hints))
+
+
+def learnt_strengths_that_know_whether_the_hint_is_right(patch):
+  def change(learn, nll, is_right, kind):
+    return learn(nll, is_right, kind) + np.where(is_right, 0.5, -0.5).astype(np.float32)
+
+  bend_strengths(patch, change)
+
+
+def strengths_learnt_from_the_target_as_well(patch):
+  bend_strengths(patch, lambda learn, *hints: np.append(learn(*hints)[1:], np.float32(0)))
+
+
+def strengths_learnt_from_the_batch_before_it_is_scored(patch):
+  bend_strengths(patch, lambda learn, *hints: (learn(*hints), learn(*hints))[1])
+
+
+def kinds_chosen_by_the_target(patch):
+  def change(learn, nll, is_right, kind):
+    return learn(nll, is_right, np.where(is_right, kind, kind // 4 * 4))
+
+  bend_strengths(patch, change)
+
+
 # The trace
 
 
@@ -479,3 +522,18 @@ def test_a_cheat_is_caught(shared, cheat, monkeypatch, tmp_path):
   reported = shared.score(tmp_path)
   broken = first_broken(shared.checks(tmp_path, reported))
   assert broken is not None and broken.name in SHARED[cheat], broken
+
+
+LEARNING = (
+  learnt_strengths_that_know_whether_the_hint_is_right,
+  strengths_learnt_from_the_target_as_well,
+  strengths_learnt_from_the_batch_before_it_is_scored,
+  kinds_chosen_by_the_target,
+)
+
+
+@pytest.mark.parametrize("cheat", LEARNING, ids=lambda cheat: cheat.__name__)
+def test_a_cheat_with_learnt_strengths_is_caught(learning, cheat, monkeypatch, tmp_path):
+  cheat(monkeypatch)
+  broken = first_broken(learning.checks(tmp_path, learning.score(tmp_path)))
+  assert broken is not None and broken.name == HINTS, broken

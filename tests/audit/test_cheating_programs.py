@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from case import Run, chained_documents, first_broken
-from ttt_case import SETTINGS, changed
+from case import Run, first_broken
+from ttt_case import SETTINGS, chained_documents, changed
 
 from pgolf_jax.model import Context
 from pgolf_jax.model.gpt import bind

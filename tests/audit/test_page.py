@@ -10,7 +10,7 @@ from pgolf_jax.audit.verdict import rules, verdict
 from pgolf_jax.errors import Check
 
 PAGE = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
-EVALUATORS = [*test_cheating_evaluators.SHARED, *test_cheating_programs.CHEATS]
+EVALUATORS = [*test_cheating_evaluators.SHARED, *test_cheating_evaluators.LEARNING, *test_cheating_programs.CHEATS]
 FOLDERS = [lie for lies in test_lying_folders.THOROUGH.values() for lie in lies]
 
 

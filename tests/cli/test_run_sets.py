@@ -70,7 +70,18 @@ def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path,
     assert score["mean"] == pytest.approx(sum(bpb) / 2) and score["deviation"] == pytest.approx(
       abs(bpb[0] - bpb[1]) / 2**0.5
     )
+  gaps = [
+    b - a
+    for a, b in (
+      [RunFolder(out / f"matrix_lr={lr}_seed={seed}").results()["plain"]["bpb"] for lr in (0.02, 0.05)]
+      for seed in (1, 2)
+    )
+  ]
+  gap = groups[0.05]["differences"]["averaged"]
+  assert groups[0.02]["differences"] == {} and gap["count"] == 2
+  assert gap["mean"] == pytest.approx(sum(gaps) / 2) and gap["error"] == pytest.approx(abs(gaps[0] - gaps[1]) / 2)
   said = capsys.readouterr().out
+  assert f"{gap['mean']:+.5f} ± {gap['error']:.5f}" in said
   assert "matrix_lr=0.02_seed=1" in said and "±" in said and max(map(len, said.splitlines()[-8:])) <= 110
 
   run = RunFolder(out / "matrix_lr=0.05_seed=2")

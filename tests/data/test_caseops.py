@@ -1,10 +1,11 @@
 """CaseOps: the recipe's rules one by one, the inverse on any text, and what the inverse refuses."""
 
 import contextlib
+import re
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgolf_jax.data.caseops import ALLCAPS, CAPNEXT, ESC, MARKERS, TITLE, decode, encode, original_bytes
@@ -29,8 +30,22 @@ RULES = [
   (ESC + ESC, ESC * 4),
 ]
 
+BEFORE_SPACE = [
+  (" Word", f"{TITLE} word"),
+  ("The NASA's  iPhone,\n B", f"{TITLE}the{ALLCAPS} nasa's  i{CAPNEXT}phone,\n{TITLE} b"),
+  ("a  B", f"a {TITLE} b"),  # the last of two spaces
+  ("\tAB\u00a0Cd", f"\t{ALLCAPS}ab\u00a0{TITLE}cd"),  # other white space stays
+  (f"{TITLE} A", f"{ESC}{TITLE}{TITLE} a"),
+  (f" {TITLE}A", f" {ESC}{TITLE}{TITLE}a"),
+  (f" {ESC} {CAPNEXT}", f" {ESC}{ESC} {ESC}{CAPNEXT}"),
+]
+FORMS = ("published", "before-space")
+both_forms = pytest.mark.parametrize("form", FORMS)
+
+relaxed = settings(deadline=None)
+
 # Dense in what the rules are about: short runs of mixed case, markers, neighbours of the ASCII letters.
-busy_text = st.text(st.sampled_from([*"abYZ@[`{ é\n", *MARKERS, "\U0001f600"]), max_size=30)
+busy_text = st.text(st.sampled_from([*"abYZ@[`{  é\n", *MARKERS, "\U0001f600"]), max_size=30)
 any_text = st.text(st.characters(), max_size=60)  # lone surrogates included
 
 
@@ -40,16 +55,44 @@ def test_rules(text, coded):
   assert decode(coded) == text
 
 
-@given(st.one_of(busy_text, any_text))
-@example("aBC" * 10)
-def test_decode_inverts_encode(text):
-  assert decode(encode(text)) == text
+@pytest.mark.parametrize("text, coded", [rule for rule in RULES if " " not in rule[0]] + BEFORE_SPACE)
+def test_rules_of_markers_before_spaces(text, coded):
+  assert encode(text, "before-space") == coded
+  assert decode(coded, "before-space") == text
 
 
+@both_forms
+@relaxed
+@given(text=st.one_of(busy_text, any_text))
+@example(text="aBC" * 10)
+@example(text="  The  NASA ")
+def test_decode_inverts_encode(form, text):
+  assert decode(encode(text, form), form) == text
+
+
+@relaxed
 @given(busy_text)
-def test_only_capitals_and_markers_change(text):
+def test_no_markers_leave_text_as_it_is(text):
+  assert encode(text, "none") == decode(text, "none") == text
+
+
+@relaxed
+@given(busy_text)
+def test_markers_before_spaces_differ_in_one_space_a_word(text):
+  published, before = encode(text), encode(text, "before-space")
+  assert sorted(before) == sorted(published)
+  places = [i for i in range(len(before)) if published[i] != before[i]]
+  assert [published[i] for i in places[::2]] == [before[i] for i in places[1::2]] == [" "] * (len(places) // 2)
+  without_literals = re.sub(f"{ESC}.", "x", before)
+  assert not re.search(f" [{TITLE}{ALLCAPS}][a-z]", without_literals)
+
+
+@both_forms
+@relaxed
+@given(text=busy_text)
+def test_only_capitals_and_markers_change(form, text):
   unchanged = "".join(c for c in text if not ("A" <= c <= "Z") and c not in MARKERS)
-  coded = encode(text)
+  coded = encode(text, form)
   assert not any("A" <= c <= "Z" for c in coded)
   if not any(marker in text for marker in MARKERS):
     assert "".join(c for c in coded if c not in MARKERS).lower() == text.lower()
@@ -75,30 +118,60 @@ MALFORMED = [
   (f"a{ESC}", "ESC.*at the end"),
   (f"{ESC}{ESC}{ESC}", "ESC at character 2.*at the end"),
 ]
+MALFORMED_BEFORE_SPACE = [
+  (f" {TITLE}a", "TITLE at character 1.*behind a space"),
+  (f"x {ALLCAPS}ab", "ALLCAPS.*behind a space"),
+  (f"{TITLE}  a", "TITLE.*not an ASCII letter"),
+  (f"{TITLE} ", "TITLE.*not an ASCII letter"),
+  (f"{TITLE} 1", "TITLE.*not an ASCII letter"),
+  (f"a{CAPNEXT} b", "CAPNEXT.*not an ASCII letter"),
+]
+EVERY_MALFORMED = [
+  *(("published", *case) for case in [*MALFORMED, (f"{TITLE} a", "TITLE.*not an ASCII letter")]),
+  *(("before-space", *case) for case in MALFORMED if case[0] != f"{ALLCAPS} ab"),
+  *(("before-space", *case) for case in MALFORMED_BEFORE_SPACE),
+]
 
 
-@pytest.mark.parametrize("coded, message", MALFORMED)
-def test_malformed_text_is_refused_with_the_place(coded, message):
+@pytest.mark.parametrize("form, coded, message", EVERY_MALFORMED)
+def test_malformed_text_is_refused_with_the_place(form, coded, message):
   with pytest.raises(UserError, match=message):
-    decode(coded)
+    decode(coded, form)
 
 
-@pytest.mark.parametrize("coded", [coded for coded, _ in MALFORMED])
-def test_lenient_decoding_drops_what_is_out_of_place(coded):
-  assert "a" in decode(f"{coded} a", strict=False).lower()
+@pytest.mark.parametrize("form, coded", [case[:2] for case in EVERY_MALFORMED])
+def test_lenient_decoding_drops_what_is_out_of_place(form, coded):
+  assert "a" in decode(f"{coded} a", form, strict=False).lower()
 
 
-@given(st.text(st.sampled_from([*"ab ", *MARKERS]), max_size=12))
-def test_lenient_and_strict_agree_on_what_strict_accepts(coded):
-  lenient = decode(coded, strict=False)
+sampled_text = st.text(st.sampled_from([*"ab ", *MARKERS]), max_size=12)
+
+
+@both_forms
+@relaxed
+@given(coded=sampled_text)
+def test_lenient_and_strict_agree_on_what_strict_accepts(form, coded):
+  lenient = decode(coded, form, strict=False)
   with contextlib.suppress(UserError):
-    assert decode(coded) == lenient
+    assert decode(coded, form) == lenient
 
 
-@given(st.one_of(busy_text, st.text(max_size=60)))
-@example(ESC + ESC + TITLE + "A")
-def test_original_bytes_add_up(text):
-  coded = encode(text)
+@both_forms
+@relaxed
+@given(coded=sampled_text)
+@example(coded=f"a{TITLE} b")
+def test_text_that_was_shown_stays_when_more_is_sampled(form, coded):
+  whole = decode(coded, form, strict=False)
+  for end in range(len(coded)):
+    assert whole.startswith(decode(coded[:end], form, strict=False))
+
+
+@both_forms
+@relaxed
+@given(text=st.one_of(busy_text, st.text(max_size=60)))
+@example(text=ESC + ESC + TITLE + "A")
+def test_original_bytes_add_up(form, text):
+  coded = encode(text, form)
   bytes_C = original_bytes(coded)
   assert bytes_C.shape == (len(coded),)
   assert bytes_C.sum() == len(text.encode())

@@ -1,11 +1,15 @@
 """The verbs of `pgolf data`, from their arguments to what they print and return."""
 
+import dataclasses
+
 import pytest
 
 from pgolf_jax.bench.data import COMMAND as bench
 from pgolf_jax.cli import commands
+from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.data.manifest import Manifest
 from pgolf_jax.errors import UserError
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import call
 
 TEXTS = [f"Document No. {i}: " + "congress of the States " * 20 for i in range(30)]
@@ -57,7 +61,30 @@ def test_a_tokenizer_is_trained_when_none_is_given(docs, tmp_path):
     tmp_path / "o",
   )
   manifest = Manifest.read(tmp_path / "o")
-  assert (manifest.vocab_size, manifest.val.documents, manifest.is_caseops) == (300, 3, False)
+  assert (manifest.vocab_size, manifest.val.documents, manifest.markers) == (300, 3, "none")
+
+
+def test_markers_before_spaces(docs, tmp_path, capsys):
+  out = tmp_path / "out"
+  options = ["--val-every", 10, "--vocab-size", 300, "--workers", 1, "--caseops-markers", "before-space"]
+  run("prepare", "--train", docs, *options, "--out", out)
+  manifest = Manifest.read(out)
+  assert (manifest.markers, manifest.text_transform) == ("before-space", "lossless_caps_caseops_before_space_v1")
+  assert manifest.val.counted_bytes == manifest.val.text_bytes == sum(len(text.encode()) for text in TEXTS[9::10])
+  printed = capsys.readouterr().out
+  assert "with markers before spaces" in printed and "Document No. 9: congress of the States congress" in printed
+  assert run("verify", out) == 0
+  data = dataclasses.replace(Settings().data, path=str(out), caseops_markers="before-space")
+  settings = dataclasses.replace(Settings(), data=data)
+  assert ensure_prepared(settings) == out
+  for change in ({"caseops_markers": "published"}, {"caseops": False}):
+    with pytest.raises(UserError, match=r"with markers before spaces, the settings say .*; set data.caseops and"):
+      ensure_prepared(dataclasses.replace(settings, data=dataclasses.replace(data, **change)))
+  for transform in ("lossless_caps_caseops_v1", "identity"):
+    dataclasses.replace(manifest, text_transform=transform).write(out)
+    capsys.readouterr()
+    assert run("verify", out) == 1
+    assert "FAILED" in next(line for line in capsys.readouterr().out.splitlines() if " text " in line)
 
 
 def test_validation_file(docs, model, write_jsonl, tmp_path):

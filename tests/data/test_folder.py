@@ -20,12 +20,10 @@ from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import call
 
 
-def settings_for(path: str, *, vocab_size: int = 1024, is_caseops: bool = True) -> Settings:
+def settings_for(path: str, *, vocab_size: int = 1024, **data) -> Settings:
   settings = Settings()
   model = dataclasses.replace(settings.model, vocab_size=vocab_size)
-  return dataclasses.replace(
-    settings, model=model, data=dataclasses.replace(settings.data, path=path, caseops=is_caseops)
-  )
+  return dataclasses.replace(settings, model=model, data=dataclasses.replace(settings.data, path=path, **data))
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +70,16 @@ def test_locating_a_folder_prepares_nothing(tmp_path, monkeypatch):
   monkeypatch.setenv("PGOLF_CACHE", str(tmp_path / "cache"))
   assert locate(settings_for("some/where")).parts == ("some", "where")
   names = {locate(settings_for("default", vocab_size=size)).name for size in (512, 1024)}
-  names.add(locate(settings_for("default", is_caseops=False)).name)
-  assert len(names) == 3
+  names.add(locate(settings_for("default", caseops=False)).name)
+  names.add(locate(settings_for("default", caseops_markers="before-space")).name)
+  assert len(names) == 4
   found = rf"There is no data folder {tmp_path}/nowhere; `pgolf data prepare .* --out {tmp_path}/nowhere`"
   with pytest.raises(UserError, match=found):
     locate_prepared(settings_for(f"{tmp_path}/nowhere"))
   with pytest.raises(UserError, match=r"not prepared; `pgolf data prepare --vocab-size 512 --no-caseops --out \S+`"):
-    locate_prepared(settings_for("default", vocab_size=512, is_caseops=False))
+    locate_prepared(settings_for("default", vocab_size=512, caseops=False))
+  with pytest.raises(UserError, match="--caseops-markers before-space --out"):
+    locate_prepared(settings_for("default", caseops_markers="before-space"))
   assert not list(tmp_path.iterdir())
   assert locate_prepared(settings_for(str(tmp_path))) == ensure_prepared(settings_for(str(tmp_path))) == tmp_path
   assert not list(tmp_path.iterdir())

@@ -76,12 +76,13 @@ def test_more_bytes_than_the_documents_have_fail(folder_of):
   assert "the documents have" in outcome(folder, "sidecar").finding
 
 
-def test_pieces_spell_what_the_recipe_counts(lossless, normalising):
+@pytest.mark.parametrize("markers", ["published", "before-space"])
+def test_pieces_spell_what_the_recipe_counts(lossless, normalising, markers):
   """On text without anything to normalise the bytes of the recipe are those of the pieces."""
   texts = ["The USA's iPhone: 3 µm, naïve 漢字 🙂 end.", f"a {caseops.TITLE}b {caseops.ESC}{caseops.ESC} C", "x ▁ y"]
   for tokenizer in (lossless, normalising):
     for text in texts[: 3 if tokenizer is lossless else 2]:
-      coded = caseops.encode(text)
+      coded = caseops.encode(text, markers)
       tokens_N = tokenizer.encode(coded)
       spelt_N = sidecar.PieceBytes(tokenizer, is_caseops=True).spelt(np.append([BOS], tokens_N))
       if tokenizer is lossless:

@@ -127,7 +127,7 @@ def test_normalising_tokenizer_reports_what_it_loses(write_jsonl, normalising, t
 
 
 def test_plain_text_without_caseops(docs, lossless, tmp_path):
-  manifest = prepare(tmp_path / "out", plan(docs, lossless, is_caseops=False), workers=1)
+  manifest = prepare(tmp_path / "out", plan(docs, lossless, markers="none"), workers=1)
   assert manifest.text_transform == "identity"
   first = next(iter_documents(list_shards(tmp_path / "out", "val")))
   assert lossless.decode(first.tokens_N) == TEXTS[0]
@@ -354,4 +354,4 @@ def test_settings_that_make_no_sense(docs, lossless, train_other):
 def test_a_killed_worker_is_reported(lossless, monkeypatch):
   monkeypatch.setattr(encode_module, "_encode_in_worker", os._exit)
   with pytest.raises(UserError, match="a worker process was killed"):
-    list(encode_module.encode_all(encode_module.Encoder(lossless, is_caseops=True, held_out=None), [0], workers=2))
+    list(encode_module.encode_all(encode_module.Encoder(lossless, markers="published", held_out=None), [0], workers=2))

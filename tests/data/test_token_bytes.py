@@ -35,11 +35,15 @@ def test_golden_case(golden, published_tokenizer):
     assert (len(text.encode()), bytes_N.sum()) == (want["utf8_bytes"], want["sum_bytes"])
 
 
+both_forms = pytest.mark.parametrize("form", ["published", "before-space"])
+
+
+@both_forms
 @relaxed
-@given(texts)
-@example(caseops.ESC + "A" + caseops.TITLE)
-def test_lossless_bytes_add_up_to_the_text(lossless, text):
-  coded = caseops.encode(text)
+@given(text=texts)
+@example(text=caseops.ESC + " A" + caseops.TITLE)
+def test_lossless_bytes_add_up_to_the_text(lossless, form, text):
+  coded = caseops.encode(text, form)
   bytes_N = token_bytes(lossless, coded, lossless.encode(coded))
   assert bytes_N.dtype == np.uint16 and bytes_N.sum() == len(text.encode())
 
@@ -51,11 +55,12 @@ def test_without_caseops_markers_count_like_any_character(lossless, text):
   assert bytes_N.sum() == len(text.encode())
 
 
+@both_forms
 @relaxed
-@given(texts.map(lambda text: text.replace("▁", "")))
-def test_normalising_tokenizer_loses_the_white_space_at_the_ends_alone(normalising, text):
+@given(text=texts.map(lambda text: text.replace("▁", "")))
+def test_normalising_tokenizer_loses_the_white_space_at_the_ends_alone(normalising, form, text):
   text = f"x{text}y"
-  coded = caseops.encode(f"  {text} \n")
+  coded = caseops.encode(f"  {text} \n", form)
   assert token_bytes(normalising, coded, normalising.encode(coded)).sum() == len(text.encode())
 
 
@@ -70,6 +75,15 @@ def test_markers_count_nothing_and_escaped_markers_their_own(lossless):
   by_token = list(zip(tokens_N.tolist(), token_bytes(lossless, coded, tokens_N).tolist(), strict=True))
   assert by_token[0] == (4, 0)
   assert by_token[-2:] == [(7, 0), (4, 3)]
+
+
+def test_a_marker_before_a_space_counts_nothing_and_the_word_keeps_its_pieces(lossless):
+  lower, capital = (lossless.encode(caseops.encode(text, "before-space")) for text in ("in the law", "in The law"))
+  at = len(lossless.encode("in"))
+  assert capital.tolist() == [*lower[:at], 4, *lower[at:]]
+  bytes_N = token_bytes(lossless, caseops.encode("in The law", "before-space"), capital)
+  assert bytes_N[at] == 0 and bytes_N.sum() == 10
+  assert len(lossless.encode(caseops.encode("in The law"))) == len(capital) + 1
 
 
 def test_a_token_of_too_many_bytes_is_refused(normalising):

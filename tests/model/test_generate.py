@@ -1,6 +1,7 @@
 """Generation: the model's own distribution, in pieces, as ordinary text."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,11 @@ def test_logits_are_the_evaluation_distribution(params):
   assert generated_nll == pytest.approx(float(nll[0, -1]), rel=1e-4)
 
 
-def run(params, prompt="Go on", *, context=256, caseops=True, tokenizer=None, **sampling):
+def run(params, prompt="Go on", *, context=256, data=None, tokenizer=None, **sampling):
   settings = dataclasses.replace(
     SETTINGS,
     eval=dataclasses.replace(SETTINGS.eval, seq_len=context),
-    data=dataclasses.replace(SETTINGS.data, caseops=caseops),
+    data=dataclasses.replace(SETTINGS.data, **(data or {})),
   )
   drawn = Sampling(**({"tokens": 30, "temperature": 0.9, "top_p": 0.95, "seed": 5} | sampling))
   return list(generate(settings, params, tokenizer or Letters(), prompt, drawn))
@@ -65,8 +66,28 @@ def test_pieces_make_up_the_text_without_markers(params):
   pieces = run(params, tokens=60)
   assert all(pieces)
   assert not set("".join(pieces)) & set(caseops.MARKERS)
-  raw = "".join(run(params, tokens=60, caseops=False, prompt="go on"))
+  raw = "".join(run(params, tokens=60, data={"caseops": False}, prompt="go on"))
   assert set(raw) & set(caseops.MARKERS)  # as the model wrote them
+
+
+@pytest.mark.parametrize("form, seen", [("published", " {0}go {1}on"), ("before-space", "{0} go{1} on")])
+def test_prompt_and_continuation_are_of_the_form_that_the_model_knows(params, monkeypatch, form, seen):
+  written = caseops.encode(" the Man of NASA, a McKay", form)
+  prompts = []
+
+  def next_logits(config, dtype):
+    def logits(params, tokens_T):
+      prompts.append(Letters().decode(tokens_T))
+      logits_V = np.zeros(MODEL.vocab_size)
+      logits_V[Letters().encode(written)[len(prompts) - 1]] = 1
+      return logits_V
+
+    return logits
+
+  monkeypatch.setattr(sys.modules[generate.__module__], "next_logits", next_logits)
+  pieces = run(params, " Go ON", data={"caseops_markers": form}, tokens=len(written), temperature=0)
+  assert "".join(pieces) == " the Man of NASA, a McKay"
+  assert prompts[0] == seen.format(caseops.TITLE, caseops.ALLCAPS)
 
 
 def test_only_the_context_is_seen(params):

@@ -99,7 +99,8 @@ def write_run(path, settings: Settings, *, until: str = "audit", seed: int = 0) 
     documents.append(
       {"document": document.index, "batch": 0, "start": document.start, "targets": document.targets,
        "bytes": int(text_bytes[part.start + 1 : part.stop + 1].sum()), "nats": float(nll[part].sum(dtype=np.float64)),
-       "nats_untilted": float(learnt[part].sum(dtype=np.float64)), "hints": int(gate[part].sum())}
+       "nats_untilted": float(learnt[part].sum(dtype=np.float64)), "hints": int(gate[part].sum()),
+       "right": int((gate & (nll < learnt))[part].sum())}
     )  # fmt: skip
   (run.scores / "documents.jsonl").write_text("".join(json.dumps(line) + "\n" for line in documents))
   ttt = score(nll) | {

@@ -46,6 +46,7 @@ def test_paired_by_its_formula():
   found, gap = statistics.paired(a, b), b - a
   t = gap.mean() / (gap.std(ddof=1) / 2)
   assert found.mean == pytest.approx(gap.mean()) and found.count == 4
+  assert found.error == pytest.approx(gap.std(ddof=1) / 2)
   assert found.p == pytest.approx(2 * stats.t.cdf(-abs(t), 3)) and found.p_lower == pytest.approx(stats.t.cdf(t, 3))
 
 

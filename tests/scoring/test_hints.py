@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pgolf_jax.kernels.ngram.reference import NgramModel
-from pgolf_jax.scoring.hints import HintStream, build_hints
+from pgolf_jax.scoring.hints import HintStream, build_hints, kinds
 from pgolf_jax.settings import HintConfig
 from pgolf_jax.settings.load import from_env
 
@@ -126,3 +126,28 @@ def test_a_threshold_of_zero_gates_everything_in_the_published_procedure():
 
 def test_no_targets_no_hints():
   assert len(build_hints(np.zeros(0, np.uint16), HintConfig()).ids) == 0
+
+
+def test_the_longest_ngram_that_has_a_hint_gives_it():
+  _, docs = documents()
+  orders = (6, 4, 2)
+  config = HintConfig(order=6, backoff=(4, 2), threshold=0.6)
+  together = HintStream(config, 8)
+  alone = [HintStream(dataclasses.replace(config, order=order, backoff=()), 8) for order in orders]
+  came_from = set()
+  for document in docs:
+    got, each = together.add(document), [stream.add(document) for stream in alone]
+    for i in range(len(got.ids)):
+      first = next((place for place, hints in enumerate(each) if hints.gate[i]), None)
+      came_from.add(first)
+      assert got.gate[i] == (first is not None)
+      assert got.ids[i] == (0 if first is None else each[first].ids[i])
+      assert got.kind[i] == (0 if first is None else each[first].kind[i] + first * kinds(config) // len(orders))
+  assert came_from == {None, 0, 1, 2} and kinds(config) == 12
+
+
+def test_kinds_tell_how_sure_an_ngram_is():
+  """After 2 comes 3 always; after 4 comes 5 two times of three."""
+  text = np.array([BOS, 2, 3, 4, 5, 2, 3, 4, 6, 2, 3, 4, 5, 2, 3, 4, 5], np.int32)
+  hints = HintStream(HintConfig(order=2, threshold=0.0), 8).add(text)
+  assert (hints.ids[-1], hints.kind[-1]) == (5, 2) and (hints.ids[-3], hints.kind[-3]) == (3, 3)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from ttt_case import SETTINGS, changed, random_documents, random_params
+from ttt_case import SETTINGS, chained_documents, changed, random_documents, random_params
 
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import Stopped, UserError
@@ -16,6 +16,7 @@ from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
 from pgolf_jax.scoring.record import Record, WeightsEvent, find_cycle, identify
+from pgolf_jax.settings import load
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
 
@@ -98,6 +99,18 @@ def test_learning_and_hints_help_on_a_repeating_text():
   still, moving = (evaluate(changed(SETTINGS, lora__train_min_doc_len=least), data) for least in (10**6, 0))
   assert moving.untilted.bpb < 0.9 * still.untilted.bpb
   assert moving.score.bpb < 0.9 * moving.untilted.bpb
+
+
+def test_learnt_strengths_help_and_outlive_a_kill(tmp_path):
+  settings = load.changed(
+    SETTINGS, {"hints.strength": "mixture", "hints.backoff": (3, 2), "hints.threshold": 0.0, "ttt.batch_size": 2}
+  )
+  data = chained_documents(LENGTHS)
+  whole = evaluate(settings, data)
+  assert whole.score.bpb < 0.9 * whole.untilted.bpb
+  evaluate_until_killed(settings, data, tmp_path, after=2)
+  resumed = evaluate(settings, data, folder=tmp_path, save_seconds=0)
+  np.testing.assert_array_equal(resumed.nll_N, whole.nll_N)
 
 
 def test_no_steps_are_no_learning():
