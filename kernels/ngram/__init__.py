@@ -95,6 +95,7 @@ class NgramState:
     hint: Integer[np.ndarray, "N"] | None = None,
     gate: Bool[np.ndarray, "N"] | None = None,
     confidence: Float32[np.ndarray, "N"] | None = None,
+    total: Integer[np.ndarray, "N"] | None = None,
   ) -> tuple[Integer[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
     """Returns hints for the next tokens of the stream, and counts these tokens.
 
@@ -103,9 +104,10 @@ class NgramState:
       hint: array for the result, of any integer type of 32 bits; allocated if None.
       gate: array for the result, bool; allocated if None.
       confidence: array that receives count / total of each hint, if not None.
+      total: array that receives how often each context came before, of any integer type of 32 bits, if not None.
 
     Returns:
-      `(hint, gate)`. Where the context is new or not yet full, hint and confidence are 0 and the gate is closed.
+      `(hint, gate)`. Where the context is new or not yet full, hint, confidence and total are 0 and the gate is closed.
 
     Raises:
       MemoryError: memory ran out. If counts are incomplete as a result, the state refuses further updates.
@@ -114,7 +116,7 @@ class NgramState:
     n = len(tokens)
     hint = np.empty(n, np.uint32) if hint is None else hint
     gate = np.empty(n, bool) if gate is None else gate
-    self._state.update(tokens, hint, gate, confidence)
+    self._state.update(tokens, hint, gate, confidence, total)
     return hint, gate
 
   @property

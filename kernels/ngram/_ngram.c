@@ -110,18 +110,19 @@ static PyObject *State_seed(State *self, PyObject *tokens) {
 }
 
 static PyObject *State_update(State *self, PyObject *args) {
-  PyObject *tokens, *hint, *gate, *confidence = Py_None;
-  if (!PyArg_ParseTuple(args, "OOO|O:update", &tokens, &hint, &gate, &confidence)) return NULL;
+  PyObject *tokens, *hint, *gate, *confidence = Py_None, *total = Py_None;
+  if (!PyArg_ParseTuple(args, "OOO|OO:update", &tokens, &hint, &gate, &confidence, &total)) return NULL;
   const Py_ssize_t n = PyObject_Length(tokens);
   if (n < 0) return NULL;
   PyObject *result = NULL;
-  Py_buffer hints, gates, confidences;
+  Py_buffer hints, gates, confidences, totals;
   if (!get_output(hint, &hints, n, "iIlL", 4, "hint", false)) return NULL;
   if (!get_output(gate, &gates, n, "?B", 1, "gate", false)) goto release_hints;
   if (!get_output(confidence, &confidences, n, "f", 4, "confidence", true)) goto release_gates;
+  if (!get_output(total, &totals, n, "iIlL", 4, "total", true)) goto release_confidences;
   const Py_ssize_t taken = extend(self, tokens);
   if (taken == n) {
-    const ngram_out out = {hints.buf, gates.buf, confidences.buf};
+    const ngram_out out = {hints.buf, gates.buf, confidences.buf, totals.buf};
     bool ok;
     self->busy = true;
     Py_BEGIN_ALLOW_THREADS;
@@ -134,6 +135,8 @@ static PyObject *State_update(State *self, PyObject *args) {
     self->failed = true;
     PyErr_SetString(PyExc_RuntimeError, "the length of tokens changed during the call");
   }
+  if (totals.obj) PyBuffer_Release(&totals);
+release_confidences:
   if (confidences.obj) PyBuffer_Release(&confidences);
 release_gates:
   PyBuffer_Release(&gates);
@@ -195,7 +198,7 @@ static PyObject *State_last(State *self, void *unused) {
 static PyMethodDef methods[] = {
     {"seed", (PyCFunction)State_seed, METH_O, "seed(tokens): append tokens that serve as context and are not counted"},
     {"update", (PyCFunction)State_update, METH_VARARGS,
-     "update(tokens, hint, gate, confidence=None): write the hints of tokens into the arrays, and count the tokens"},
+     "update(tokens, hint, gate, confidence=None, total=None): write the hints of tokens into the arrays, and count the tokens"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -62,15 +62,22 @@ class State:
     self._history.append(self._checked(tokens))
 
   def update(
-    self, tokens: np.ndarray, hint: np.ndarray, gate: np.ndarray, confidence: np.ndarray | None = None
+    self,
+    tokens: np.ndarray,
+    hint: np.ndarray,
+    gate: np.ndarray,
+    confidence: np.ndarray | None = None,
+    total: np.ndarray | None = None,
   ) -> None:
     """Writes the hints of tokens into the arrays, and counts the tokens."""
     _check_output("hint", hint, len(tokens), "iu", 4)
     _check_output("gate", gate, len(tokens), "bu", 1)
     if confidence is not None:
       _check_output("confidence", confidence, len(tokens), "f", 4)
+    if total is not None:
+      _check_output("total", total, len(tokens), "iu", 4)
     tokens_N = self._checked(tokens)
-    for out in (hint, gate, confidence):
+    for out in (hint, gate, confidence, total):
       if out is not None:
         out[:] = 0
     for first in range(0, len(tokens_N), _BLOCK):
@@ -80,12 +87,14 @@ class State:
       skip = max(0, min(self._context - start, len(block)))  # no hint before a full context
       if skip == len(block):
         continue
-      seen_n, hint_n, share_n = self._count(np.arange(start + skip, start + len(block)), block[skip:])
+      total_n, hint_n, share_n = self._count(np.arange(start + skip, start + len(block)), block[skip:])
       out = slice(first + skip, first + len(block))
       hint.view(np.uint32)[out] = hint_n
-      gate[out] = seen_n & (share_n >= self._threshold)
+      gate[out] = (total_n > 0) & (share_n >= self._threshold)
       if confidence is not None:
         confidence[out] = share_n
+      if total is not None:
+        total.view(np.uint32)[out] = total_n
 
   @property
   def last(self) -> int | None:
@@ -111,7 +120,7 @@ class State:
     return tokens.astype(np.uint32)
 
   def _count(self, position_n: np.ndarray, token_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts a block: (whether a target's context came before, the hint, count / total), zeros where it did not."""
+    """Counts a block: (how often a target's context came before, the hint, count / total), zeros where it did not."""
     context_n, pair_n = self._number(position_n, token_n)
     count_n = self._pair_count.values[pair_n] + _rank(pair_n) + 1
     np.add.at(self._pair_count.values, pair_n, 1)
@@ -138,7 +147,7 @@ class State:
 
     seen_m = total_m > 0
     share_m = before_m.astype(np.float32) / np.maximum(total_m, 1).astype(np.float32)
-    results = (seen_m, np.where(seen_m, hint_before_m, 0), np.where(seen_m, share_m, np.float32(0)))
+    results = (total_m, np.where(seen_m, hint_before_m, 0), np.where(seen_m, share_m, np.float32(0)))
     restored = np.empty_like(order)
     restored[order] = np.arange(len(order))
     return tuple(x[restored] for x in results)

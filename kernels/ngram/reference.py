@@ -20,10 +20,13 @@ class NgramModel:
   def seed(self, tokens: np.ndarray) -> None:
     self._stream.extend(int(token) for token in tokens)
 
-  def update(self, tokens: np.ndarray, confidence: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+  def update(
+    self, tokens: np.ndarray, confidence: np.ndarray | None = None, total: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     hint, gate = np.zeros(len(tokens), np.uint32), np.zeros(len(tokens), bool)
-    if confidence is not None:
-      confidence[:] = 0
+    for out in (confidence, total):
+      if out is not None:
+        out[:] = 0
     for i, token in enumerate(int(token) for token in tokens):
       if len(self._stream) >= self._length:
         context, pair = self._keys(tuple(self._stream[len(self._stream) - self._length :]), token)
@@ -33,6 +36,8 @@ class NgramModel:
           gate[i] = share >= self._threshold
           if confidence is not None:
             confidence[i] = share
+          if total is not None:
+            total[i] = self._totals[context]
         self._totals[context] = self._totals.get(context, 0) + 1
         self._pairs[pair] = self._pairs.get(pair, 0) + 1
         if self._pairs[pair] > self._best.get(context, (0, 0))[0]:

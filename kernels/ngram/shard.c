@@ -155,6 +155,7 @@ INLINED void take(const pass *p, const event *e, size_t out_at, ngram_out out) {
   }
   const float confidence = (float)record->best / (float)record->total;
   if (out.confidence) out.confidence[out_at] = confidence;
+  if (out.total) out.total[out_at] = record->total;
   out.hint[out_at] = p->history[record->position];
   out.gate[out_at] = confidence >= p->threshold;
   if (p->exact) pair = count_pair_lazily(p, e, record);

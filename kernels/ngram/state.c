@@ -30,6 +30,7 @@ bool ngram_count(ngram *s, size_t n, ngram_out out) {
   memset(out.hint, 0, n * sizeof *out.hint);
   memset(out.gate, 0, n);
   if (out.confidence) memset(out.confidence, 0, n * sizeof *out.confidence);
+  if (out.total) memset(out.total, 0, n * sizeof *out.total);
   if (s->expected < s->history.count) s->expected = s->history.count;
   job jobs[NGRAM_MAX_SHARDS];
   pthread_t threads[NGRAM_MAX_SHARDS];

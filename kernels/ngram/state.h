@@ -33,11 +33,12 @@ typedef struct {
   ngram_shard *shard;
 } ngram;
 
-/* Results of one update, n each; confidence may be NULL. */
+/* Results of one update, n each; confidence and total may be NULL. */
 typedef struct {
   uint32_t *hint;
   uint8_t *gate;
   float *confidence;
+  uint32_t *total;
 } ngram_out;
 
 /* Makes an empty state. Returns false if memory is short; nothing then needs to be freed. */

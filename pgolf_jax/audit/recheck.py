@@ -21,7 +21,7 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring import record
 from pgolf_jax.scoring.documents import Document, find_documents
-from pgolf_jax.scoring.hints import SHARES
+from pgolf_jax.scoring.hints import CLASSES, SHARES, TOTALS
 from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores, WeightsEvent
 from pgolf_jax.scoring.strength import SHIFTS, SLOPES
 from pgolf_jax.settings import Settings
@@ -118,12 +118,16 @@ class Subject:
       for where, text in parts:
         if len(text) and counts.last != text[0]:
           counts.seed(np.ascontiguousarray(text[:1]))
-        share = np.zeros(len(text) - 1, np.float32)
-        ids, gate = counts.update(np.ascontiguousarray(text[1:]), confidence=share)
+        share, total = np.zeros(len(text) - 1, np.float32), np.zeros(len(text) - 1, np.int32)
+        ids, gate = counts.update(np.ascontiguousarray(text[1:]), confidence=share, total=total)
         gate |= config.table == "reference" and config.threshold <= 0  # a confidence of 0 passes, as published
         new = gate & ~hinted.gate_N[where]
         hinted.ids_N[where][new], hinted.gate_N[where][new] = ids[new], True
-        hinted.kind_N[where][new] = place * (len(SHARES) + 1) + np.searchsorted(SHARES, share[new], side="right")
+        hinted.kind_N[where][new] = (
+          place * CLASSES
+          + (len(TOTALS) + 1) * np.searchsorted(SHARES, share[new], side="right")
+          + np.searchsorted(TOTALS, total[new], side="right")
+        )
     return hinted
 
   def boosts(self, scores: Scores, tokens_N1: np.ndarray) -> np.ndarray:

@@ -29,6 +29,9 @@ from pgolf_jax.settings import HintConfig, Settings
 
 SHARES = (0.35, 0.65, 0.999)
 """Shares of a context's continuations at which the classes of confidence begin, after the first."""
+TOTALS = (2, 4, 12)
+"""Numbers of times that a context came before at which the classes of experience begin, after the first."""
+CLASSES = (len(SHARES) + 1) * (len(TOTALS) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Hints:
   ids: Int32[np.ndarray, "N"]  # the token hinted at
   gate: Bool[np.ndarray, "N"]  # whether the distribution is tilted at all
   boost: Float32[np.ndarray, "N"]  # β, nats, where it is fixed
-  kind: Int16[np.ndarray, "N"]  # of the hint: its n-gram's place in `HintConfig.orders`, and the class of confidence
+  kind: Int16[np.ndarray, "N"]  # of the hint: its n-gram's place in `HintConfig.orders`, confidence, experience
 
 
 class HintStream:
@@ -77,11 +80,12 @@ class HintStream:
     for place, counts in enumerate(self._counts):
       if len(document) and counts.last != document[0]:
         counts.seed(document[:1])
-      share = np.empty(targets, np.float32)
-      hint, is_open = counts.update(document[1:], confidence=share)
+      share, total = np.empty(targets, np.float32), np.empty(targets, np.int32)
+      hint, is_open = counts.update(document[1:], confidence=share, total=total)
       is_open = (is_open | self._is_always_open) & ~gate
       np.copyto(ids, hint, where=is_open, casting="unsafe")
-      np.copyto(kind, place * (len(SHARES) + 1) + np.digitize(share, SHARES), where=is_open, casting="unsafe")
+      classes = np.digitize(share, SHARES) * (len(TOTALS) + 1) + np.digitize(total, TOTALS)
+      np.copyto(kind, place * CLASSES + classes, where=is_open, casting="unsafe")
       gate |= is_open
     return Hints(ids, gate, gate * self._boost, kind)
 
@@ -93,7 +97,7 @@ class HintStream:
 
 def kinds(config: HintConfig) -> int:
   """Returns the number of kinds of hints."""
-  return len(config.orders) * (len(SHARES) + 1)
+  return len(config.orders) * CLASSES
 
 
 def build_hints(

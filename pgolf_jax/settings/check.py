@@ -162,7 +162,7 @@ def _check_hints(settings: Settings) -> None:
   h = settings.hints
   _require(
     all(longer > shorter for longer, shorter in itertools.pairwise(h.orders)),
-    f"hints.backoff={','.join(map(str, h.backoff))} must fall from below hints.order={h.order}; 8,5,4,3 does from 16.",
+    f"hints.backoff={','.join(map(str, h.backoff))} must be different numbers below hints.order={h.order}.",
   )
   _require(
     h.strength == "fixed" or settings.ttt.order == "strict",

@@ -185,7 +185,7 @@ class HintConfig:
   order: int = setting(16, "TOKEN_ORDER", Range(1, 32), "tokens of an n-gram, the predicted one counted")
   backoff: tuple[int, ...] = setting(
     (), "TOKEN_BACKOFF", (Range(1, 32),),
-    "tokens of shorter n-grams, from longer to shorter, that give the hint where the longer ones have none",
+    "tokens of shorter n-grams, of which the longest that has a hint gives it where order has none",
   )  # fmt: skip
   threshold: float = setting(
     0.8, "TOKEN_THRESHOLD", SHARE, "least share of a context's continuations that makes a hint"
@@ -202,4 +202,4 @@ class HintConfig:
   @property
   def orders(self) -> tuple[int, ...]:
     """Tokens of the n-grams that are asked for a hint, in turn."""
-    return (self.order, *self.backoff)
+    return (self.order, *sorted(self.backoff, reverse=True))

@@ -84,11 +84,13 @@ def test_agrees_with_plain_python(language, stream, order, mode, threshold, thre
     for text in (state, model):
       text.seed(np.array(seeds, np.uint32))
     got, want = (np.full(len(part), 9, np.float32) for _ in range(2))
-    hint, gate = state.update(part, confidence=got)
-    model_hint, model_gate = model.update(part, confidence=want)
+    total, model_total = (np.full(len(part), 9, np.int32) for _ in range(2))
+    hint, gate = state.update(part, confidence=got, total=total)
+    model_hint, model_gate = model.update(part, confidence=want, total=model_total)
     np.testing.assert_array_equal(hint, model_hint)
     np.testing.assert_array_equal(gate, model_gate)
     np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(total, model_total)
 
 
 @both
@@ -237,6 +239,7 @@ def test_refuses_impossible_settings(arguments, error, message):
     ([1, 2], {"hint": np.zeros(2, np.float32)}, ValueError, "hint must hold 2"),
     ([1, 2], {"gate": np.zeros(2, np.float32)}, ValueError, "gate must hold 2"),
     ([1, 2], {"confidence": np.zeros(2)}, ValueError, "confidence must hold 2"),
+    ([1, 2], {"total": np.zeros(2)}, ValueError, "total must hold 2"),
     ([1, 2], {"hint": np.zeros(4, np.int32)[::2]}, ValueError, "contiguous"),
   ],
 )
