@@ -79,3 +79,8 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
   added up in float32. Cast first, it would be added up in the type of x; in bfloat16 such a sum stops growing.
   """
   return jnp.broadcast_to(factor.astype(jnp.float32), x.shape).astype(x.dtype) * x
+
+
+def gated(x: jax.Array, gate: jax.Array, scale: float) -> jax.Array:
+  """Returns σ(scale · gate) · x, one gate for each vector along the last axis of x."""
+  return x * jax.nn.sigmoid(scale * gate)[..., None]

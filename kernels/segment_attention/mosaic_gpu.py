@@ -241,13 +241,14 @@ def _query_gradient(q, k, v, start, dy, lse, delta):
 def _seeing_queries(start_BxT: jax.Array) -> jax.Array:
   """Returns, for each block of keys, the ends of the blocks of queries that see all of it and that see any of it.
 
-  An end is one past the last such block. Starts never fall along a row, so both come from a binary search.
+  An end is one past the last such block. Starts never fall along a row, so both are numbers of starts up to a position:
+  counted by comparing all with all, in one kernel where a binary search would be a loop of small ones.
   """
   blocks = start_BxT.reshape(start_BxT.shape[0], -1, _BLOCK)
   position = jnp.arange(blocks.shape[1], dtype=jnp.int32) * _BLOCK
 
   def search(starts, keys):
-    return jnp.searchsorted(starts, keys, side="right").astype(jnp.int32)
+    return jnp.searchsorted(starts, keys, side="right", method="compare_all").astype(jnp.int32)
 
   all_seen_end = jax.vmap(search, (0, None))(blocks[:, :, -1], position)
   any_seen_end = jax.vmap(search, (0, None))(blocks[:, :, 0], position + _BLOCK - 1)

@@ -71,8 +71,10 @@ def items_of(plan: PlanName) -> list[Item]:
   kernels, steps = _ITEMS
   if plan == "A":
     operations = (
+      "residual_norm",
       "rotary_heads",
       "segment_attention",
+      "gated_xsa",
       "leaky_relu2_mlp",
       "softcapped_xent",
       "linear_softcapped_xent",

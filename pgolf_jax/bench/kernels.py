@@ -13,8 +13,10 @@ import numpy as np
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.kernels import Choice, softcapped_xent
+from pgolf_jax.kernels import gated_xsa as xsa
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
+from pgolf_jax.kernels import residual_norm as norm
 from pgolf_jax.kernels import rotary_heads as rotary
 from pgolf_jax.kernels import segment_attention as attention
 from pgolf_jax.kernels import softcapped_xent as xent
@@ -22,7 +24,14 @@ from pgolf_jax.kernels.hardware import peaks, target
 from pgolf_jax.runtime import distributed
 
 Operation = Literal[
-  "rotary_heads", "segment_attention", "leaky_relu2_mlp", "softcapped_xent", "linear_softcapped_xent", "polar_express"
+  "residual_norm",
+  "rotary_heads",
+  "segment_attention",
+  "gated_xsa",
+  "leaky_relu2_mlp",
+  "softcapped_xent",
+  "linear_softcapped_xent",
+  "polar_express",
 ]
 
 CAP = 30.0
@@ -237,6 +246,17 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
   def normal(*shape, scale=1.0):
     return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
 
+  lane = normal(B, T, D), normal(B, T, D), jnp.linspace(-1.0, 1.0, D), jnp.linspace(1.0, 2.0, D)
+  yield Case(
+    "residual_norm",
+    lane,
+    partial(norm.residual_norm, scale=0.5),
+    partial(norm.OPERATION.choose, *lane, scale=0.5),
+    lambda torch, *arguments: torch.residual_norm(*arguments, 0.5),
+    (0, 0),
+    (4 * size * tokens * D, 10 * size * tokens * D),
+    (0, 1, 2, 3),
+  )
   qkv, gain = normal(B, T, (H + 2 * K) * C), jnp.linspace(1.0, 2.0, H)
   pairs = C // 8  # that rotary positions turn
   angle = jnp.arange(T)[:, None] * 1e4 ** (-jnp.arange(pairs) / pairs)
@@ -264,6 +284,17 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     lambda torch, q, k, v, start: torch.segment_attention(*(x.flatten(0, 1) for x in (q, k, v)), lengths),
     (4 * pairs * H * C, 14 * pairs * H * C),
     (num_bytes, 3 * num_bytes),
+    (0, 1, 2),
+  )
+  gate = normal(B, T, H)
+  yield Case(
+    "gated_xsa",
+    (q, v, gate),
+    partial(xsa.gated_xsa, scale=0.5),
+    partial(xsa.OPERATION.choose, q, v, gate, scale=0.5),
+    lambda torch, *arguments: torch.gated_xsa(*arguments, 0.5),
+    (0, 0),
+    (size * tokens * (2 * H * C + K * C + H), size * tokens * (5 * H * C + 3 * K * C + 3 * H)),
     (0, 1, 2),
   )
   x, up, down = normal(tokens, D), normal(F, D, scale=D**-0.5), normal(D, F, scale=F**-0.5)

@@ -102,6 +102,12 @@ def _norm(x):
   return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
+def residual_norm(x, added, add, keep, scale: float):
+  """The sum keep · x + add · added, and its norm times scale."""
+  y = keep.to(x.dtype) * x + add.to(x.dtype) * added
+  return y, _norm(y) * scale
+
+
 def _rotate(x, cos, sin):
   half = cos.shape[-1]
   a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -114,6 +120,22 @@ def rotary_heads(qkv, gain, cos, sin, kv_heads: int):
   q, k, v = qkv.unflatten(-1, (sum(sizes), -1)).split(sizes, dim=2)
   cos, sin = (x[:, None].to(qkv.dtype) for x in (cos, sin))
   return _rotate(_norm(q), cos, sin) * gain[:, None].to(qkv.dtype), _rotate(_norm(k), cos, sin), v
+
+
+def _without_own_value(y, v):
+  """What is left of each head's output [..., H, C] without its component along its position's value [..., K, C]."""
+  grouped = y.unflatten(-2, (v.shape[-2], -1))
+  direction = F.normalize(v, dim=-1).unsqueeze(-2)
+  return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(-3, -2)
+
+
+def _gated(y, gate, scale: float):
+  return y * torch.sigmoid(scale * gate)[..., None]
+
+
+def gated_xsa(y, v, gate, scale: float):
+  """XSA and the gate: [B, T, H, C] of y, [B, T, K, C] of v and [B, T, H] of the gate."""
+  return _gated(_without_own_value(y, v), gate, scale)
 
 
 class TorchGPT:
@@ -177,12 +199,10 @@ class TorchGPT:
     v = heads("v", p["kv_bank"][m.num_layers + layer], m.num_kv_heads)
     y = self._attend(q * p[f"blocks.{layer}.attn.q_gain"][:, None], k, v, lengths)
     if layer >= m.num_layers - m.xsa_last_n:
-      grouped = y.unflatten(1, (m.num_kv_heads, -1))
-      direction = F.normalize(v, dim=-1).unsqueeze(2)
-      y = (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(1, 2)
+      y = _without_own_value(y, v)
     if m.sparse_attn_gate:
       gate = F.linear(n[:, : m.gate_window], p[f"blocks.{layer}.attn.attn_gate_w"])
-      y = y * torch.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
+      y = _gated(y, gate, m.sparse_attn_gate_scale)
     out = self._adapted("o", F.linear(y.flatten(1), p["qo_bank"][m.num_layers + layer]), n)
     return p[f"blocks.{layer}.attn_scale"] * out
 

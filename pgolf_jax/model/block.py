@@ -12,7 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp_kernel
-from pgolf_jax.kernels.numerics import rms_norm, scaled
+from pgolf_jax.kernels.gated_xsa import gated_xsa
+from pgolf_jax.kernels.numerics import gated, rms_norm, scaled
+from pgolf_jax.kernels.residual_norm import residual_norm
 from pgolf_jax.kernels.rotary_heads import rotary_heads
 from pgolf_jax.model.adapters import Adapter, delta
 from pgolf_jax.settings import ModelConfig
@@ -96,57 +98,15 @@ class Attention(nnx.Module):
     y = use.attend(q, k, v)
     for name, value in (("q", q), ("k", k), ("v", v), ("attend", y)):
       use.tap(name, value)
+    gate = linear(n[..., : m.gate_window], self.attn_gate_w[...]) if m.sparse_attn_gate else None
     if self.layer >= m.num_layers - m.xsa_last_n:
-      y = without_own_value(y, v)
-    if m.sparse_attn_gate:
-      gate = linear(n[..., : m.gate_window], self.attn_gate_w[...])
-      y = y * jax.nn.sigmoid(m.sparse_attn_gate_scale * gate)[..., None]
+      y = gated_xsa(y, v, gate, scale=m.sparse_attn_gate_scale)
+    elif gate is not None:
+      y = gated(y, gate, m.sparse_attn_gate_scale)
     y = y.reshape(B, T, m.model_dim)
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.proj.weight", y)
     return use.adapted("o", linear(y, w.o), n)
-
-
-def without_own_value(y_BxTxHxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:
-  """Returns, for XSA, each head's output less its component along its own position's value: y − (y·v / v·v) v."""
-  B, T, H, C = y_BxTxHxC.shape
-  K = v_BxTxKxC.shape[2]
-  return _without_component(y_BxTxHxC.reshape(B, T, K, H // K, C), v_BxTxKxC).reshape(B, T, H, C)
-
-
-@jax.custom_vjp
-def _without_component(y_BxTxKxGxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:
-  y, v = y_BxTxKxGxC.astype(jnp.float32), v_BxTxKxC.astype(jnp.float32)[:, :, :, None]
-  return (y - _dot(y, v) / _squared_norm(v) * v).astype(y_BxTxKxGxC.dtype)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  return jnp.sum(a * b, axis=-1, keepdims=True)
-
-
-def _squared_norm(v: jax.Array) -> jax.Array:
-  return jnp.maximum(_dot(v, v), 1e-24)
-
-
-def _without_component_forward(y, v):
-  return _without_component(y, v), (y, v)
-
-
-def _without_component_backward(residuals, dx_BxTxKxGxC):
-  """Keeps y and v alone, and adds up the heads of a value one by one: XLA's sum over so short an axis is slow."""
-  y_BxTxKxGxC, v_BxTxKxC = residuals
-  v = v_BxTxKxC.astype(jnp.float32)
-  norm = _squared_norm(v)
-  dv, dy = jnp.zeros_like(v), []
-  for g in range(y_BxTxKxGxC.shape[3]):
-    y, dx = (x[:, :, :, g].astype(jnp.float32) for x in (y_BxTxKxGxC, dx_BxTxKxGxC))
-    of_y, of_dx = _dot(y, v) / norm, _dot(dx, v) / norm
-    dy.append(dx - of_dx * v)
-    dv -= of_y * dx + of_dx * y - jnp.where(norm > 1e-24, 2 * of_y * of_dx, 0.0) * v
-  return jnp.stack(dy, axis=3).astype(y_BxTxKxGxC.dtype), dv.astype(v_BxTxKxC.dtype)
-
-
-_without_component.defvjp(_without_component_forward, _without_component_backward)
 
 
 class Block(nnx.Module):
@@ -164,9 +124,10 @@ class Block(nnx.Module):
   @jax.named_scope("layer")
   def __call__(self, x: Float[Array, "B T D"], use: LayerUse) -> Float[Array, "B T D"]:
     """Runs one lane: attention, then the MLP on its result."""
-    x = self._mix(x, use)
-    x = x + self._attend(x, use)
-    x = x + self._mlp(x, use)
+    x, n = self._mixed(x, use)
+    a = self._attend(n, use)
+    x, n = residual_norm(x, a, self.attn_scale[...], scale=self.norm_scale)
+    x = x + self._mlp(n, use)
     use.tap("x", x)
     return x
 
@@ -181,21 +142,26 @@ class Block(nnx.Module):
       post: [2, 2], the factor on each output for each lane: post[output, lane], attention's output first.
     """
     lane0, lane1 = lanes
-    a = self._attend(self._mix(lane0, use), use)
-    m = self._mlp(lane1, use)
+    _, n = self._mixed(lane0, use)
+    a = scaled(self._attend(n, use), self.attn_scale[...])
+    m = self._mlp(rms_norm(lane1) * self.norm_scale, use)
     after0 = scaled(lane0, resid[0]) + scaled(a, post[0, 0]) + scaled(m, post[1, 0])
     after1 = scaled(lane1, resid[1]) + scaled(a, post[0, 1]) + scaled(m, post[1, 1])
     use.tap("lane0", after0)
     use.tap("lane1", after1)
     return after0, after1
 
-  def _attend(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    out = self.attn(rms_norm(x) * self.norm_scale, use)
-    use.tap("attn", out)
-    return scaled(out, self.attn_scale[...])
+  def _mixed(self, x: jax.Array, use: LayerUse) -> tuple[jax.Array, jax.Array]:
+    """Returns the lane mixed with the normed embedding, and its norm."""
+    mix = self.resid_mix[...]
+    return residual_norm(x, use.x0, mix[1], mix[0], scale=self.norm_scale)
 
-  def _mlp(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    n = rms_norm(x) * self.norm_scale
+  def _attend(self, n: jax.Array, use: LayerUse) -> jax.Array:
+    out = self.attn(n, use)
+    use.tap("attn", out)
+    return out
+
+  def _mlp(self, n: jax.Array, use: LayerUse) -> jax.Array:
     w, slope = use.weights, self.config.leaky_relu_sq_slope
     if use.observe:
       use.observe(f"blocks.{self.layer}.mlp.fc.weight", n)
@@ -207,7 +173,3 @@ class Block(nnx.Module):
     out = use.adapted("mlp", out, n)
     use.tap("mlp", out)
     return scaled(out, self.mlp_scale[...])
-
-  def _mix(self, x: jax.Array, use: LayerUse) -> jax.Array:
-    mix = self.resid_mix[...]
-    return scaled(x, mix[0]) + scaled(use.x0, mix[1])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pgolf_jax.kernels import softcapped_xent as xent
+from pgolf_jax.kernels.residual_norm import xla as norm_xla
 from pgolf_jax.kernels.rotary_heads import xla as rotary_xla
 from pgolf_jax.model import adapters as model_adapters
 from pgolf_jax.model import block, gpt, packed
@@ -141,7 +142,7 @@ def test_sums_kept_in_bfloat16_are_caught(monkeypatch, of_weights, exact_weights
     return total.reshape(factor.shape).astype(factor.dtype), jnp.zeros_like(like)
 
   spread.defvjp(lambda factor, like: (spread(factor, like), (factor, like)), backward)
-  for module in (block, gpt, rotary_xla):
+  for module in (block, gpt, norm_xla, rotary_xla):
     monkeypatch.setattr(module, "scaled", lambda x, factor: spread(factor, x) * x)
   monkeypatch.setattr(gpt, "embed", lambda table, tokens, dtype: table.astype(dtype)[tokens])
   error = errors(of_weights(jnp.bfloat16), exact_weights)

@@ -16,6 +16,7 @@ import pgolf_jax.model as contexts
 from pgolf_jax import training
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import numerics
+from pgolf_jax.kernels.gated_xsa import xla as xsa_xla
 from pgolf_jax.kernels.leaky_relu2_mlp import xla as mlp_xla
 from pgolf_jax.kernels.polar_express import xla as polar_xla
 from pgolf_jax.kernels.rotary_heads import xla as rotary_xla
@@ -193,7 +194,7 @@ def XSA_in_one_layer_too_many(patch, case):
 
 @mistake("forward", "01.blocks.1.attn")
 def XSA_with_the_wrong_sign(patch, case):
-  around(patch, block, "without_own_value", lambda original, y, v: 2 * y - original(y, v))
+  around(patch, xsa_xla, "without_own_value", lambda original, y, v: 2 * y - original(y, v))
 
 
 @mistake("forward", "00.blocks.0.mlp")
@@ -217,11 +218,11 @@ def no_scale_by_depth(patch, case):
 
 @mistake("forward", "01.blocks.1.q")
 def residual_and_embedding_mixed_the_other_way_round(patch, case):
-  def mix(self, x, use):
+  def mixed(self, x, use):
     factor = self.resid_mix[...]
-    return numerics.scaled(x, factor[1]) + numerics.scaled(use.x0, factor[0])
+    return block.residual_norm(x, use.x0, factor[0], factor[1], scale=self.norm_scale)
 
-  patch.setattr(block.Block, "_mix", mix)
+  patch.setattr(block.Block, "_mixed", mixed)
 
 
 @mistake("forward", "01.blocks.1.q")
