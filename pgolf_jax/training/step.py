@@ -234,7 +234,12 @@ def trained(params: Params, average: Params, share: float) -> Params:
   """Returns what training gives: the average, or a mixture with the last parameters in which it has this share."""
   if share == 1:
     return average
-  return jax.tree.map(lambda p, a: np.float32(share) * a + np.float32(1 - share) * p, params, average)
+  return _mixed(params, average, np.float32(share), np.float32(1 - share))
+
+
+@jax.jit
+def _mixed(params: Params, average: Params, share: jax.Array, rest: jax.Array) -> Params:
+  return jax.tree.map(lambda p, a: share * a + rest * p, params, average)
 
 
 def structure(settings: Settings) -> Settings:

@@ -450,7 +450,7 @@ def a_target_counted_before_its_hint(patch, case):
   def leaking(original, targets, config):
     twice = original(np.concatenate([targets, targets]), config)
     half = slice(len(targets), None)
-    return dataclasses.replace(twice, ids=twice.ids[half], gate=twice.gate[half], boost=twice.boost[half])
+    return dataclasses.replace(twice, **{name: x[half] for name, x in vars(twice).items()})
 
   around(patch, parity_run, "build_hints", leaking)
 

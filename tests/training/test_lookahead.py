@@ -71,6 +71,7 @@ def test_without_a_distance_every_bit_is_the_recipes(params, rows):  # noqa: F81
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_eight_devices_look_ahead_like_one(params, rows):  # noqa: F811
   given = settings(lookahead=0.5, lookahead_decay=0.5, clip_scope="global")
   one, eight = (steps(given, params, rows, devices) for devices in (1, 8))
@@ -91,6 +92,7 @@ def test_it_costs_one_copy_of_the_parameters():
   assert looking["arguments"] - recipe["arguments"] == size
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_with_the_same_bits(tmp_path, data):  # noqa: F811
   train = dataclasses.replace(ONE_LENGTH, iterations=12, checkpoint_every_steps=0)
   looking = dataclasses.replace(SETTINGS.optimizer, lookahead=0.6, lookahead_decay=0.8)

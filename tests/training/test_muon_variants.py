@@ -110,6 +110,7 @@ def test_cautious_decay_leaves_what_the_step_moves_away_from_zero(which):
     assert (np.abs(np.asarray(wanted)) > 1e-5).any()
 
 
+@pytest.mark.slow
 def test_devices_share_them_like_one(params, rows):  # noqa: F811
   given = settings(
     clip_scope="global", muon_heads=1, muon_column_normalize=True, muon_row_floor=2.0, cautious_decay="all"
