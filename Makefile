@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(VENV)/bin/pgolf run configs/demo.toml --out runs/demo
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations 25 -m "not slow"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,6 @@
 """`pgolf bench scoring`: ways of scoring the same weights with test-time training, in pairs, with their speed."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.runtime.files import read_sealed, require_room, seal, write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.scoring import ttt
+from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import find_documents, first_documents
+from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import Positional, Repeated
 from pgolf_jax.settings.load import changed
 from pgolf_jax.tables import Table
@@ -52,16 +55,18 @@ def scoring(
     require_room(json)
   distributed.start()
   record = Record(json)
-  runs = _runs(folder)
-  for path in runs:
-    members = _members(path, set)
-    for member in members:
-      key = f"{path.name} {member.name} {weights} {documents or 'all'}"
+  runs, names, scored = _runs(folder), [], []
+  # All runs in one way, then in the next, so that each way is compiled once.
+  for ways in zip(*(_members(path, set) for path in runs), strict=True):
+    names.append(ways[0].name)
+    scored.append([])
+    for path, way in zip(runs, ways, strict=True):
+      key = f"{path.name} {way.name} {weights} {documents or 'all'}"
       if key not in record.rows:
-        record.add(key, _score(path, member, weights, documents))
-  scored = [[record.rows[f"{path.name} {m.name} {weights} {documents or 'all'}"] for path in runs] for m in members]
+        record.add(key, _score(path, way, weights, documents))
+      scored[-1].append(record.rows[key])
   title = f"{folder}, {weights} weights: {len(scored[0][0]['nats'])} documents, {len(runs)} run{'s'[: len(runs) > 1]}"
-  print(table([member.name for member in members], scored, title))
+  print(table(names, scored, title))
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -101,7 +106,7 @@ def _score(path: Path, member: Member, weights: str, count: int | None) -> dict:
   params = artifact.load(run.artifact)[1] if weights == "artifact" else stages.averaged_params(run, mesh)
   bos = settings.model.bos_id
   data = first_documents(load_validation(locate_prepared(settings)), count, bos)
-  result = ttt.evaluate(settings, params, data, mesh)
+  result = ttt.evaluate(settings, params, data, mesh, programs=_programs(changed(settings, {"seed": 0})))
   log.info("%s, %s: %.5f bits per byte", path, member.name or "as configured", result.score.bpb)
   return {
     "nats": _by_document(data, bos, result.nll_N),
@@ -110,6 +115,12 @@ def _score(path: Path, member: Member, weights: str, count: int | None) -> dict:
     "targets": result.score.targets,
     "seconds": result.clocks.evaluation,
   }
+
+
+@functools.lru_cache(maxsize=1)
+def _programs(settings: Settings) -> Programs:
+  """Programs are the same whatever the seed."""
+  return Programs(settings, data_mesh())
 
 
 def _by_document(data: ValidationData, bos_id: int, x_N: np.ndarray) -> list[float]:

@@ -62,6 +62,7 @@ def test_the_gradient_is_taken_ahead_and_the_way_there_is_part_of_the_change():
     np.testing.assert_allclose(params["w"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_distance_every_bit_is_the_recipes(params, rows):  # noqa: F811
   recipe = steps(settings(), params, rows, 1, betas=(0.0, 0.0))
   still = steps(settings(lookahead=0.5), params, rows, 1, betas=(0.0, 0.0))
