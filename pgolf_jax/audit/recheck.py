@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +30,8 @@ _TILT_ERROR = 5e-5  # nats; scores are float32 numbers of up to some tens of nat
 _PROBABILITY_ERROR = 1e-4
 _SUM_ERROR = 1e-9  # of a sum, relative; both are float64 sums of the same numbers
 _PRINTED_ERROR = 5.1e-6  # bits per byte, of a figure printed with five digits
-
-
 _BLOCK = 1 << 16  # targets whose strengths are computed at once
+_KEPT = 8  # results about streams that a subject remembers: those of the run and of a few cuts
 
 
 class Hinted(NamedTuple):
@@ -83,18 +82,28 @@ class Subject:
     return [self._named(event) for event in self.trace if isinstance(event, ScoreEvent)]
 
   @functools.cached_property
-  def _hints_of_run(self) -> "Hinted":
-    return self._count(self.data.tokens)
+  def _results(self) -> dict[tuple, tuple]:
+    """(Function's name, identities of arrays) → (the arrays, so that no others get their identities; its result)."""
+    return {}
 
-  def hints(self, tokens_N1: np.ndarray) -> "Hinted":
+  def _once(self, function: Callable, *arrays: np.ndarray):
+    """Returns a function's result, computed again only if that was long ago."""
+    key = (function.__name__, *map(id, arrays))
+    if key not in self._results:
+      if len(self._results) >= _KEPT:
+        del self._results[next(iter(self._results))]
+      self._results[key] = arrays, function(*arrays)
+    return self._results[key][1]
+
+  def hints(self, tokens_N1: np.ndarray) -> Hinted:
     """Returns the hints of a stream whose documents are counted in the trace's order."""
-    return self._hints_of_run if tokens_N1 is self.data.tokens else self._count(tokens_N1)
+    return self._once(self._count, tokens_N1)
 
   def _in_order(self) -> list[Document]:
     """Documents in the order in which they are counted."""
     return [document for event in self.trace if isinstance(event, HintsEvent) for document in self._named(event)]
 
-  def _count(self, tokens_N1: np.ndarray) -> "Hinted":
+  def _count(self, tokens_N1: np.ndarray) -> Hinted:
     targets = len(tokens_N1) - 1
     hinted = Hinted(np.zeros(targets, np.int32), np.zeros(targets, bool), np.zeros(targets, np.int16))
     if not self.settings.hints.enabled:
@@ -137,9 +146,15 @@ class Subject:
       scores: of the stream. A target's strength does not depend on its own score, nor on later ones.
       tokens_N1: the stream.
     """
-    config, (hint_N, gate_N, kind_N) = self.settings.hints, self.hints(tokens_N1)
-    boost_N = np.full(len(hint_N), np.float32(config.boost), np.float64)
-    if config.strength == "fixed" or not gate_N.any():
+    config = self.settings.hints
+    if config.strength == "fixed":
+      return np.broadcast_to(np.float64(np.float32(config.boost)), len(tokens_N1) - 1)
+    return self._once(self._learnt_boosts, scores.hint_nll_N, tokens_N1)
+
+  def _learnt_boosts(self, hint_nll_N: np.ndarray, tokens_N1: np.ndarray) -> np.ndarray:
+    hint_N, gate_N, kind_N = self.hints(tokens_N1)
+    boost_N = np.zeros(len(hint_N))
+    if not gate_N.any():
       return boost_N
     target_M = np.concatenate([np.arange(d.target_slice.start, d.target_slice.stop) for d in self._in_order()])
     target_M = target_M[gate_N[target_M]]
@@ -147,7 +162,7 @@ class Subject:
       evidence_E = np.zeros(len(SLOPES) * len(SHIFTS))
       of_kind = target_M[kind_N[target_M] == kind]
       for at in np.split(of_kind, range(_BLOCK, len(of_kind), _BLOCK)):
-        hint_nll = np.maximum(scores.hint_nll_N[at].astype(np.float64), 1e-30)
+        hint_nll = np.maximum(hint_nll_N[at].astype(np.float64), 1e-30)
         odds = np.clip(-hint_nll - np.log(-np.expm1(-hint_nll)), -16, 16)
         is_right, q = hint_N[at] == tokens_N1[at + 1], 1 / (1 + np.exp(-odds))
         expert_Exm = np.stack([1 / (1 + np.exp(-(a * odds + b))) for a in SLOPES for b in SHIFTS])

@@ -32,7 +32,7 @@ from pgolf_jax.runtime.files import read_sealed, require_room, seal, write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.scoring import plain, ttt
 from pgolf_jax.scoring.compiled import Programs
-from pgolf_jax.scoring.documents import find_documents, first_documents
+from pgolf_jax.scoring.documents import find_documents, first_documents, sum_by_document
 from pgolf_jax.settings import QuantizeConfig, Settings
 from pgolf_jax.settings.arguments import Positional
 from pgolf_jax.settings.load import changed, differences, written
@@ -132,8 +132,7 @@ class Scorer:
     self.ttt_docs = len(find_documents(self._first.tokens, settings.model.bos_id))
 
   def _by_document(self, data: ValidationData, x_N: np.ndarray) -> list[float]:
-    starts = [document.start for document in find_documents(data.tokens, self.settings.model.bos_id)]
-    return np.add.reduceat(np.asarray(x_N, np.float64), starts).tolist()
+    return sum_by_document(data, self.settings.model.bos_id, x_N).tolist()
 
   def plain(self, params: Params) -> list[float]:
     """Returns the nats of each document, without adaptation."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from pgolf_jax import run_set, stages
 from pgolf_jax.data.folder import locate_prepared
-from pgolf_jax.data.shards import ValidationData, load_validation
+from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize import artifact
 from pgolf_jax.report.statistics import ratio
@@ -22,7 +22,7 @@ from pgolf_jax.runtime.files import read_sealed, require_room, seal, write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.compiled import Programs
-from pgolf_jax.scoring.documents import find_documents, first_documents
+from pgolf_jax.scoring.documents import first_documents, sum_by_document
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import Positional, Repeated
 from pgolf_jax.settings.load import changed
@@ -109,9 +109,9 @@ def _score(path: Path, member: Member, weights: str, count: int | None) -> dict:
   result = ttt.evaluate(settings, params, data, mesh, programs=_programs(changed(settings, {"seed": 0})))
   log.info("%s, %s: %.5f bits per byte", path, member.name or "as configured", result.score.bpb)
   return {
-    "nats": _by_document(data, bos, result.nll_N),
-    "nats_without_hints": _by_document(data, bos, result.model_nll_N),
-    "bytes": _by_document(data, bos, data.token_bytes[1:]),
+    "nats": sum_by_document(data, bos, result.nll_N).tolist(),
+    "nats_without_hints": sum_by_document(data, bos, result.model_nll_N).tolist(),
+    "bytes": sum_by_document(data, bos, data.token_bytes[1:]).tolist(),
     "targets": result.score.targets,
     "seconds": result.clocks.evaluation,
   }
@@ -121,11 +121,6 @@ def _score(path: Path, member: Member, weights: str, count: int | None) -> dict:
 def _programs(settings: Settings) -> Programs:
   """Programs are the same whatever the seed."""
   return Programs(settings, data_mesh())
-
-
-def _by_document(data: ValidationData, bos_id: int, x_N: np.ndarray) -> list[float]:
-  documents = find_documents(data.tokens, bos_id)
-  return np.add.reduceat(np.asarray(x_N, np.float64), [document.start for document in documents]).tolist()
 
 
 class Way(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Float64, Int, Integer, Shaped
 
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import UserError
@@ -71,6 +71,12 @@ def find_documents(tokens_N1: Integer[np.ndarray, "N1"], bos_id: int) -> list[Do
   documents = [Document(i, int(s), int(e - s)) for i, (s, e) in enumerate(zip(starts, ends, strict=True))]
   # A stream may end with the bos of a document that is missing; that bos is the last target.
   return documents if documents[-1].targets else documents[:-1]
+
+
+def sum_by_document(data: ValidationData, bos_id: int, x_N: Shaped[np.ndarray, "N"]) -> Float64[np.ndarray, "n"]:
+  """Returns for each document of a stream the sum over its targets."""
+  starts = [document.start for document in find_documents(data.tokens, bos_id)]
+  return np.add.reduceat(np.asarray(x_N, np.float64), starts)
 
 
 def first_documents(data: ValidationData, count: int | None, bos_id: int) -> ValidationData:

@@ -41,7 +41,8 @@ class Hints:
   ids: Int32[np.ndarray, "N"]  # the token hinted at
   gate: Bool[np.ndarray, "N"]  # whether the distribution is tilted at all
   boost: Float32[np.ndarray, "N"]  # β, nats, where it is fixed
-  kind: Int16[np.ndarray, "N"]  # of the hint: its n-gram's place in `HintConfig.orders`, confidence, experience
+  # Of the hint: its n-gram's place in `HintConfig.orders`, confidence, experience. Only where strengths are learnt.
+  kind: Int16[np.ndarray, "N"]
 
 
 class HintStream:
@@ -70,6 +71,7 @@ class HintStream:
       for order in config.orders
     ]
     self._boost = np.float32(config.boost)
+    self._has_kinds = config.strength == "mixture"
     # As published, no hint means confidence 0, and a threshold of 0 lets that through, as a hint at token 0.
     self._is_always_open = config.table == "reference" and config.threshold <= 0
 
@@ -80,12 +82,15 @@ class HintStream:
     for place, counts in enumerate(self._counts):
       if len(document) and counts.last != document[0]:
         counts.seed(document[:1])
-      share, total = np.empty(targets, np.float32), np.empty(targets, np.int32)
-      hint, is_open = counts.update(document[1:], confidence=share, total=total)
+      seen = {}
+      if self._has_kinds:
+        seen = {"confidence": np.empty(targets, np.float32), "total": np.empty(targets, np.int32)}
+      hint, is_open = counts.update(document[1:], **seen)
       is_open = (is_open | self._is_always_open) & ~gate
       np.copyto(ids, hint, where=is_open, casting="unsafe")
-      classes = np.digitize(share, SHARES) * (len(TOTALS) + 1) + np.digitize(total, TOTALS)
-      np.copyto(kind, place * CLASSES + classes, where=is_open, casting="unsafe")
+      if self._has_kinds:
+        classes = np.digitize(seen["confidence"], SHARES) * (len(TOTALS) + 1) + np.digitize(seen["total"], TOTALS)
+        np.copyto(kind, place * CLASSES + classes, where=is_open, casting="unsafe")
       gate |= is_open
     return Hints(ids, gate, gate * self._boost, kind)
 
@@ -135,7 +140,6 @@ class HintCounter:
   Attributes:
     ids_N: the token hinted at; 0 where the gate is shut.
     gate_N: whether the target's distribution is tilted; False until its hint is made.
-    boost_N: β of the tilt. Where strengths are learnt, it is there after `learn`.
     learns: whether strengths are learnt.
   """
 
@@ -146,9 +150,10 @@ class HintCounter:
     self._stream: HintStream | None = None
     targets = len(tokens_N1) - 1
     self.ids_N, self.gate_N = np.zeros(targets, np.int32), np.zeros(targets, bool)
-    self.boost_N, self._kind_N = np.zeros(targets, np.float32), np.zeros(targets, np.int16)
     self.learns = self._config.enabled and self._config.strength == "mixture"
-    self._strengths = Strengths(kinds(self._config))
+    if self.learns:
+      self._boost_N, self._kind_N = np.zeros(targets, np.float32), np.zeros(targets, np.int16)
+      self._strengths = Strengths(kinds(self._config))
 
   def prepare(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:
     """Makes the hints of these documents, the next to be scored, and returns the documents that were counted for it."""
@@ -165,7 +170,8 @@ class HintCounter:
       hints = self._stream.add(self._tokens_N1[document.start : document.start + document.length])
       targets = document.target_slice
       self.ids_N[targets], self.gate_N[targets] = hints.ids, hints.gate
-      self.boost_N[targets], self._kind_N[targets] = hints.boost, hints.kind
+      if self.learns:
+        self._kind_N[targets] = hints.kind
     return documents
 
   def _count_everything(self) -> tuple[Document, ...]:
@@ -173,7 +179,7 @@ class HintCounter:
     documents, self._documents = self._documents, ()
     if documents:
       hints = build_hints(self._tokens_N1[1:], self._config, vocab_size=self._vocab_size)
-      self.ids_N, self.gate_N, self.boost_N, self._kind_N = hints.ids, hints.gate, hints.boost, hints.kind
+      self.ids_N, self.gate_N = hints.ids, hints.gate
     return documents
 
   def learn(self, documents: tuple[Document, ...], hint_nll_N: Float[np.ndarray, "N"]) -> None:
@@ -185,7 +191,7 @@ class HintCounter:
     target_M = np.concatenate([np.arange(d.target_slice.start, d.target_slice.stop) for d in documents])
     target_M = target_M[self.gate_N[target_M]]
     is_right_M = self._is_right(target_M)
-    self.boost_N[target_M] = self._strengths.learn(hint_nll_N[target_M], is_right_M, self._kind_N[target_M])
+    self._boost_N[target_M] = self._strengths.learn(hint_nll_N[target_M], is_right_M, self._kind_N[target_M])
 
   def _is_right(self, target_M: np.ndarray) -> np.ndarray:
     return self.ids_N[target_M] == self._tokens_N1[target_M + 1]
@@ -197,7 +203,7 @@ class HintCounter:
     hint_nll_M: Float[np.ndarray, "M"],
   ) -> Float32[np.ndarray, "M"]:
     """Returns the nats of targets after their tilts; where the gate is shut, the model's."""
-    tilted_M = tilted(model_nll_M, hint_nll_M, self._is_right(target_M), self.boost_N[target_M])
+    tilted_M = tilted(model_nll_M, hint_nll_M, self._is_right(target_M), self._boost_N[target_M])
     return np.where(self.gate_N[target_M], tilted_M, model_nll_M)
 
   def tilt_all(self, target: int, logp_V: Float[np.ndarray, "V"]) -> Float32[np.ndarray, "V"]:
@@ -206,7 +212,7 @@ class HintCounter:
       return logp_V
     hint = self.ids_N[target]
     is_hint_V = np.arange(len(logp_V)) == hint
-    return -tilted(-logp_V, np.full(len(logp_V), -logp_V[hint]), is_hint_V, np.full(len(logp_V), self.boost_N[target]))
+    return -tilted(-logp_V, np.full(len(logp_V), -logp_V[hint]), is_hint_V, np.full(len(logp_V), self._boost_N[target]))
 
 
 def tilt(

@@ -131,7 +131,7 @@ def test_no_targets_no_hints():
 def test_the_longest_ngram_that_has_a_hint_gives_it():
   _, docs = documents()
   orders = (6, 4, 2)
-  config = HintConfig(order=6, backoff=(4, 2), threshold=0.6)
+  config = HintConfig(order=6, backoff=(4, 2), threshold=0.6, strength="mixture")
   together = HintStream(config, 8)
   alone = [HintStream(dataclasses.replace(config, order=order, backoff=()), 8) for order in orders]
   came_from = set()
@@ -149,6 +149,6 @@ def test_the_longest_ngram_that_has_a_hint_gives_it():
 def test_kinds_tell_how_sure_an_ngram_is():
   """After 2 comes 3 always; after 4 comes 5 two times of three."""
   text = np.array([BOS, 2, 3, 4, 5, 2, 3, 4, 6, 2, 3, 4, 5, 2, 3, 4, 5], np.int32)
-  hints = HintStream(HintConfig(order=2, threshold=0.0), 8).add(text)
+  hints = HintStream(HintConfig(order=2, threshold=0.0, strength="mixture"), 8).add(text)
   # The classes of experience begin at 1, 2, 4 and 12 earlier occurrences, those of confidence at 0, 35, 65 and 99.9 %.
   assert (hints.ids[-1], hints.kind[-1]) == (5, 2 * 4 + 1) and (hints.ids[-3], hints.kind[-3]) == (3, 3 * 4 + 1)
