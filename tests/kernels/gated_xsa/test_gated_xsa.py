@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backend_cases import BackendCases, backends_under_test, distance, with_gradient
+from backend_cases import BackendCases, backends_under_test, with_gradient
 from hypothesis import strategies as st
 
 from pgolf_jax.kernels import gated_xsa
@@ -14,6 +14,7 @@ from pgolf_jax.kernels.gated_xsa import reference
 class Cases(BackendCases):
   operation = gated_xsa.OPERATION
   results = ("x", "dy", "dv", "d_gate")
+  optional = ("d_gate",)
   differentiated = 3
   static = ("scale",)
   shapes = ((2, 9, 4, 2, 12), (1, 5, 3, 1, 8))
@@ -33,14 +34,6 @@ class Cases(BackendCases):
   @classmethod
   def cases(cls):
     return st.builds(cls.draw, st.integers(0, 2**31), st.sampled_from(cls.shapes), cls.gates)
-
-  def compare(self, got, want):
-    """Without a gate there is none to have a gradient."""
-    for name, g, w in zip(self.results, got, want, strict=True):
-      if w is None:
-        assert g is None and name == "d_gate"
-      else:
-        assert g.dtype == self.dtype and distance(g, w) < self.tolerance, name
 
 
 class TestXla(Cases):
