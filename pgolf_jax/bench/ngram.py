@@ -17,6 +17,7 @@ from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import Peaks
 from pgolf_jax.kernels.ngram import NgramState, reference
+from pgolf_jax.runtime.memory import process_bytes
 
 CACHE_LINE = 64
 """Bytes."""
@@ -233,15 +234,10 @@ def process_memory() -> Callable[[], Peak | None]:
   try:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    before = process_bytes("VmRSS")
   except (AttributeError, OSError, TypeError):
     return lambda: None
-  return lambda: Peak(_status_bytes("VmHWM") - before, is_bound=False)
-
-
-def _status_bytes(field: str) -> int:
-  lines = Path("/proc/self/status").read_text().splitlines()
-  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+  return lambda: Peak(process_bytes("VmHWM") - before, is_bound=False)
 
 
 COMMAND = ngram

@@ -1,12 +1,10 @@
 """What is written down of a step: its line in metrics.jsonl, and the same figures as curves."""
 
-import resource
-import sys
-
 from jax.sharding import Mesh
 
 from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
+from pgolf_jax.runtime import memory
 from pgolf_jax.settings import Settings
 from pgolf_jax.training import StepPlan
 
@@ -39,7 +37,7 @@ def peak_memory(mesh: Mesh) -> int:
   stats = mesh.local_devices[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
     return stats["peak_bytes_in_use"]
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+  return memory.peak_bytes()
 
 
 def speed(settings: Settings, mesh: Mesh, plan: StepPlan, seconds: float) -> dict[str, float]:

@@ -42,6 +42,7 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize.artifact import load, read, read_origin, reader
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, unbank
 from pgolf_jax.quantize.artifact.writer import write
+from pgolf_jax.runtime.memory import process_bytes
 from pgolf_jax.settings import ModelConfig, Settings, check
 from pgolf_jax.settings.load import flattened, from_toml, to_dict
 
@@ -72,16 +73,11 @@ class Memory:
 
   def __enter__(self):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-    self._before = _status("VmRSS")
+    self._before = process_bytes("VmRSS")
     return self
 
   def __exit__(self, *_):
-    self.peak = max(0, _status("VmHWM") - self._before)
-
-
-def _status(name: str) -> int:
-  with open("/proc/self/status") as file:
-    return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+    self.peak = max(0, process_bytes("VmHWM") - self._before)
 
 
 ODD = [
@@ -556,7 +552,7 @@ class Child:
       resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
       with os.fdopen(write_end, "w") as out:
         for seed in seeds:
-          print(json.dumps([seed, *outcome_of(kind, seed), _status("VmHWM")]), file=out, flush=True)
+          print(json.dumps([seed, *outcome_of(kind, seed), process_bytes("VmHWM")]), file=out, flush=True)
       os._exit(0)
     os.close(write_end)
 

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 PROGRAM = """
-import resource
 from functools import partial
 
 import jax, jax.numpy as jnp
 from pgolf_jax.kernels.segment_attention import segment_attention, segment_starts
+from pgolf_jax.runtime import memory
 
 T, H, K, C = 98_304, 8, 4, 64
 q, k, v = (jax.ShapeDtypeStruct((1, T, heads, C), jnp.float32) for heads in (H, K, K))
@@ -26,7 +26,7 @@ print(planned.argument_size_in_bytes + planned.output_size_in_bytes + planned.te
 values = (jax.random.normal(key, x.shape) for key, x in zip(jax.random.split(jax.random.key(0), 3), (q, k, v)))
 results = jax.block_until_ready(gradients(*values, 64))
 assert all(jnp.isfinite(g).all() and g.any() for g in results)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(memory.peak_bytes())
 """
 
 

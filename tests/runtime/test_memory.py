@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pgolf_jax.runtime import allocator
+from pgolf_jax.runtime import memory
 
 
 @pytest.fixture
@@ -18,13 +18,13 @@ def call(tmp_path):
       (tmp_path / "driver").touch()
     calls = []
     places = {"kernel": tmp_path / "enabled", "driver": tmp_path / "driver"}
-    allocator.use_huge_pages(environ, lambda *arguments: calls.append(arguments), **places)
+    memory.use_huge_pages(environ, lambda *arguments: calls.append(arguments), **places)
     return calls
 
   return call
 
 
-needs_glibc = pytest.mark.skipif(not allocator._is_glibc(), reason="needs glibc")
+needs_glibc = pytest.mark.skipif(not memory._is_glibc(), reason="needs glibc")
 
 
 @needs_glibc
@@ -50,14 +50,22 @@ def test_a_process_that_starts_again_has_its_arguments_and_the_tunables(tmp_path
   (tmp_path / "enabled").write_text("[always] madvise never\n")
   code = f"""
 import json, os, pathlib, sys
-from pgolf_jax.runtime import allocator
+from pgolf_jax.runtime import memory
 here = pathlib.Path({str(tmp_path)!r})
-allocator.use_huge_pages(kernel=here / "enabled", driver=here / "driver")
+memory.use_huge_pages(kernel=here / "enabled", driver=here / "driver")
 print(json.dumps([sys.argv[1:], os.environ["GLIBC_TUNABLES"], os.getpid()]))
 """
   environ = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
   process = subprocess.Popen([sys.executable, "-c", code, "a b"], env=environ, stdout=subprocess.PIPE, text=True)
   arguments, tunables, pid = json.loads(process.communicate()[0])
   assert arguments == ["a b"]
-  assert tunables == ":".join(f"{name}={value}" for name, value in allocator.TUNABLES.items())
+  assert tunables == ":".join(f"{name}={value}" for name, value in memory.TUNABLES.items())
   assert pid == process.pid
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system counts the starting process too")
+def test_the_peak_is_that_of_this_process_not_of_the_one_that_started_it():
+  held = bytearray(b"x" * 2**30)
+  code = "from pgolf_jax.runtime import memory; print(memory.peak_bytes())"
+  peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+  assert 2**22 < peak < len(held) < memory.peak_bytes()
