@@ -317,7 +317,7 @@ class Bench:
       bits = 8 * row["stream_bytes"] / weights
       line = [row["method"], row["rate"], row["given"], f"{bits:.3f}", f"{row['bytes']:,}", f"{row['kl']:.5f}"]
       for kind in kinds:
-        value, error, p = self.loss(row, kind) or (None, None, None)
+        value, error, p, _ = self.loss(row, kind) or (None,) * 4
         line += [_cell(value, "+.5f"), _cell(error, ".5f"), _cell(p, ".1g")]
       cells.append(line)
     columns = [column for column in zip(head, *cells, strict=True) if any(column[1:])]

@@ -157,7 +157,7 @@ def table(names: Sequence[str], scored: Sequence[Sequence[dict]], title: str) ->
     if way is first:
       line += ["", "", ""]
     else:
-      value, error, p = ratio(way.bits_n - first.bits_n, way.bytes_n)
+      value, error, p, _ = ratio(way.bits_n - first.bits_n, way.bytes_n)
       line += [f"{value:+.5f}", "" if error is None else f"{error:.5f}", "" if p is None else f"{p:.1g}"]
     rows.append([*line, f"{way.targets_per_second:,.0f}"])
   return Table(["way", ">BPB", ">without hints", ">ΔBPB", ">±", ">p", ">targets/s"], rows, title)

@@ -24,8 +24,8 @@ from scipy import stats
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.parity import torch_log
-from pgolf_jax.parity.paired import Paired, paired, paired_blocks, tested
 from pgolf_jax.parity.torch_log import ARTIFACT, AVERAGED, TTT, RunRecord, Scored, Stage
+from pgolf_jax.report.statistics import Ratio, ratio
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.files import read_json_lines
 from pgolf_jax.settings import Settings
@@ -33,6 +33,7 @@ from pgolf_jax.settings.load import FIXED, as_written, changed, env_names, flatt
 
 _MOST_BYTES = 1 << 28
 _FALSE_ALARM = 0.002
+BLOCKS = 20  # that a series is cut into for the error of its mean
 _LEAST_STEPS = 8  # common steps below which no noise is estimated
 
 _STAGES = {"plain": AVERAGED, "artifact": ARTIFACT, "ttt": TTT}
@@ -142,8 +143,8 @@ class Documents(NamedTuple):
   what: str
   bpb_a: np.ndarray
   bpb_b: np.ndarray
-  each: Paired
-  by_bytes: Paired | None
+  each: Ratio
+  by_bytes: Ratio | None
   of: int
 
   @property
@@ -162,14 +163,15 @@ def documents(a: RunRecord, b: RunRecord) -> Documents | None:
     return None
   bpb_a, bpb_b = (np.array([record.scored[key].bpb for key in common]) for record in (a, b))
   bytes_N = np.array([a.scored[key].text_bytes for key in common], np.float64)
-  by_bytes = None
-  if bytes_N.all():
-    n, total = len(common), bytes_N.sum()
-    mean = float(((bpb_b - bpb_a) * bytes_N).sum() / total)
-    residual_N = (bpb_b - bpb_a - mean) * bytes_N  # of a ratio of sums
-    error = math.sqrt(n / (n - 1) * float(np.sum(residual_N**2))) / total
-    by_bytes = tested(mean, error, n)
-  return Documents("batches" if is_batch else "documents", bpb_a, bpb_b, paired(bpb_b - bpb_a), by_bytes, of)
+  by_bytes = ratio((bpb_b - bpb_a) * bytes_N, bytes_N) if bytes_N.all() else None
+  return Documents("batches" if is_batch else "documents", bpb_a, bpb_b, ratio(bpb_b - bpb_a), by_bytes, of)
+
+
+def mean_of_series(value_N: np.ndarray) -> Ratio:
+  """Returns the mean of a series; its error comes from the means of blocks, since neighbours are not independent."""
+  if len(value_N) < 2 * BLOCKS:
+    return ratio(value_N)
+  return ratio([part.mean() for part in np.array_split(value_N, BLOCKS)])._replace(value=float(value_N.mean()))
 
 
 class Curves(NamedTuple):
@@ -347,7 +349,7 @@ class Comparison:
   settings_in_common: int
 
   @property
-  def losses(self) -> dict[str, Paired]:
+  def losses(self) -> dict[str, Ratio]:
     """Which steps → the mean difference of the losses there."""
     if self.curves is None:
       return {}
@@ -355,7 +357,7 @@ class Comparison:
     last = max(steps // 4, 1)
     counts = {f"all {steps} common steps": steps, f"the last {last} of them": last}
     parts = {name: self.curves.difference[-count:] for name, count in counts.items()}
-    return {name: paired_blocks(part) for name, part in parts.items()}
+    return {name: mean_of_series(part) for name, part in parts.items()}
 
 
 def compare(a: Side, b: Side, noise: Side | None = None) -> Comparison:

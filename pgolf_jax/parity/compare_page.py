@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.parity.compare import Comparison, Curves, Documents
-from pgolf_jax.parity.paired import BLOCKS, Paired
+from pgolf_jax.parity.compare import BLOCKS, Comparison, Curves, Documents
+from pgolf_jax.report.statistics import Ratio
 from pgolf_jax.runtime.files import replacing, write_text
 
 _FIGURES = {
@@ -70,8 +70,8 @@ def verdict(comparison: Comparison) -> list[str]:
     )
   if curves.floor is not None and len(curves.step) < 50:
     said.append("Few steps are common to both; a script prints more with TRAIN_LOG_EVERY=10.")
-  for name, paired in comparison.losses.items():
-    said.append(f"Mean difference of the loss, {name}: {_paired(paired, ' blocks' if paired.count == BLOCKS else '')}.")
+  for name, mean in comparison.losses.items():
+    said.append(f"Mean difference of the loss, {name}: {_tested(mean, ' blocks' if mean.count == BLOCKS else '')}.")
   return said
 
 
@@ -83,11 +83,11 @@ def _signed(value: float) -> str:
   return f"{value:+.2g}"
 
 
-def _paired(paired: Paired, unit: str = "") -> str:
-  if paired.error is None:
-    return f"{paired.mean:+.5f} (one pair)"
-  p = "p < 0.0001" if paired.p < 1e-4 else f"p = {paired.p:.2g}"
-  return f"{paired.mean:+.5f} ± {paired.error:.5f} (n = {paired.count}{unit}, {p})"
+def _tested(mean: Ratio, unit: str = "") -> str:
+  if mean.error is None:
+    return f"{mean.value:+.5f} (one pair)"
+  p = "p < 0.0001" if mean.p < 1e-4 else f"p = {mean.p:.2g}"
+  return f"{mean.value:+.5f} ± {mean.error:.5f} (n = {mean.count}{unit}, {p})"
 
 
 def _stages(c: Comparison) -> str:
@@ -153,10 +153,10 @@ def _losses(c: Comparison) -> str:
 def _documents(d: Documents) -> list[str]:
   said = [
     f"After test-time training, {len(d.bpb_a):,} {d.what} that both scored: B is lower on {d.better:,} of them.",
-    f"Mean difference of their bits per byte, each counted once: {_paired(d.each)}.",
+    f"Mean difference of their bits per byte, each counted once: {_tested(d.each)}.",
   ]
   if d.by_bytes is not None:
-    said.append(f"Difference of the bits per byte of all their text: {_paired(d.by_bytes)}.")
+    said.append(f"Difference of the bits per byte of all their text: {_tested(d.by_bytes)}.")
   if d.what == "batches":
     said.append("(A log names the batches of its first rank alone; these are the ones that both logs name.)")
   return said
@@ -199,7 +199,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
   if c.curves is not None:
     value["losses"] = {
       name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in c.curves._asdict().items()
-    } | {"paired": {name: paired._asdict() for name, paired in c.losses.items()}}
+    } | {"paired": {name: mean._asdict() for name, mean in c.losses.items()}}
   if (d := c.documents) is not None:
     by_bytes = None if d.by_bytes is None else d.by_bytes._asdict()
     value["documents"] = {"what": d.what, "each": d.each._asdict(), "by_bytes": by_bytes, "b_is_lower_on": d.better}
@@ -315,7 +315,7 @@ def _draw_documents(axes, c: Comparison) -> None:
   d = c.documents
   axes.plot(d.bpb_a, d.bpb_b - d.bpb_a, ".", color=_INK, markersize=4, alpha=0.6)
   axes.axhline(0, color=_INK, linewidth=0.6)
-  axes.axhline(d.each.mean, color=_B, linewidth=1.2, label=f"mean {d.each.mean:+.4f}")
+  axes.axhline(d.each.value, color=_B, linewidth=1.2, label=f"mean {d.each.value:+.4f}")
   axes.set(xlabel="bits per byte of A", ylabel="B − A")
   axes.set_title(
     f"After test-time training, by {d.what[:-2] if d.what == 'batches' else d.what[:-1]}", fontsize=10, loc="left"

@@ -113,24 +113,26 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 class Ratio(NamedTuple):
-  """A ratio of two sums, its standard error and Student's two-sided p that it is 0; None for one pair."""
+  """A ratio of two sums over `count` pairs, its standard error and Student's two-sided p that it is 0; None for one."""
 
   value: float
   error: float | None
   p: float | None
+  count: int
 
 
-def ratio(part_n: Sequence[float], whole_n: Sequence[float]) -> Ratio:
-  """Returns Σ part / Σ whole over independent pairs, such as the bits and the bytes of documents.
+def ratio(part_n: Sequence[float], whole_n: Sequence[float] | float = 1.0) -> Ratio:
+  """Returns Σ part / Σ whole over independent pairs, such as the bits and the bytes of documents; else a mean.
 
   The error is that of the mean residual, part − ratio · whole, over the mean of the whole (the delta method).
   """
-  part_n, whole_n = np.asarray(part_n, np.float64), np.asarray(whole_n, np.float64)
+  part_n, whole_n = np.broadcast_arrays(np.asarray(part_n, np.float64), whole_n)
   count, value = len(part_n), float(part_n.sum() / whole_n.sum())
   if count < 2:
-    return Ratio(value, None, None)
+    return Ratio(value, None, None, count)
   error = float(np.std(part_n - value * whole_n, ddof=1)) * math.sqrt(count) / float(whole_n.sum())
-  return Ratio(value, error, float(2 * stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0))
+  p = float(2 * stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
+  return Ratio(value, error, p, count)
 
 
 class Rules(NamedTuple):

@@ -57,7 +57,7 @@ def test_ways_are_compared_by_document_over_all_runs(runs, tmp_path, capsys, mon
   assert len(rows) == 4 and len(first) == len(second) == 2
   bits = [np.mean([row["nats"] for row in way], axis=0) / math.log(2) for way in (first, second)]
   size = np.array(first[0]["bytes"])
-  value, error, p = ratio(bits[1] - bits[0], size)
+  value, error, p, _ = ratio(bits[1] - bits[0], size)
   lines = capsys.readouterr().out.splitlines()
   assert "5 documents, 2 runs" in lines[-4]
   cells = [f"{bits[1].sum() / size.sum():.5f}", f"{value:+.5f}", f"{error:.5f}", f"{p:.1g}"]

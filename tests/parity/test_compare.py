@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from pgolf_jax.cli import main
 from pgolf_jax.parity import compare
-from pgolf_jax.parity.compare import Side, curves, documents, setting_differences
-from pgolf_jax.parity.paired import paired, paired_blocks
+from pgolf_jax.parity.compare import Side, curves, documents, mean_of_series, setting_differences
 from pgolf_jax.parity.torch_log import ARTIFACT, AVERAGED, RAW, TTT, RunRecord, Scored, Stage, parse
+from pgolf_jax.report.statistics import ratio
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.settings import Settings
 
@@ -204,16 +203,12 @@ def test_what_is_printed_with_few_digits_is_known_to_half_of_the_last():
   assert curves(run_of([]), run_of([1.0])) is None
 
 
-def test_paired_statistics_are_those_of_scipy():
+def test_neighbours_of_a_series_are_not_taken_for_independent():
   x = np.random.default_rng(0).standard_normal(30) + 0.3
-  test = stats.ttest_1samp(x, 0)
-  found = paired(x)
-  assert (found.mean, found.count) == (pytest.approx(x.mean()), 30)
-  assert found.error == pytest.approx(stats.sem(x)) and found.p == pytest.approx(test.pvalue)
-  assert paired(x[:1]).error is None and paired(np.zeros(3)).p == 1 and paired(np.ones(3)).p == 0
-  # Neighbours that go together: the naive error is too small.
   slow = np.repeat(x, 50)
-  assert paired_blocks(slow).error > 4 * paired(slow).error
+  assert mean_of_series(slow).value == pytest.approx(x.mean())
+  assert mean_of_series(slow).error > 4 * ratio(slow).error
+  assert mean_of_series(x) == ratio(x)
 
 
 def test_documents_are_paired_by_place_and_bytes():
@@ -227,8 +222,8 @@ def test_documents_are_paired_by_place_and_bytes():
     for y in (bpb, bpb - gain)
   )
   found = documents(a, b)
-  assert found.each.mean == pytest.approx(-gain.mean()) and found.better == int((gain > 0).sum())
-  assert found.by_bytes.mean == pytest.approx(-np.average(gain, weights=sizes))
+  assert found.each.value == pytest.approx(-gain.mean()) and found.better == int((gain > 0).sum())
+  assert found.by_bytes.value == pytest.approx(-np.average(gain, weights=sizes))
   # The error of a ratio of sums, by resampling the documents.
   picks = rng.integers(0, 50, (4000, 50))
   resampled = (-gain[picks] * sizes[picks]).sum(1) / sizes[picks].sum(1)
@@ -273,7 +268,7 @@ def test_two_run_folders_and_a_noise_run(run, tmp_path, capsys):
   assert main(["parity", "compare", *folders, "--noise", str(run.metrics), "--json"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["losses"]["parted"] is None and found["settings"] == {}
-  assert found["documents"]["each"] == {"mean": 0.0, "error": 0.0, "count": 5, "p": 1.0}
+  assert found["documents"]["each"] == {"value": 0.0, "error": 0.0, "p": 1.0, "count": 5}
   assert main(["parity", "compare", *folders]) == 0
   text = capsys.readouterr().out
   assert "equal at all 200 common steps" in text and "All 160 settings" in text.replace(

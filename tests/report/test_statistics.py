@@ -77,9 +77,11 @@ def test_a_ratio_is_tested_over_pairs():
   # Where all wholes are alike, it is the test of a mean.
   values = rng.normal(0.1, 1.0, 30)
   found, known = statistics.ratio(7 * values, np.full(30, 7.0)), stats.ttest_1samp(values, 0.0)
-  assert found == pytest.approx((values.mean(), stats.sem(values), known.pvalue))
-  assert statistics.ratio([1.0], [4.0]) == (0.25, None, None)
-  assert statistics.ratio([0.0, 0.0], [4.0, 5.0]) == (0.0, 0.0, 1.0)
+  assert found == pytest.approx((values.mean(), stats.sem(values), known.pvalue, 30))
+  assert statistics.ratio(values) == pytest.approx(found)
+  assert statistics.ratio([1.0], [4.0]) == (0.25, None, None, 1)
+  assert statistics.ratio([0.0, 0.0], [4.0, 5.0]) == (0.0, 0.0, 1.0, 2)
+  assert statistics.ratio(np.ones(3)).p == 0
 
 
 def test_a_curve_is_read_between_its_points():

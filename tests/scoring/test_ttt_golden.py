@@ -19,7 +19,7 @@ def case(golden):
   return settings, load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_agrees_with_the_reference(case, devices):
   settings, inputs, expected = case
   found = run_case(settings, inputs, data_mesh(jax.devices()[:devices]))
