@@ -42,7 +42,8 @@ def test_caseops(golden, published_tokenizer):
   assert_agrees(case)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
 def test_training_curve_on_several_devices(golden, devices):
   """One rank's stream, its micro-batches shared out over devices, clipped by the global norm: the same losses."""
   case = Case.load(golden("train"))
