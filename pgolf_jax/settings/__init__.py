@@ -183,13 +183,6 @@ class OptimizerConfig:
   muon_heads_of: Literal["q", "k", "v", "qk", "kv", "qkv"] = setting(
     "qk", "MUON_HEADS_OF", None, "whose heads: those of queries, keys or values; all other matrices stay whole"
   )
-  muon_row_floor: float = setting(
-    0.0, "MUON_ROW_FLOOR", RATE,
-    "least norm of a row of the orthogonalised update, over the norm of the weights' row; 0: none",
-  )  # fmt: skip
-  cautious_decay: Literal["never", "matrices", "all"] = setting(
-    "never", "CAUTIOUS_DECAY", None, "where weights only decay that the step's direction brings nearer to zero"
-  )
   muon_dtype: Literal["bfloat16", "float32"] = setting("bfloat16", None, None, "type of momentum and orthogonalisation")
   embed_lr: float = setting(0.03, "TIED_EMBED_LR", RATE, "learning rate of the embedding")
   embed_wd: float = setting(0.085, "EMBED_WD", RATE, "weight decay of the embedding")
@@ -200,13 +193,6 @@ class OptimizerConfig:
   beta1: float = setting(0.9, "BETA1", DECAY, "AdamW's decay of the first moment")
   beta2: float = setting(0.99, "BETA2", DECAY, "AdamW's decay of the second moment")
   adam_eps: float = setting(1e-8, "ADAM_EPS", SHARE, "AdamW's epsilon")
-  lookahead: float = setting(
-    0.0, "LOOKAHEAD", DECAY,
-    "steps of the averaged change of the weights that gradients look ahead by, times the schedule's factor; 0: none",
-  )  # fmt: skip
-  lookahead_decay: float = setting(0.99, "LOOKAHEAD_DECAY", DECAY, "decay of that average, per step")
-  lookahead_from: float = setting(0.15, "LOOKAHEAD_FROM", SHARE, "progress from which gradients look ahead")
-  lookahead_until: float = setting(0.75, "LOOKAHEAD_UNTIL", SHARE, "progress from which they no longer do")
   grad_clip_norm: float = setting(0.3, "GRAD_CLIP_NORM", NOT_NEGATIVE, "largest norm of a gradient; 0: no limit")
   clip_scope: Literal["rank", "global"] = setting(
     "rank", None, None, "rank clips each rank's gradient before the average, as the reference does; global the average"
@@ -247,10 +233,6 @@ class TrainConfig:
     (), "MIDRUN_CAP_SCHEDULE", (RATE, SHARE), "further factors on every learning rate, each from its share of the run"
   )
   ema_decay: float = setting(0.9965, "EMA_DECAY", DECAY, "decay of the averaged weights, per step")
-  average_from: float = setting(
-    0.0, "AVERAGE_FROM", DECAY,
-    "progress at which the average begins anew, all steps alike until ema_decay takes over; 0: with the first weights",
-  )  # fmt: skip
   average_share: float = setting(
     1.0,
     "AVERAGE_SHARE",

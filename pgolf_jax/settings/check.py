@@ -120,11 +120,6 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
       f"optimizer.muon_heads={o.muon_heads} must divide the {heads} heads of {kind} "
       f"(optimizer.muon_heads_of={o.muon_heads_of}); {_divisor_near(heads, o.muon_heads)} does.",
     )
-  _require(
-    o.lookahead == 0 or o.lookahead_from < o.lookahead_until,
-    f"optimizer.lookahead_from={o.lookahead_from} must be less than optimizer.lookahead_until={o.lookahead_until}; or "
-    "set optimizer.lookahead=0 to look ahead never.",
-  )
   world = t.world_size or device_count
   if world is not None:
     _require(

@@ -33,11 +33,6 @@ def muon_momentum(config: OptimizerConfig, step: int) -> float:
   return (1 - share) * config.muon_momentum_warmup_start + share * config.muon_momentum
 
 
-def lookahead(config: OptimizerConfig, progress: float, lr_scale: float) -> float:
-  """Returns the β of a step's `optimizer.with_lookahead`, which falls with the learning rate."""
-  return config.lookahead * lr_scale if config.lookahead_from <= progress < config.lookahead_until else 0.0
-
-
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
   """What one step is run with."""
@@ -48,23 +43,19 @@ class StepPlan:
   lr_scale: float  # factor on every learning rate
   momentum: float  # Muon's μ
   seq_len_changed: bool  # since the step before
-  lookahead: float  # β of `optimizer.with_lookahead`
-  ema_decay: float  # share of the moving average that stays
 
 
 @dataclasses.dataclass
 class Schedule:
   """Turns (step, elapsed seconds) into a StepPlan.
 
-  It remembers when the sequence length last changed, that looping has begun and when the average began anew; a
-  checkpoint keeps this (`state`).
+  It remembers when the sequence length last changed and that looping has begun; a checkpoint keeps this (`state`).
   """
 
   settings: Settings
   seq_len: int | None = None  # of the step before
   changed_at: int | None = None  # step at which the sequence length last changed
   looping: bool = False
-  averaged_since: int | None = None  # step at which the average began anew
 
   @property
   def train(self) -> TrainConfig:
@@ -111,18 +102,8 @@ class Schedule:
     if self.changed_at is not None and self.train.seq_change_warmup_steps > 0:
       scale *= min((step - self.changed_at + 1) / self.train.seq_change_warmup_steps, 1.0)
     self.looping = self.looping or (self.settings.model.num_loops > 0 and p >= self.train.enable_looping_at)
-    optimizer = self.settings.optimizer
-    momentum, ahead = muon_momentum(optimizer, step), lookahead(optimizer, p, scale)
-    return StepPlan(p, seq_len, self.looping, scale, momentum, changed, ahead, self._ema_decay(step, p))
-
-  def _ema_decay(self, step: int, progress: float) -> float:
-    """Returns the average's decay at a step: (k − 1) / k at the k-th since it began anew, but at most ema_decay."""
-    if self.averaged_since is None and 0 < self.train.average_from <= progress:
-      self.averaged_since = step
-    if self.averaged_since is None:
-      return self.train.ema_decay
-    before = step - self.averaged_since
-    return min(before / (before + 1), self.train.ema_decay)
+    momentum = muon_momentum(self.settings.optimizer, step)
+    return StepPlan(p, seq_len, self.looping, scale, momentum, changed)
 
   def state(self) -> dict[str, int]:
     """Returns what a checkpoint keeps; −1 stands for None."""
@@ -130,7 +111,6 @@ class Schedule:
       "seq_len": -1 if self.seq_len is None else self.seq_len,
       "changed_at": -1 if self.changed_at is None else self.changed_at,
       "looping": int(self.looping),
-      "averaged_since": -1 if self.averaged_since is None else self.averaged_since,
     }
 
   def restore(self, state: dict[str, int]) -> None:
@@ -138,5 +118,3 @@ class Schedule:
     self.seq_len = None if state["seq_len"] < 0 else int(state["seq_len"])
     self.changed_at = None if state["changed_at"] < 0 else int(state["changed_at"])
     self.looping = bool(state["looping"])
-    since = state.get("averaged_since", -1)  # checkpoints of before there was this setting lack it
-    self.averaged_since = None if since < 0 else int(since)

@@ -217,8 +217,7 @@ class Trainer:
         if plan.seq_len_changed and self.settings.data.discard_prefetched:
           self.loader.skip(2)
         tokens = self.loader.step(t.micro_batches // self._world)
-        numbers = {"lookahead": plan.lookahead, "ema_decay": plan.ema_decay}
-        inputs = self.step.inputs(tokens, plan.lr_scale, plan.momentum, **numbers)
+        inputs = self.step.inputs(tokens, plan.lr_scale, plan.momentum)
         state, metrics = programs[plan.seq_len, plan.looping](state, inputs)
         step += 1
         # The devices work on this step while the host waits for the one before.

@@ -25,13 +25,6 @@ class MuonState(NamedTuple):
   momentum: optax.Updates  # M by bank, [stack, m, n], in Muon's type
 
 
-class LookaheadState(NamedTuple):
-  """What `with_lookahead` remembers."""
-
-  inner: optax.OptState
-  drift: optax.Updates  # moving average of the parameters' changes, float32
-
-
 Number = np.float32 | jax.Array
 
 
@@ -50,16 +43,12 @@ class Hyper(NamedTuple):
   beta2_rest: Number  # 1 − β₂
   adam_eps: Number
   grad_clip_norm: Number  # infinite for no limit
-  lookahead_decay: Number
-  lookahead_rest: Number  # 1 − lookahead_decay
-  muon_row_floor: Number
 
   @classmethod
   def of(cls, config: OptimizerConfig) -> "Hyper":
     """Returns the numbers of a config, in float32."""
     values = {name: getattr(config, name) for name in cls._fields if not name.endswith("_rest")}
     values |= {"beta1_rest": 1 - config.beta1, "beta2_rest": 1 - config.beta2}
-    values["lookahead_rest"] = 1 - config.lookahead_decay
     values["grad_clip_norm"] = config.grad_clip_norm if config.grad_clip_norm > 0 else np.inf
     return cls(**{name: np.float32(value) for name, value in values.items()})
 
@@ -184,8 +173,8 @@ def make(
 ) -> optax.GradientTransformationExtraArgs:
   """Returns the whole optimizer over flat parameters.
 
-  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate), `momentum` (μ),
-  `hyper` (a `Hyper`; the config's where it is not given) and, where the config looks ahead, `lookahead`.
+  `update` takes the extra arguments `lr_scale` (the schedule's factor on every learning rate), `momentum` (μ)
+  and `hyper` (a `Hyper`; the config's where it is not given).
 
   Args:
     model: whose heads Muon tells apart, where the config asks for that.
@@ -204,53 +193,18 @@ def make(
   )
   if axis is not None:
     muon = _over_slices(muon, axis, axis_size)
-  if config.muon_row_floor > 0:
-    muon = optax.chain(muon, floor_rows())
-  matrices, rest = config.cautious_decay in ("matrices", "all"), config.cautious_decay == "all"
   groups = {
-    "bank": optax.chain(muon, _decayed_step("matrix_lr", "muon_wd", cautious=matrices)),
-    "embedding": optax.chain(scale_by_adam(), _decayed_step("embed_lr", "embed_wd", cautious=rest)),
-    "scalar": optax.chain(scale_by_adam(), _decayed_step("scalar_lr", "adam_wd", cautious=rest)),
+    "bank": optax.chain(muon, _decayed_step("matrix_lr", "muon_wd")),
+    "embedding": optax.chain(scale_by_adam(), _decayed_step("embed_lr", "embed_wd")),
+    "scalar": optax.chain(scale_by_adam(), _decayed_step("scalar_lr", "adam_wd")),
     "fixed": optax.set_to_zero(),
   }
   whole = optax.partition(groups, lambda params: {n: "fixed" if n in unused else group(n) for n in params})
-  if config.lookahead > 0:
-    whole = with_lookahead(whole)
 
   def update(grads, state, params, *, hyper: Hyper | None = None, **extra):
     return whole.update(grads, state, params, hyper=hyper or Hyper.of(config), **extra)
 
   return optax.GradientTransformationExtraArgs(whole.init, update)
-
-
-def with_lookahead(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """Returns `inner` with Nesterov's momentum on the average of the parameters' changes (EMA-Nesterov).
-
-  θ' ← θ + βm; gradient and inner step at θ'; m ← γm + (1 − γ)(change of θ, the way to θ' included). A change that all
-  steps share grows by 1 / (1 − β). The gradients must be those at `ahead(…)`. β is the extra argument `lookahead` of
-  `update`, 0 where it is not given, as before the average has filled; γ is `hyper.lookahead_decay`.
-
-  Reference: https://arxiv.org/abs/2605.25395.
-  """
-
-  def init(params):
-    return LookaheadState(inner.init(params), jax.tree.map(jnp.zeros_like, params))
-
-  def update(grads, state, params, *, hyper, lookahead=0.0, **extra):
-    there = ahead(params, state, lookahead)
-    updates, inner_state = inner.update(grads, state.inner, there, hyper=hyper, **extra)
-    updates = jax.tree.map(lambda u, to, w: (to - w) + u, updates, there, params)
-    follow = lambda m, u: hyper.lookahead_decay * m + hyper.lookahead_rest * u  # noqa: E731
-    return updates, LookaheadState(inner_state, jax.tree.map(follow, state.drift, updates))
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def ahead(params: optax.Params, state: optax.OptState, lookahead: Number) -> optax.Params:
-  """Returns the parameters at which this optimizer wants the gradient: `params`, but for `with_lookahead`."""
-  if not isinstance(state, LookaheadState):
-    return params
-  return jax.tree.map(lambda w, m: w + lookahead * m, params, state.drift)
 
 
 def group(name: str) -> str:
@@ -262,36 +216,16 @@ def group(name: str) -> str:
   return "embedding" if name == "tok_emb.weight" else "scalar"
 
 
-def floor_rows() -> optax.GradientTransformationExtraArgs:
-  """Returns each row d of a direction as max(1, φ‖w‖ / ‖d‖)·d; w is the weights' row, φ `hyper.muon_row_floor`.
-
-  Reference: modded-nanogpt, record of 2026-06-19 of its optimization track ("RowFloor").
-  """
-
-  def update(directions, state, params, *, hyper, **extra):
-    del extra
-    norm = lambda x: jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    lift = lambda d, w: d * jnp.maximum(1.0, hyper.muon_row_floor * norm(w) / jnp.maximum(norm(d), _FLOOR))  # noqa: E731
-    return jax.tree.map(lift, directions, params), state
-
-  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def _decayed_step(lr: str, decay: str, *, cautious: bool) -> optax.GradientTransformationExtraArgs:
-  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·direction; lr and decay are names of numbers of `hyper`.
-
-  Args:
-    cautious: whether only those values decay that the direction brings nearer to zero, https://arxiv.org/abs/2510.12402.
-  """
+def _decayed_step(lr: str, decay: str) -> optax.GradientTransformationExtraArgs:
+  """Returns W ← W·(1 − lr·lr_scale·decay) − lr·lr_scale·direction; lr and decay are names of numbers of `hyper`."""
 
   def update(directions, state, params, *, lr_scale, hyper, **extra):
     del extra
     rate = getattr(hyper, lr) * lr_scale
-    fade = rate * getattr(hyper, decay)
-    keep = lambda d, w: 1.0 - jnp.where(d * w > 0, fade, 0.0) if cautious else 1.0 - fade  # noqa: E731
+    keep = 1.0 - rate * getattr(hyper, decay)
     # The decayed W and the step are each rounded, as in PyTorch. The difference of close numbers is exact, so that
     # `optax.apply_updates` arrives at the same bits.
-    step = lambda d, w: (_rounded(w * keep(d, w)) - _rounded(rate * d)) - w  # noqa: E731
+    step = lambda d, w: (_rounded(w * keep) - _rounded(rate * d)) - w  # noqa: E731
     return jax.tree.map(step, directions, params), state
 
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -46,7 +46,6 @@ class StepInputs(NamedTuple):
   tokens_BxT1: jax.Array  # integers, all rows of the step; those of a rank stand side by side
   lr_scale: Number  # the schedule's factor on every learning rate
   momentum: Number  # Muon's μ
-  lookahead: Number  # β of `optimizer.with_lookahead`
   hyper: Hyper
   ema_decay: Number  # share of the moving average that stays
   ema_rest: Number  # 1 − ema_decay
@@ -111,35 +110,23 @@ class TrainStep:
     tokens = jax.ShapeDtypeStruct((t.micro_batches, t.batch_tokens // t.micro_batches + 1), np.uint16, sharding=by_row)
     number = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
     hyper = Hyper(*[number] * len(Hyper._fields))
-    return StepInputs(tokens, number, number, number, hyper, number, number)
+    return StepInputs(tokens, number, number, hyper, number, number)
 
   def init(self, params: Params) -> TrainState:
     """Returns the state before the first step; the moving average starts at the parameters."""
     return self.shared._init(jax.device_put(params, replicated(self.mesh)))
 
-  def inputs(
-    self,
-    tokens_BxT1: np.ndarray,
-    lr_scale: float,
-    momentum: float,
-    *,
-    lookahead: float = 0.0,
-    ema_decay: float | None = None,
-  ) -> StepInputs:
-    """Places a step's rows on their devices; every process holds all rows and places those of its devices.
-
-    Args:
-      ema_decay: the settings' where it is not given.
-    """
+  def inputs(self, tokens_BxT1: np.ndarray, lr_scale: float, momentum: float) -> StepInputs:
+    """Places a step's rows on their devices; every process holds all rows and places those of its devices."""
     rows = place(self.mesh, tokens_BxT1, P(AXIS))
-    decay = self.settings.train.ema_decay if ema_decay is None else ema_decay
-    lr_scale, momentum, lookahead, decay, rest = map(np.float32, (lr_scale, momentum, lookahead, decay, 1 - decay))
-    return StepInputs(rows, lr_scale, momentum, lookahead, self._hyper, decay, rest)
+    return StepInputs(rows, np.float32(lr_scale), np.float32(momentum), *self._numbers)
 
   @functools.cached_property
-  def _hyper(self) -> Hyper:
+  def _numbers(self) -> tuple[Hyper, jax.Array, jax.Array]:
     """The arguments that are the same at every step, on the devices."""
-    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), Hyper.of(self.settings.optimizer))
+    decay = self.settings.train.ema_decay
+    numbers = Hyper.of(self.settings.optimizer), np.float32(decay), np.float32(1 - decay)
+    return jax.tree.map(lambda x: place(self.mesh, np.asarray(x), P()), numbers)
 
   def trace(self, seq_len: int, looping: bool) -> jax.stages.Traced:
     """Traces step(state, inputs) → (state, metrics) from shapes alone; the state is donated."""
@@ -204,16 +191,15 @@ class TrainStep:
   def _step(self, mean_loss: Loss, state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
     """Runs on each device with its rows."""
     limit = inputs.hyper.grad_clip_norm
-    params = optimizers.ahead(state.params, state.opt_state, inputs.lookahead)
     if self._clips_by_rank:
       tokens = inputs.tokens_BxT1
       tokens_GxMxT1 = tokens.reshape(max(1, self._world // self.mesh.size), -1, tokens.shape[-1])
-      grads, metrics = _mean_of_clipped_ranks(mean_loss, params, tokens_GxMxT1, limit)
+      grads, metrics = _mean_of_clipped_ranks(mean_loss, state.params, tokens_GxMxT1, limit)
       travels = jnp.dtype(self.settings.optimizer.muon_dtype)
       grads = {name: g.astype(travels) if optimizers.group(name) == "bank" else g for name, g in grads.items()}
       grads = optimizers.scatter_stacks(grads, AXIS, self.mesh.size)
     else:
-      loss, grads = _mean_of_rows(mean_loss, params, inputs.tokens_BxT1)
+      loss, grads = _mean_of_rows(mean_loss, state.params, inputs.tokens_BxT1)
       grads = optimizers.scatter_stacks(grads, AXIS, self.mesh.size)
       norm = optimizers.scattered_norm(grads, AXIS)
       grads = optimizers.clip(grads, norm, limit)
@@ -222,7 +208,7 @@ class TrainStep:
 
   def update(self, state: TrainState, grads: Params, inputs: StepInputs) -> TrainState:
     """Returns the state after the optimizer; runs on each device with its slices of the banks' mean gradients."""
-    numbers = {name: getattr(inputs, name) for name in ("lr_scale", "momentum", "lookahead", "hyper")}
+    numbers = {name: getattr(inputs, name) for name in ("lr_scale", "momentum", "hyper")}
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, **numbers)
     params = optax.apply_updates(state.params, updates)
     follow = lambda p, a: inputs.ema_rest * p + inputs.ema_decay * a  # noqa: E731
@@ -253,13 +239,10 @@ def structure(settings: Settings) -> Settings:
     return dataclasses.replace(type(section)(), **{name: getattr(section, name) for name in names})
 
   forms = ["steps", "row_normalize", "column_normalize", "heads", "heads_of", "dtype"]
-  optimizer = kept(settings.optimizer, [*(f"muon_{form}" for form in forms), "cautious_decay", "clip_scope"])
-  # Of these a program is made for "some", whatever the number.
-  some = {name: 0.5 if getattr(settings.optimizer, name) > 0 else 0.0 for name in ("lookahead", "muon_row_floor")}
   first_values = {"qk_gain_init", "tied_embed_init_std", "sparse_attn_gate_init_std"}
   return Settings(
     model=kept(settings.model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in first_values]),
-    optimizer=dataclasses.replace(optimizer, **some),
+    optimizer=kept(settings.optimizer, [*(f"muon_{form}" for form in forms), "clip_scope"]),
     train=kept(settings.train, ["batch_tokens", "micro_batches", "world_size", "compute_dtype"]),
   )
 

@@ -313,8 +313,8 @@ def weight_decay_coupled_to_the_gradient(patch, case):
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
-  def step(original, lr, decay, **options):
-    inner = original(lr, decay, **options)
+  def step(original, lr, decay):
+    inner = original(lr, decay)
 
     def update(directions, state, params, *, hyper, **extra):
       return inner.update(directions, state, params, hyper=hyper._replace(adam_wd=np.float32(0)), **extra)
@@ -327,12 +327,12 @@ def weight_decay_coupled_to_the_gradient(patch, case):
 
 @mistake("optimizer", "params/1/kv_bank")
 def weight_decay_without_the_schedule(patch, case):
-  def step(original, lr, decay, **options):
+  def step(original, lr, decay):
     def update(directions, state, params, *, lr_scale, hyper, **extra):
       rate, fade = getattr(hyper, lr), getattr(hyper, lr) * getattr(hyper, decay)
       return jax.tree.map(lambda d, w: -fade * w - rate * lr_scale * d, directions, params), state
 
-    return optax.GradientTransformationExtraArgs(original(lr, decay, **options).init, update)
+    return optax.GradientTransformationExtraArgs(original(lr, decay).init, update)
 
   around(patch, optimizers, "_decayed_step", step)
 

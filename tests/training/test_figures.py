@@ -10,7 +10,7 @@ from pgolf_jax.settings import Settings
 from pgolf_jax.training import StepPlan
 from pgolf_jax.training.figures import curves, learning_rates, mfu, peak_memory, speed
 
-PLAN = StepPlan(0.5, 3072, True, 0.25, 0.95, False, 0.0, 0.9965)
+PLAN = StepPlan(0.5, 3072, True, 0.25, 0.95, False)
 
 
 def mesh(kind: str, count: int):

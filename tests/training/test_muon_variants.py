@@ -1,6 +1,4 @@
-"""Muon's variants by laws that they obey and the recipe does not: rows, columns, heads, cautious decay."""
-
-import dataclasses
+"""Muon's variants by laws that they obey and the recipe does not: columns, heads."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.settings import ModelConfig, OptimizerConfig, Settings, check
 from pgolf_jax.settings.load import changed
 from pgolf_jax.training import optimizer as optimizers
-from pgolf_jax.training.optimizer import Hyper
 from pgolf_jax.training.step import TrainStep
 
 HEADS = ModelConfig(num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=1.0, vocab_size=8)
@@ -75,46 +72,9 @@ def test_heads_of_another_group_have_no_part_in_an_update(grads, heads, kinds):
         np.testing.assert_allclose(a[bank][here], whole[bank][here], atol=1e-6)
 
 
-def test_rows_shorter_than_the_floor_are_lifted_to_it():
-  w = jnp.array([[3.0, 4.0], [0.6, 0.8], [0.0, 0.0], [30.0, 40.0]])
-  d = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.0], [0.0, 0.0]])
-  floor = optimizers.floor_rows()
-  hyper = Hyper.of(OptimizerConfig(muon_row_floor=0.4))
-  lifted, _ = floor.update({"w": d}, floor.init({"w": w}), {"w": w}, hyper=hyper)
-  np.testing.assert_allclose(lifted["w"], [[2.0, 0.0], [0.0, 1.0], [0.5, 0.0], [0.0, 0.0]])
-
-
-@pytest.mark.parametrize("which", ["never", "matrices", "all"])
-def test_cautious_decay_leaves_what_the_step_moves_away_from_zero(which):
-  """Without a step, all that differs from the weights is decay."""
-  config = OptimizerConfig(muon_dtype="float32", cautious_decay=which, muon_wd=0.5, embed_wd=0.5, adam_wd=0.5)
-  rng = np.random.default_rng(1)
-  names = {"mlp_up_bank": (1, 8, 8), "tok_emb.weight": (8, 8), "skip_weights": (2, 8)}
-  weights = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in names.items()}
-  grads = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in names.items()}
-  updates = []
-  for decays in (True, False):
-    c = config if decays else dataclasses.replace(config, muon_wd=0.0, embed_wd=0.0, adam_wd=0.0)
-    optimizer = optimizers.make(c)
-    update, _ = optimizer.update(grads, optimizer.init(weights), weights, lr_scale=1.0, momentum=0.9)
-    updates.append(update)
-  for name, lr in (
-    ("mlp_up_bank", config.matrix_lr),
-    ("tok_emb.weight", config.embed_lr),
-    ("skip_weights", config.scalar_lr),
-  ):
-    faded, step, w = updates[0][name] - updates[1][name], updates[1][name], weights[name]
-    cautious = which == "all" or (which == "matrices" and name == "mlp_up_bank")
-    wanted = jnp.where((step * w < 0) | (not cautious), -0.5 * lr * w, 0.0)
-    np.testing.assert_allclose(faded, wanted, atol=1e-6)
-    assert (np.abs(np.asarray(wanted)) > 1e-5).any()
-
-
 @pytest.mark.slow
 def test_devices_share_them_like_one(params, rows):  # noqa: F811
-  given = settings(
-    clip_scope="global", muon_heads=1, muon_column_normalize=True, muon_row_floor=2.0, cautious_decay="all"
-  )
+  given = settings(clip_scope="global", muon_heads=1, muon_column_normalize=True)
   states = []
   for devices in (1, 8):
     step = TrainStep(given, data_mesh(jax.devices()[:devices]))

@@ -32,11 +32,7 @@ NUMBERS = {
   "optimizer.beta2": 0.95,
   "optimizer.adam_eps": 1e-6,
   "optimizer.grad_clip_norm": 0.0,
-  "optimizer.lookahead_decay": 0.5,
-  "optimizer.lookahead_from": 0.1,
-  "optimizer.lookahead_until": 0.9,
   "train.ema_decay": 0.7,
-  "train.average_from": 0.4,
   "train.average_share": 0.5,
   "train.warmdown_frac": 0.3,
   "train.warmdown_iters": 2,
@@ -67,7 +63,6 @@ def test_no_number_of_a_sweep_is_written_into_the_program(mesh):
 
 @pytest.mark.parametrize("name, value", [
   ("model.logit_softcap", 20.0), ("optimizer.muon_steps", 3), ("train.batch_tokens", 1024),
-  ("optimizer.lookahead", 0.6), ("optimizer.muon_row_floor", 0.4), ("optimizer.cautious_decay", "all"),
   ("optimizer.muon_column_normalize", True), ("optimizer.muon_heads", 1),
 ])  # fmt: skip
 def test_what_a_program_is_made_from_is_not_shared(mesh, name, value):
