@@ -129,6 +129,8 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
   pytorch, obstacle = harness.pytorch(device.platform) if arguments.torch != "none" else (None, "")
   if pytorch is not None and mesh.size > 1:
     pytorch, obstacle = None, f"its step is for one device, not {mesh.size}"
+  if pytorch is not None and (names := pytorch.not_written(settings)):
+    pytorch, obstacle = None, f"its step has no {', '.join(names)}"
   notes += [f"PyTorch was left out: {obstacle}"] if obstacle else []
   lengths = list(dict.fromkeys(seq_len for seq_len, _ in Schedule(settings).shapes()))
   looping = arguments.looping if settings.model.num_loops else "off"

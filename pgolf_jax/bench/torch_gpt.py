@@ -138,6 +138,18 @@ def gated_xsa(y, v, gate, scale: float):
   return _gated(_without_own_value(y, v), gate, scale)
 
 
+def not_written(settings: Settings) -> list[str]:
+  """Returns the names of settings beyond the recipe that are on and that the model and the step here do not know."""
+  model, optimizer = settings.model, settings.optimizer
+  beyond = {
+    "model.value_residual": model.value_residual,
+    "model.dense_skips": model.dense_skips,
+    "optimizer.muon_column_normalize": optimizer.muon_column_normalize,
+    "optimizer.muon_heads": optimizer.muon_heads,
+  }
+  return [name for name, value in beyond.items() if value]
+
+
 class TorchGPT:
   """The model on documents that stand end to end.
 

@@ -19,6 +19,7 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.plan import programs
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.settings import LengthStage, ModelConfig, OptimizerConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.load import changed
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -93,6 +94,14 @@ def test_pytorch_does_the_same_step():
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max() + 1e-7, err_msg=name)
     ours, theirs = np.asarray(state.average[name]) - first, whole.average[name].numpy() - first
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max() + 1e-6, err_msg=name)
+
+
+def test_pytorch_is_left_out_of_what_its_step_does_not_have(half_a_second):
+  pytest.importorskip("pgolf_jax.bench.torch_gpt", reason="PyTorch is not installed")
+  given = changed(LONG, {"model.dense_skips": 1, "optimizer.muon_heads": 1})
+  rows, notes = bench.measure(bench.StepArgs(settings=given, looping="on", passes=("forward",)))
+  assert len(rows) == 1
+  assert "PyTorch was left out: its step has no model.dense_skips, optimizer.muon_heads" in notes
 
 
 def test_plain_xla_is_what_its_name_says():
