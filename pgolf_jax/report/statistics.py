@@ -122,8 +122,9 @@ class Ratio(NamedTuple):
 
 
 def ratio(part_n: Sequence[float], whole_n: Sequence[float] | float = 1.0) -> Ratio:
-  """Returns Σ part / Σ whole over independent pairs, such as the bits and the bytes of documents; else a mean.
+  """Returns Σ part / Σ whole over independent pairs, such as the bits and the bytes of documents.
 
+  Where all wholes are 1 that is the mean.
   The error is that of the mean residual, part − ratio · whole, over the mean of the whole (the delta method).
   """
   part_n, whole_n = np.broadcast_arrays(np.asarray(part_n, np.float64), whole_n)

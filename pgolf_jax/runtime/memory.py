@@ -43,10 +43,12 @@ def process_bytes(field: str) -> int:
   """Returns a line of this process's status on Linux, in bytes: VmRSS, what it holds, or VmHWM, the most it held.
 
   Raises:
-    OSError: elsewhere.
+    OSError: the system does not say.
   """
-  lines = Path("/proc/self/status").read_text().splitlines()
-  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+  for line in Path("/proc/self/status").read_text().splitlines():
+    if line.startswith(f"{field}:"):
+      return int(line.split()[1]) * 1024
+  raise OSError(f"/proc/self/status has no {field}")
 
 
 def peak_bytes() -> int:

@@ -547,7 +547,7 @@ class Child:
     self.pid = os.fork()
     if self.pid == 0:
       os.close(self.pipe)
-      space = ADDRESS_SPACE + _status("VmSize")
+      space = ADDRESS_SPACE + process_bytes("VmSize")
       resource.setrlimit(resource.RLIMIT_AS, (space, space))
       resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
       with os.fdopen(write_end, "w") as out:
