@@ -130,6 +130,7 @@ def environment(folder: Path) -> dict[str, str]:
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PGOLF_CACHE": str(folder / "cache"),
     "XLA_FLAGS": "",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
   }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from pgolf_jax.bench import harness
 from pgolf_jax.bench.gpu_day import ROOT, Day, Row, commit
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.bench.kernels import RECORD, Case, Sizes, cases, segment_starts
+from pgolf_jax.bench.pytorch import torch_gpt_on
 from pgolf_jax.kernels.hardware import peaks, target
 
 _LIMITS = 5e-3, 1e-2
@@ -81,7 +82,7 @@ def timed(way: Way, day: Day, config: str, **more: Any) -> Iterator[Row]:
 
 def pytorch() -> ModuleType | None:
   """Returns `torch_gpt` where PyTorch computes on this platform."""
-  return harness.pytorch(target().platform)[0]
+  return torch_gpt_on(target().platform)[0]
 
 
 def ceilings(day: Day) -> Iterator[Row]:

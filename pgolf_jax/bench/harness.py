@@ -6,7 +6,6 @@ import resource
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -232,17 +231,6 @@ def device_memory(device: jax.Device) -> Callable[[], Peak | None]:
 
   before = peak()
   return lambda: None if (after := peak()) is None else Peak(after, is_bound=after <= (before or 0))
-
-
-def pytorch(platform: str) -> tuple[ModuleType | None, str]:
-  """Returns (the module `torch_gpt`, "") or (None, why PyTorch cannot be timed beside JAX on this platform)."""
-  try:
-    from pgolf_jax.bench import torch_gpt  # PyTorch is optional, and takes seconds to import
-  except ImportError:
-    return None, "it is not installed; pip install 'pgolf_jax[torch]' adds it"
-  if platform not in torch_gpt.platforms():
-    return None, f"this PyTorch does not compute on a {platform}"
-  return torch_gpt, ""
 
 
 Columns = Mapping[str, Callable[[Measurement], str | None]]

@@ -12,6 +12,7 @@ import numpy as np
 
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
+from pgolf_jax.bench.pytorch import torch_gpt_on
 from pgolf_jax.kernels import Choice, softcapped_xent
 from pgolf_jax.kernels import gated_xsa as xsa
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
@@ -78,7 +79,7 @@ def measure(
   matrices, dtype = (2, jnp.float32) if on_cpu else (22, jnp.bfloat16)
   sizes = f"{tokens} tokens in segments up to {max_segment}, {matrices} matrices, {dtype.__name__}"
   notes = [f"{here.kind}: {sizes}", harness.describe_peaks(here.kind)]
-  pytorch, obstacle = harness.pytorch(here.platform)
+  pytorch, obstacle = torch_gpt_on(here.platform)
   if pytorch is None:
     notes.append(f"PyTorch was left out: {obstacle}")
   measurements = []

@@ -25,6 +25,7 @@ from pgolf_jax import kernels
 from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.bench.kernels import segment_starts
+from pgolf_jax.bench.pytorch import torch_gpt_on
 from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.errors import UserError
 from pgolf_jax.kernels.hardware import peaks
@@ -126,7 +127,7 @@ def measure(arguments: StepArgs) -> tuple[list[Measurement], list[str]]:
     *(f"{operation}: {choice}" for operation, choice in taken.items()),
   ]
   backends = ("kernels", "xla") if any(not choice.startswith("xla ") for choice in taken.values()) else ("xla",)
-  pytorch, obstacle = harness.pytorch(device.platform) if arguments.torch != "none" else (None, "")
+  pytorch, obstacle = torch_gpt_on(device.platform) if arguments.torch != "none" else (None, "")
   if pytorch is not None and mesh.size > 1:
     pytorch, obstacle = None, f"its step is for one device, not {mesh.size}"
   if pytorch is not None and (names := pytorch.not_written(settings)):

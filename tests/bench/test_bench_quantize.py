@@ -40,7 +40,6 @@ CHANGES = {
 @pytest.fixture(autouse=True, scope="module")
 def on_one_device():
   """Random weights stand for the average of a run, on one device."""
-  jax.config.update("jax_disable_most_optimizations", True)  # no speed is measured here
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(quantize.stages, "averaged_params", lambda run, mesh: random_params())
     patch.setattr(quantize, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
@@ -98,7 +97,7 @@ def test_figures_are_those_of_the_artifacts(measured, settings):
   assert coarse["bytes"] == sum(artifact.stream_bytes.values())
 
 
-def test_divergence_by_its_definition(settings):
+def test_divergence_by_its_definition(settings, programs_of_users):
   params = random_params()
   other = {name: value if name in SOFTCAPS else value * np.float32(1.1) for name, value in params.items()}
   rows_BxT = random_documents(LENGTHS).tokens[:144].reshape(3, 48)

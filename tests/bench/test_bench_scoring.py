@@ -24,7 +24,6 @@ GRID = ("--set", "boost=2.0,0.5")
 @pytest.fixture(scope="module", autouse=True)
 def weights():
   """Random weights of a seed stand for the average of a run, on one device."""
-  jax.config.update("jax_disable_most_optimizations", True)  # no speed is measured here
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(scoring.stages, "averaged_params", lambda run, mesh: random_params(run.settings.seed))
     patch.setattr(scoring, "data_mesh", lambda: data_mesh(jax.devices()[:1]))

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import get_args
 
-import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -195,21 +194,19 @@ def different_items() -> list[Item]:
 
 
 @pytest.fixture
-def compiled_fast():
-  """Half of the time here is XLA's, for programs that run a few times; and PyTorch's threads wait for each other."""
+def one_thread_of_pytorch():
+  """PyTorch's threads wait for each other."""
   torch = sys.modules.get("torch")
   threads = torch and torch.get_num_threads()
   if torch:
     torch.set_num_threads(1)
-  jax.config.update("jax_disable_most_optimizations", True)
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
   if torch:
     torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("one", different_items(), ids=lambda one: one.name)
-def test_every_item_measures(one, tmp_path, monkeypatch, compiled_fast):
+def test_every_item_measures(one, tmp_path, monkeypatch, one_thread_of_pytorch):
   monkeypatch.setattr(gpu_day_steps, "_PEAK_NAMES", 3)
   module, function = one.call.split(":")
   rows = list(getattr(sys.modules[module], function)(Day(tmp_path, tiny=True), **one.arguments))

@@ -1,7 +1,6 @@
 """Two processes of four devices each do what one process of eight does, through the whole program."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tomli_w
+from children import environment
 
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
@@ -47,9 +47,9 @@ def config(tmp_path_factory):
   return path
 
 
-def start(command, devices, **environment):
-  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
-  return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(command, devices, **more):
+  environ = environment(devices, **more)
+  return subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def start_two(command):

@@ -14,21 +14,27 @@ from pgolf_jax.runtime.distributed import data_mesh
 SMALL = [path.name for path in find_cases(shipped_cases())]
 
 
-def assert_agrees(case):
+def assert_agrees(case, mesh=None):
   assert not needs_floors(case)
-  rows = check(case, run(case))
+  rows = check(case, run(case, mesh))
   assert agrees(rows), [row for row in rows if not row.ok]
   return rows
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_small_case(small_golden, kind):
+def test_small_case(small_golden, kind, programs_of_users):
   assert_agrees(Case.load(small_golden(kind)))
 
 
 @pytest.mark.parametrize("kind", ["forward", "optimizer", "optimizer_bf16", "train", "quantize", "ngram", "ttt"])
 def test_case(golden, kind):
   assert_agrees(Case.load(golden(kind)))
+
+
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
+def test_scores_on_several_devices(golden, devices):
+  """Global phase, kept A, an odd batch, short chunks, hints."""
+  assert_agrees(Case.load(golden("ttt")), data_mesh(jax.devices()[:devices]))
 
 
 @pytest.mark.slow

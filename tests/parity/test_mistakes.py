@@ -23,12 +23,10 @@ LONGER = [m for m in MISTAKES if m not in CHEAP]
 @pytest.fixture(autouse=True)
 def _programs_are_made_anew(monkeypatch):
   """A program that was compiled with a mistake is not used without it, nor the other way round."""
-  jax.config.update("jax_disable_most_optimizations", True)
   _forget_programs()
   yield
   monkeypatch.undo()
   _forget_programs()
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _forget_programs() -> None:

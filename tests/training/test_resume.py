@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import environment
 
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
@@ -81,7 +81,7 @@ def train_with_kills(run, data, kills, rng):
   """Trains in a process of its own, killing it `kills` times at random moments; returns how often it was killed."""
   done = 0
   while True:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(run), str(data)], env=os.environ | {"XLA_FLAGS": ""})
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(run), str(data)], env=environment())
     if done < kills:
       before = len(read_metrics(run / "metrics.jsonl"))
       # Wait for training to begin, so that the kill falls on steps and checkpoints as well as on the start.
@@ -123,7 +123,7 @@ def test_a_signal_saves_and_the_run_continues_with_the_same_bits(tmp_path, data,
   settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, checkpoint_every_steps=0))
   run = RunFolder(tmp_path / "run", settings)
   command = [sys.executable, "-c", PROGRAM, str(run.path), str(data)]
-  process = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE, text=True)
+  process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
   while process.poll() is None and len(read_metrics(run.metrics)) < 10:
     time.sleep(0.01)
   process.send_signal(signum)

@@ -1,8 +1,9 @@
 """A whole micro-batch of the record, 98,304 tokens in one row, goes through attention without a T×T mask."""
 
-import os
 import subprocess
 import sys
+
+from children import environment
 
 PROGRAM = """
 from functools import partial
@@ -33,7 +34,7 @@ print(memory.peak_bytes())
 def test_a_row_of_98304_tokens_takes_less_than_6_gb():
   """By plan with segments of 3072 tokens, as in the record; in fact with segments of 64, which take less time."""
   result = subprocess.run(
-    [sys.executable, "-c", PROGRAM], env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=True
+    [sys.executable, "-c", PROGRAM], env=environment(), capture_output=True, text=True, check=True
   )
   planned, peak = map(int, result.stdout.split())
   assert planned < 4e9
