@@ -50,6 +50,14 @@ def load(ref, layout) -> jax.Array:
   return plgpu.load(ref, *whole, layout=layout, optimized=False)
 
 
+def store(ref, value: jax.Array) -> None:
+  """Stores values to a reference in shared or global memory, however few of them a thread holds side by side."""
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, value, optimized=False)
+  else:  # in JAX 0.10; in 0.12 an assignment reads what was there, and refuses to where a thread's part is narrow
+    ref[...] = value
+
+
 def rows_grid(rows: int) -> dict:
   """Returns the arguments of `plgpu.kernel` for thread blocks that walk over so many rows, a multiple of a tile's."""
   return {

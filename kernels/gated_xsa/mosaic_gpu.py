@@ -123,7 +123,7 @@ def _gated_gradients(y, v, gate, dx, scale):
       s = _gates(gate_ref, rows, scale, layouts)
       along = (dx_rows * values).sum(axis=3)
       d_gate = ((dx_rows * y_rows).sum(axis=3) - a * along) * (s * (1 - s) * scale)
-      d_gate_ref[rows] = d_gate.astype(gate.dtype)
+      hopper.store(d_gate_ref.at[rows], d_gate.astype(gate.dtype))
       b, through = s * along * inverse, dx_rows * spread(s)
       dv = spread(2 * a * b * some) * values - spread(a) * through - spread(b) * y_rows
       return (through - spread(b) * values, dv.sum(axis=2)), nothing

@@ -131,7 +131,7 @@ def _gradients(x, added, add, keep, dy, dn, scale):
     inputs, outputs = _lanes(x_ref, added_ref, dy_ref, dn_ref), list(zip(out_refs, out_smems, strict=True))
     sums = hopper.over_rows(compute, inputs, outputs, zeros)
     for total, ref in zip(sums, sum_refs, strict=True):
-      sum_smem[...] = total
+      hopper.store(sum_smem, total)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(sum_smem, ref.at[lax.axis_index("block")])
       plgpu.wait_smem_to_gmem(0)

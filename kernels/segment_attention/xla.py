@@ -79,28 +79,32 @@ def _forward(blocks: _Blocks, scale: float) -> tuple[jax.Array, jax.Array]:
 def _backward(blocks: _Blocks, y, lse, dy, scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the gradients of q, k and v, cut into the same blocks; those of k and v in float32."""
   delta = (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum(axis=-1)
+  B, K, G, S, C = blocks.q.shape[1:]
+  # A key's queries lie on one axis of G·S: XLA's CPU backend of jax 0.12 multiplies no bfloat16 with two such axes.
 
   def query_block(carry, i):
-    q, start = blocks.q[i], blocks.start[i]
+    start = blocks.start[i]
+    q_BxKxQxC, dy_BxKxQxC = (x.reshape(B, K, G * S, C) for x in (blocks.q[i], dy[i]))
 
     def key_block(j, carry):
       # Keys stand before queries, so that dk and dv are products of scores as they lie in memory; only dq, which is
       # smaller, is transposed, at the end.
       dq_t, dk, dv = carry
       k, v = blocks.k[j], blocks.v[j]
-      s = wide_product("bktc,bkgsc->bktgs", k, q) * scale
+      s, dp = (
+        wide_product("bktc,bkqc->bktq", *pair).reshape(B, K, S, G, S) for pair in ((k, q_BxKxQxC), (v, dy_BxKxQxC))
+      )
       visible = _visible(start, i, j)[:, :, 0].swapaxes(2, 3)[:, :, :, None]
-      p = jnp.where(visible, jnp.exp(s - lse[i][:, :, None]), 0.0)
-      dv_j = wide_product("bktgs,bkgsc->bktc", p.astype(q.dtype), dy[i])
-      dp = wide_product("bktc,bkgsc->bktgs", v, dy[i])
-      ds = (p * (dp - delta[i][:, :, None]) * scale).astype(q.dtype)
-      dq_t = dq_t + wide_product("bkct,bktgs->bkcgs", k.swapaxes(2, 3), ds)
-      return dq_t, dk.at[j].add(wide_product("bktgs,bkgsc->bktc", ds, q)), dv.at[j].add(dv_j)
+      p = jnp.where(visible, jnp.exp(s * scale - lse[i][:, :, None]), 0.0)
+      ds = p * (dp - delta[i][:, :, None]) * scale
+      p, ds = (x.astype(q_BxKxQxC.dtype).reshape(B, K, S, G * S) for x in (p, ds))
+      dq_t = dq_t + wide_product("bkct,bktq->bkcq", k.swapaxes(2, 3), ds)
+      dk_j, dv_j = (wide_product("bktq,bkqc->bktc", *pair) for pair in ((ds, q_BxKxQxC), (p, dy_BxKxQxC)))
+      return dq_t, dk.at[j].add(dk_j), dv.at[j].add(dv_j)
 
-    B, K, G, S, C = q.shape
-    init = (jnp.zeros((B, K, C, G, S), jnp.float32), *carry)
+    init = (jnp.zeros((B, K, C, G * S), jnp.float32), *carry)
     dq_t, *carry = lax.fori_loop(_first_key_block(start), i + 1, key_block, init)
-    return tuple(carry), jnp.moveaxis(dq_t, 2, 4).astype(q.dtype)
+    return tuple(carry), dq_t.swapaxes(2, 3).reshape(B, K, G, S, C).astype(blocks.q.dtype)
 
   zeros = jnp.zeros(blocks.k.shape, jnp.float32)
   (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(blocks.q.shape[0]))

@@ -89,7 +89,10 @@ def _call(inner, values) -> list:
 
 
 def _scan(params, values) -> list:
-  consts, carry = params["num_consts"], params["num_carry"]
+  if "ft_in" in params:  # the trees of constants, carry and inputs, in place of their sizes, since JAX 0.12
+    consts, carry = (len(tree) for tree in params["ft_in"].unpack()[:2])
+  else:
+    consts, carry = params["num_consts"], params["num_carry"]
 
   def step(state, x):
     out = _call(params["jaxpr"], [*values[:consts], *state, *x])

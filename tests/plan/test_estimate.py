@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pgolf_jax.plan import GIB, estimate, hardware, programs
 from pgolf_jax.runtime.distributed import AXIS
@@ -83,7 +83,7 @@ def test_a_loop_adds_what_its_body_holds_once():
 
 
 def test_shapes_are_those_of_one_device():
-  mesh = AbstractMesh((4,), (AXIS,))
+  mesh = AbstractMesh((4,), (AXIS,), axis_types=(AxisType.Auto,))
   spec = jax.sharding.PartitionSpec(AXIS)
   f = jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec)
   assert held(f, VECTOR) == (0.25, 0.25)
