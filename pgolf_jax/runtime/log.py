@@ -298,7 +298,8 @@ class _Start:
   def __init__(self):
     self._streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     for name, stream in self._streams.items():
-      setattr(sys, name, _Waking(stream))
+      _all_waking.append(_Waking(stream))
+      setattr(sys, name, _all_waking[-1])
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._draw, daemon=True, name="starting")
     self._thread.start()
@@ -337,6 +338,8 @@ class _Waking:
 
 
 _start: _Start | None = None
+_all_waking: list[_Waking] = []
+"""Kept alive: `print` of CPython 3.12 ends its line on the stream that it began with, without holding on to it."""
 
 
 def starting() -> None:
