@@ -52,9 +52,9 @@ def load(ref, layout) -> jax.Array:
 
 def store(ref, value: jax.Array) -> None:
   """Stores values to a reference in shared or global memory, however few of them a thread holds side by side."""
-  if hasattr(plgpu, "store"):
+  if hasattr(plgpu, "store"):  # where it is, an assignment reads what it replaces, in wide parts alone
     plgpu.store(ref, value, optimized=False)
-  else:  # in JAX 0.10; in 0.12 an assignment reads what was there, and refuses to where a thread's part is narrow
+  else:
     ref[...] = value
 
 

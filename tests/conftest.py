@@ -70,7 +70,7 @@ def published_tokenizer() -> Path:
 
 @pytest.fixture
 def programs_of_users():
-  """Compiles with XLA's optimizations: for comparisons with the reference."""
+  """Compiles with XLA's optimizations, all but its fusion emitters: for comparisons with the reference."""
   import jax
 
   jax.config.update("jax_disable_most_optimizations", False)

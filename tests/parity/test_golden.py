@@ -16,9 +16,10 @@ SMALL = [path.name for path in find_cases(shipped_cases())]
 
 def assert_agrees(case, mesh=None):
   assert not needs_floors(case)
-  rows = check(case, run(case, mesh))
+  outputs = run(case, mesh)
+  rows = check(case, outputs)
   assert agrees(rows), [row for row in rows if not row.ok]
-  return rows
+  return outputs
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -26,15 +27,24 @@ def test_small_case(small_golden, kind, programs_of_users):
   assert_agrees(Case.load(small_golden(kind)))
 
 
-@pytest.mark.parametrize("kind", ["forward", "optimizer", "optimizer_bf16", "train", "quantize", "ngram", "ttt"])
+@pytest.mark.parametrize("kind", ["forward", "optimizer", "optimizer_bf16", "train", "quantize", "ngram"])
 def test_case(golden, kind):
   assert_agrees(Case.load(golden(kind)))
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
-def test_scores_on_several_devices(golden, devices):
-  """Global phase, kept A, an odd batch, short chunks, hints."""
-  assert_agrees(Case.load(golden("ttt")), data_mesh(jax.devices()[:devices]))
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+def test_scores_on_several_devices(golden, devices, programs_of_users):
+  """Global phase, kept A, an odd batch, short chunks, hints; within less than `pgolf parity` allows other machines."""
+  case = Case.load(golden("ttt"))
+  outputs, expected = assert_agrees(case, data_mesh(jax.devices()[:devices])), case.expected
+  assert set(outputs) == set(expected)
+  np.testing.assert_array_equal(outputs["hint_ids"], expected["hint_ids"])
+  np.testing.assert_array_equal(outputs["gate_mask"], expected["gate_mask"])
+  np.testing.assert_allclose(outputs["nll"], expected["nll"], atol=2e-5)
+  np.testing.assert_allclose(outputs["val_bpb"], expected["val_bpb"], atol=1e-6)
+  for name, value in expected.items():
+    if name.startswith("params_after/"):
+      np.testing.assert_allclose(outputs[name], value, atol=2e-5 * max(np.abs(value).max(), 1e-3), err_msg=name)
 
 
 @pytest.mark.slow

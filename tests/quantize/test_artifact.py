@@ -437,7 +437,7 @@ def test_memory_of_a_whole_model_of_large_integers(name):
   rng = np.random.default_rng(0)
   steps = [rng.integers(-9, 9, 1024).astype(np.int32) for _ in range(2)]
   q = np.rint(9 * rng.standard_normal((1024, 1024))).astype(np.int32)
-  tensors = {f"blocks.{i}.mlp.fc.weight": LogGrid(q, *steps, steps[0] < 0, steps[1] < 0) for i in range(2)}
+  tensors = {f"blocks.{i}.mlp.fc.weight": LogGrid(q, *steps, steps[0] < 0, steps[1] < 0) for i in range(3)}
   data = write({}, tensors, name)
   tracemalloc.start()
   params = read(data).params()
