@@ -198,7 +198,7 @@ def sample_targets(subject: Subject, cuts: Sequence[Cut]) -> np.ndarray:
   documents = [document for batch in subject.batches[: max(cut.batches for cut in cuts)] for document in batch]
   places = np.concatenate([np.arange(d.target_slice.start, d.target_slice.stop) for d in documents])
   at_cuts = np.concatenate([cut.targets for cut in cuts])
-  # Of the targets of one chunk a scan returns one distribution: those at the cuts come first.
+  # Of the targets of one chunk a step returns one distribution: those at the cuts come first.
   is_near = np.zeros(len(subject.scores.nll_N), bool)
   for target in at_cuts:
     is_near[max(target - _largest_chunk(subject.settings), 0) : target + _largest_chunk(subject.settings)] = True

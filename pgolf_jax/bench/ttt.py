@@ -1,4 +1,4 @@
-"""`pgolf bench ttt`: test-time training on documents of given lengths: rate, padding, and time outside the scans."""
+"""`pgolf bench ttt`: test-time training on documents of given lengths: rate, padding, and time outside the steps."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import buckets
 from pgolf_jax.scoring.compiled import Programs
-from pgolf_jax.scoring.documents import batches, find_documents
+from pgolf_jax.scoring.documents import batches, find_documents, rounds
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.ttt import evaluate
 from pgolf_jax.settings import Settings
@@ -30,8 +30,8 @@ class Facts(NamedTuple):
   shapes: int  # compiled, for all documents
   useful_share: float  # useful FLOPs over executed, all documents
   one_shape_share: float  # the same if every chunk ran in the largest shape
-  outside_share: float  # of the first timed seconds, those in which no scan ran
-  flops_per_second: float  # executed, while a scan ran
+  outside_share: float  # of the first timed seconds, those in which no step ran
+  flops_per_second: float  # executed, while a step ran
   compile_seconds: float
 
 
@@ -45,7 +45,7 @@ def ttt(
   """Time score-first test-time training with random weights on the validation documents of a data folder.
 
   The padding of buckets is counted over all documents; the rate is measured on some of them, drawn evenly from the
-  shortest to the longest. No global phase runs. Every scan is waited for, so that the time outside is not hidden.
+  shortest to the longest. No global phase runs. Every step is waited for, so that the time outside is not hidden.
 
   Example: pgolf bench ttt configs/demo.toml --data data/web --documents 48
 
@@ -77,15 +77,16 @@ def way(settings: Settings, data: ValidationData, method: str, count: int) -> Wa
     return lambda: evaluate(settings, params, sample, mesh, programs=programs)
 
   def inspect(result: Evaluation) -> Facts:
-    documents = batches(t, find_documents(data.tokens, settings.model.bos_id))
+    cut = batches(t, find_documents(data.tokens, settings.model.bos_id))
+    dealt = rounds(cut, programs.chains.among(len(cut)))
     costs = buckets.Costs.estimate(settings.model, t)
-    work = buckets.plan_work(t, documents, costs, devices=mesh.size)
+    work = buckets.plan_work(t, dealt, costs, devices=mesh.size, platform=jax.default_backend())
     largest = work.shapes[:1]
-    in_one_shape = [c for batch in documents for c in buckets.calls(t, batch, largest, costs, devices=mesh.size)]
+    in_one_shape = [c for each in dealt for c in buckets.calls(t, each, largest, costs, devices=mesh.size)]
     return Facts(
       shapes=len(work.shapes),
       useful_share=work.useful_flops / work.executed_flops,
-      one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one_shape))),
+      one_shape_share=work.useful_flops / (mesh.size * sum(costs.step(call.shape) for call in in_one_shape)),
       outside_share=1 - programs.seconds / result.clocks.evaluation,
       flops_per_second=result.executed_flops / programs.seconds,
       compile_seconds=result.clocks.compilation,
@@ -104,17 +105,17 @@ def _sample(data: ValidationData, count: int, bos_id: int) -> ValidationData:
 
 
 class _TimedPrograms(Programs):
-  """Programs that wait for every scan.
+  """Programs that wait for every step.
 
   Attributes:
-    seconds: time in which a scan ran.
+    seconds: time in which a step ran.
   """
 
   seconds = 0.0
 
-  def scan(self, *arguments):
+  def step(self, *arguments):
     began = time.perf_counter()
-    result = jax.block_until_ready(super().scan(*arguments))
+    result = jax.block_until_ready(super().step(*arguments))
     self.seconds += time.perf_counter() - began
     return result
 

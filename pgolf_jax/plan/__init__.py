@@ -1,6 +1,6 @@
 """The programs of a run, compiled for hardware that need not be there: memory, work, exchanges and the least time.
 
-They are traced from shapes alone: the train step, the scan of test-time training, the global phase.
+They are traced from shapes alone: the train step, the step of test-time training, the global phase.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from pgolf_jax.plan import estimate
 from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
 from pgolf_jax.runtime.log import progress
-from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
+from pgolf_jax.scoring.buckets import LEARN, Costs, Shape
 from pgolf_jax.scoring.global_phase import GlobalPhase
-from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
+from pgolf_jax.scoring.step import Spec, abstract, sharded_step
 from pgolf_jax.settings import Settings
 from pgolf_jax.training import Schedule
 from pgolf_jax.training.step import TrainStep
@@ -52,7 +52,7 @@ def programs(settings: Settings, mesh, *, every_shape: bool) -> list[Program]:
   shapes = Schedule(settings).shapes()
   chosen = [_train_step(settings, mesh, *shape) for shape in (shapes if every_shape else shapes[-1:])]
   if settings.ttt.enabled:
-    chosen.append(_ttt_scan(settings, mesh))
+    chosen.append(_ttt_step(settings, mesh))
     if settings.ttt.phase.prefix_docs > 0:
       chosen.append(_global_phase(settings, mesh))
   return chosen
@@ -64,20 +64,18 @@ def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Progra
   return Program(title, trace, flops.train_step(settings, mesh.size, seq_len, looping=looping))
 
 
-def _ttt_scan(settings: Settings, mesh) -> Program:
-  """The scan whose window is full and in which no document has ended: the largest of an evaluation."""
+def _ttt_step(settings: Settings, mesh) -> Program:
+  """The learning step whose window is full and in which no document has ended: the largest of an evaluation."""
   ttt = settings.ttt
-  shape = Shape(-(-ttt.batch_size // mesh.size), ttt.seq_len, ttt.chunk_size)
+  shape = Shape(-(-ttt.batch_size // mesh.size), ttt.seq_len, ttt.chunk_size, LEARN)
   spec = Spec.choose(settings, short=False)
 
   def trace():
     arguments = abstract(mesh, spec, shape, shape.slots, VALIDATION_TOKENS + ttt.seq_len + ttt.chunk_size)
-    return sharded_scan(mesh, spec, shape).trace(*arguments)
+    return sharded_step(mesh, spec, shape).trace(*arguments)
 
-  title = (
-    f"TTT, {STEPS_PER_CALL} chunks of {shape.width} with windows of {shape.window}, {shape.slots} documents a device"
-  )
-  return Program(title, trace, STEPS_PER_CALL * Costs.estimate(settings.model, ttt).step(shape, learn=True))
+  title = f"TTT, a chunk of {shape.width} with windows of {shape.window}, {shape.slots} documents a device"
+  return Program(title, trace, Costs.estimate(settings.model, ttt).step(shape))
 
 
 def _global_phase(settings: Settings, mesh) -> Program:

@@ -253,9 +253,9 @@ def the_better_of_two_passes(patch):
   """Every batch runs twice; the second time its adapters go on from the first, and the lower score counts."""
   honest = ttt._dispatch
 
-  def dispatch(plan, programs, state, batch):
-    first, events = honest(plan, programs, state, batch), len(state.done.events)
-    second = honest(plan, programs, state, batch)
+  def dispatch(plan, programs, state, number):
+    first, events = honest(plan, programs, state, number), len(state.done.events)
+    second = honest(plan, programs, state, number)
     del state.done.events[events:]
     return [*first, *second]
 
@@ -290,11 +290,11 @@ def documents_left_out_of_stream_and_trace(patch):
 def A_learnt_from_its_own_batch(patch):
   honest = ttt._dispatch
 
-  def dispatch(plan, programs, state, batch):
+  def dispatch(plan, programs, state, number):
     events = len(state.done.events)
-    honest(plan, programs, state, batch)
+    honest(plan, programs, state, number)
     del state.done.events[events:]
-    return honest(plan, programs, state, batch)
+    return honest(plan, programs, state, number)
 
   patch.setattr(ttt, "_dispatch", dispatch)
 
@@ -302,12 +302,12 @@ def A_learnt_from_its_own_batch(patch):
 def A_learnt_from_the_batch_after(patch):
   honest = ttt._dispatch
 
-  def dispatch(plan, programs, state, batch):
-    at, events = plan.batches.index(batch), len(state.done.events)
-    for later in plan.batches[at + 1 : at + 2]:
-      honest(plan, programs, state, later)
+  def dispatch(plan, programs, state, number):
+    events = len(state.done.events)
+    if number + 1 < len(plan.rounds):
+      honest(plan, programs, state, number + 1)
     del state.done.events[events:]
-    return honest(plan, programs, state, batch)
+    return honest(plan, programs, state, number)
 
   patch.setattr(ttt, "_dispatch", dispatch)
 

@@ -1,6 +1,4 @@
-"""Evaluators that cheat on the devices: ours with one piece of the compiled scan replaced."""
-
-from types import SimpleNamespace
+"""Evaluators that cheat on the devices: ours with one piece of the compiled step replaced."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ from ttt_case import SETTINGS, changed
 
 from pgolf_jax.model import Context
 from pgolf_jax.model.gpt import bind
-from pgolf_jax.scoring import context, scan
+from pgolf_jax.scoring import context, step
 from pgolf_jax.scoring.context import Chunk, KeysValues, Ring, Window
 
 ONCE, HINTS, LATER, FULL, FIXED = (
@@ -35,28 +33,25 @@ def attention_that_is_not_causal(patch):
 
 
 def scores_after_the_update(patch):
-  def switch(kind, branches, *operands):
-    skip, score, learn = branches
+  honest = step.run_chunk
 
-    def late(state, *rest):
-      moved, _ = learn(state, *rest)
-      return moved, score(state._replace(learner=moved.learner), *rest)[1]
+  def late(state, inputs, **fixed):
+    moved, _ = honest(state, inputs, **fixed)
+    return moved, honest(state._replace(learner=moved.learner), inputs, **fixed)[1]
 
-    return jax.lax.switch(kind, (skip, score, late), *operands)
-
-  patch.setattr(scan, "lax", SimpleNamespace(**{**vars(jax.lax), "switch": switch}))
+  patch.setattr(step, "run_chunk", late)
 
 
 def a_tilt_that_does_not_divide(patch):
   patch.setattr(
-    scan, "tilt", lambda nll, hint_logp, target, hint, gate, boost: nll - jnp.where(gate & (target == hint), boost, 0)
+    step, "tilt", lambda nll, hint_logp, target, hint, gate, boost: nll - jnp.where(gate & (target == hint), boost, 0)
   )
 
 
 def a_boost_that_the_target_chooses(patch):
-  honest = scan.tilt
+  honest = step.tilt
   patch.setattr(
-    scan,
+    step,
     "tilt",
     lambda nll, hint_logp, target, hint, gate, boost: honest(
       nll, hint_logp, target, hint, gate, boost * jnp.where(target == hint, 1.5, 0.5)
@@ -75,7 +70,7 @@ def inputs_that_are_the_targets(patch):
 
 
 def lower_scores_where_the_model_is_right(patch):
-  honest = scan.score
+  honest = step.score
 
   def score(spec, params, logits, chunk, *rest):
     scored = honest(spec, params, logits, chunk, *rest)
@@ -83,29 +78,29 @@ def lower_scores_where_the_model_is_right(patch):
     factor = jnp.where(is_right, 0.9, 1.0)
     return scored._replace(model_nll=scored.model_nll * factor, nll=scored.nll * factor)
 
-  patch.setattr(scan, "score", score)
+  patch.setattr(step, "score", score)
 
 
 def logits_that_know_their_target(patch):
   """Everything that is returned agrees: the distribution is full, and the score is that of the target in it."""
-  honest = scan.score
+  honest = step.score
 
   def score(spec, params, logits, chunk, *rest):
     target = jax.nn.one_hot(chunk.targets(logits.shape[1]), logits.shape[2], dtype=logits.dtype)
     return honest(spec, params, logits + 0.3 * target, chunk, *rest)
 
-  patch.setattr(scan, "score", score)
+  patch.setattr(step, "score", score)
 
 
 def a_temperature_chosen_by_the_target(patch):
-  honest = scan.score
+  honest = step.score
 
   def score(spec, params, logits, chunk, *rest):
     target = jnp.take_along_axis(logits, chunk.targets(logits.shape[1])[..., None], axis=-1)
     is_right = (logits > target).sum(axis=-1) < 8
     return honest(spec, params, logits * jnp.where(is_right, 1.5, 0.8)[..., None], chunk, *rest)
 
-  patch.setattr(scan, "score", score)
+  patch.setattr(step, "score", score)
 
 
 def the_token_before_is_one_of_the_future(patch):
