@@ -86,19 +86,23 @@ def _backward(blocks: _Blocks, y, lse, dy, scale: float) -> tuple[jax.Array, jax
     q, start = blocks.q[i], blocks.start[i]
 
     def key_block(j, carry):
-      dq, dk, dv = carry
+      # Keys stand before queries, so that dk and dv are products of scores as they lie in memory; only dq, which is
+      # smaller, is transposed, at the end.
+      dq_t, dk, dv = carry
       k, v = blocks.k[j], blocks.v[j]
-      s = _dot("bkgsc,bktc->bkgst", q, k) * scale
-      p = jnp.where(_visible(start, i, j), jnp.exp(s - lse[i][..., None]), 0.0)
-      dv_j = _dot("bkgst,bkgsc->bktc", p.astype(q.dtype), dy[i])
-      dp = _dot("bkgsc,bktc->bkgst", dy[i], v)
-      ds = (p * (dp - delta[i][..., None]) * scale).astype(q.dtype)
-      dq = dq + _dot("bkgst,bktc->bkgsc", ds, k)
-      return dq, dk.at[j].add(_dot("bkgst,bkgsc->bktc", ds, q)), dv.at[j].add(dv_j)
+      s = _dot("bktc,bkgsc->bktgs", k, q) * scale
+      visible = _visible(start, i, j)[:, :, 0].swapaxes(2, 3)[:, :, :, None]
+      p = jnp.where(visible, jnp.exp(s - lse[i][:, :, None]), 0.0)
+      dv_j = _dot("bktgs,bkgsc->bktc", p.astype(q.dtype), dy[i])
+      dp = _dot("bktc,bkgsc->bktgs", v, dy[i])
+      ds = (p * (dp - delta[i][:, :, None]) * scale).astype(q.dtype)
+      dq_t = dq_t + _dot("bkct,bktgs->bkcgs", k.swapaxes(2, 3), ds)
+      return dq_t, dk.at[j].add(_dot("bktgs,bkgsc->bktc", ds, q)), dv.at[j].add(dv_j)
 
-    dq = jnp.zeros(q.shape, jnp.float32)
-    dq, *carry = lax.fori_loop(_first_key_block(start), i + 1, key_block, (dq, *carry))
-    return tuple(carry), dq.astype(q.dtype)
+    B, K, G, S, C = q.shape
+    init = (jnp.zeros((B, K, C, G, S), jnp.float32), *carry)
+    dq_t, *carry = lax.fori_loop(_first_key_block(start), i + 1, key_block, init)
+    return tuple(carry), jnp.moveaxis(dq_t, 2, 4).astype(q.dtype)
 
   zeros = jnp.zeros(blocks.k.shape, jnp.float32)
   (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(blocks.q.shape[0]))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from pgolf_jax import __version__
 from pgolf_jax.errors import Stopped, UserError, of_the_system, shown
-from pgolf_jax.runtime import log, signals, streams
+from pgolf_jax.runtime import allocator, log, signals, streams
 from pgolf_jax.settings import reference
 from pgolf_jax.settings.arguments import Defaults, Unusable, call
 from pgolf_jax.tables import Table
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
   It is 0 on success, 1 on a failed check or error, 2 on unusable arguments, 128 + a signal's number if one ended it.
   """
+  if argv is None and sys.argv[1:2] and sys.argv[1] in _COMPUTING:
+    allocator.use_huge_pages()
   streams.prepare()
   args = list(sys.argv[1:] if argv is None else argv)
   debug = "--debug" in args
@@ -94,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     log.started()
 
 
+_COMPUTING = ("run", "train", "quantize", "eval", "audit", "judge", "parity", "bench", "generate")
+"""Verbs that run the model."""
 _AFTER_A_STOP = {
   "run": "the same command continues after what was saved last",
   "train": "the same command continues after what was saved last",

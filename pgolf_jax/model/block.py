@@ -107,14 +107,17 @@ class Attention(nnx.Module):
     m, w = self.config, use.weights
     B, T, _ = n.shape
 
-    def project(kind: str, weight: jax.Array, heads: int) -> jax.Array:
-      return use.adapted(kind, linear(n, weight), n).reshape(B, T, heads, m.head_dim)
+    def heads(kind: str, y: jax.Array) -> jax.Array:
+      return use.adapted(kind, y, n).reshape(B, T, -1, m.head_dim)
 
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
-    q = rotate(rms_norm(project("q", w.q, m.num_heads)), use.angles)
-    k = rotate(rms_norm(project("k", w.k, m.num_kv_heads)), use.angles)
-    v = project("v", w.v, m.num_kv_heads)
+    # One product reads n once, and its gradient is one product too.
+    qkv = linear(n, jnp.concatenate([w.q, w.k, w.v]))
+    q, k, v = jnp.split(qkv, (len(w.q), len(w.q) + len(w.k)), axis=-1)
+    q = rotate(rms_norm(heads("q", q)), use.angles)
+    k = rotate(rms_norm(heads("k", k)), use.angles)
+    v = heads("v", v)
     q = scaled(q, self.q_gain[...][:, None])
     y = use.attend(q, k, v)
     for name, value in (("q", q), ("k", k), ("v", v), ("attend", y)):
@@ -131,14 +134,45 @@ class Attention(nnx.Module):
 
 
 def without_own_value(y_BxTxHxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:
-  """Returns, for XSA, each head's output less its component along its own position's value: y − (y·v̂)v̂."""
+  """Returns, for XSA, each head's output less its component along its own position's value: y − (y·v / v·v) v."""
   B, T, H, C = y_BxTxHxC.shape
   K = v_BxTxKxC.shape[2]
-  y = y_BxTxHxC.reshape(B, T, K, H // K, C)
-  wide = v_BxTxKxC.astype(jnp.float32)
-  norm = jnp.sqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-24))
-  direction = (wide / norm).astype(y.dtype)[:, :, :, None]
-  return (y - (y * direction).sum(axis=-1, keepdims=True) * direction).reshape(B, T, H, C)
+  return _without_component(y_BxTxHxC.reshape(B, T, K, H // K, C), v_BxTxKxC).reshape(B, T, H, C)
+
+
+@jax.custom_vjp
+def _without_component(y_BxTxKxGxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:
+  y, v = y_BxTxKxGxC.astype(jnp.float32), v_BxTxKxC.astype(jnp.float32)[:, :, :, None]
+  return (y - _dot(y, v) / _squared_norm(v) * v).astype(y_BxTxKxGxC.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.sum(a * b, axis=-1, keepdims=True)
+
+
+def _squared_norm(v: jax.Array) -> jax.Array:
+  return jnp.maximum(_dot(v, v), 1e-24)
+
+
+def _without_component_forward(y, v):
+  return _without_component(y, v), (y, v)
+
+
+def _without_component_backward(residuals, dx_BxTxKxGxC):
+  """Keeps y and v alone, and adds up the heads of a value one by one: XLA's sum over so short an axis is slow."""
+  y_BxTxKxGxC, v_BxTxKxC = residuals
+  v = v_BxTxKxC.astype(jnp.float32)
+  norm = _squared_norm(v)
+  dv, dy = jnp.zeros_like(v), []
+  for g in range(y_BxTxKxGxC.shape[3]):
+    y, dx = (x[:, :, :, g].astype(jnp.float32) for x in (y_BxTxKxGxC, dx_BxTxKxGxC))
+    of_y, of_dx = _dot(y, v) / norm, _dot(dx, v) / norm
+    dy.append(dx - of_dx * v)
+    dv -= of_y * dx + of_dx * y - jnp.where(norm > 1e-24, 2 * of_y * of_dx, 0.0) * v
+  return jnp.stack(dy, axis=3).astype(y_BxTxKxGxC.dtype), dv.astype(v_BxTxKxC.dtype)
+
+
+_without_component.defvjp(_without_component_forward, _without_component_backward)
 
 
 class Block(nnx.Module):
