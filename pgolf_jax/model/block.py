@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp_kernel
-from pgolf_jax.model.adapters import Adapter, delta
+from pgolf_jax.model.adapters import Adapter, deltas
 from pgolf_jax.settings import ModelConfig
 
 Angles = tuple[jax.Array, jax.Array]
@@ -88,9 +88,9 @@ class LayerUse(NamedTuple):
   observe: Callable[[str, jax.Array], None] | None
   tap: Callable[[str, jax.Array], None]
 
-  def adapted(self, kind: str, y: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns y plus what the adapter of this kind, if there is one, makes of x."""
-    return y + delta(self.adapters[kind], x, self.adapter_scale) if kind in self.adapters else y
+  def added(self, x: jax.Array, *kinds: str) -> dict[str, jax.Array]:
+    """Returns what the adapters of these kinds, those that there are, make of x."""
+    return deltas({kind: self.adapters[kind] for kind in kinds if kind in self.adapters}, x, self.adapter_scale)
 
 
 class Attention(nnx.Module):
@@ -107,8 +107,10 @@ class Attention(nnx.Module):
     m, w = self.config, use.weights
     B, T, _ = n.shape
 
+    added = use.added(n, "q", "k", "v", "o")
+
     def heads(kind: str, y: jax.Array) -> jax.Array:
-      return use.adapted(kind, y, n).reshape(B, T, -1, m.head_dim)
+      return (y + added.get(kind, 0)).reshape(B, T, -1, m.head_dim)
 
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
     y = y.reshape(B, T, m.model_dim)
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.proj.weight", y)
-    return use.adapted("o", linear(y, w.o), n)
+    return linear(y, w.o) + added.get("o", 0)
 
 
 def without_own_value(y_BxTxHxC: jax.Array, v_BxTxKxC: jax.Array) -> jax.Array:
@@ -228,7 +230,7 @@ class Block(nnx.Module):
     B, T, D = n.shape
     up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
     out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
-    out = use.adapted("mlp", out, n)
+    out = out + use.added(n, "mlp").get("mlp", 0)
     use.tap("mlp", out)
     return scaled(out, self.mlp_scale[...])
 

@@ -16,8 +16,10 @@ from pgolf_jax.model import flops
 from pgolf_jax.plan import estimate
 from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
+from pgolf_jax.runtime.distributed import world_size
 from pgolf_jax.runtime.log import progress
 from pgolf_jax.scoring.buckets import LEARN, Costs, Shape
+from pgolf_jax.scoring.documents import Chains
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.step import Spec, abstract, sharded_step
 from pgolf_jax.settings import Settings
@@ -67,7 +69,8 @@ def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Progra
 def _ttt_step(settings: Settings, mesh) -> Program:
   """The learning step whose window is full and in which no document has ended: the largest of an evaluation."""
   ttt = settings.ttt
-  shape = Shape(-(-ttt.batch_size // mesh.size), ttt.seq_len, ttt.chunk_size, LEARN)
+  rows = ttt.batch_size * Chains.choose(ttt, world_size(settings, mesh), mesh.size).width
+  shape = Shape(-(-rows // mesh.size), ttt.seq_len, ttt.chunk_size, LEARN)
   spec = Spec.choose(settings, short=False)
 
   def trace():
