@@ -122,7 +122,7 @@ def evaluate(
   clock = Clock(record.progress.seconds["evaluation"])
   clock.start()
   if record.is_resumed:
-    _resume(plan, programs, state, record)
+    plan = _resume(plan, programs, state, record)
   saved = clock.seconds
   postponed = contextlib.nullcontext(lambda: 0) if options.folder is None else signals.postponed_signals()
   bar_of_tokens = progress("test-time training", total=sum(batch.targets for batch in plan.batches), unit="tokens")
@@ -130,8 +130,8 @@ def evaluate(
     bar.advance(sum(batch.targets for batch in plan.batches[: state.done.batches]))
     running: list[RunningChunk] = []
     for number, each in enumerate(plan.rounds):
-      if plan.batches.index(each.batches[0]) < state.done.batches:
-        continue  # of an evaluation that is gone on with
+      if not each.batches:
+        continue  # finished before
       for batch in each.batches:
         _count_hints(state, batch)
       before, running = running, _dispatch(plan, programs, state, number)
@@ -348,8 +348,12 @@ def _save(state: State, record: Record, clock: Clock) -> None:
     record.save(state.done, arrays)
 
 
-def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> None:
-  """Goes on from the last save: state from disk, hints by counting the finished documents again."""
+def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> Plan:
+  """Goes on from the last save: state from disk, hints by counting the finished documents again.
+
+  Returns:
+    What is left to do. On other devices other batches ran side by side, so that a round may be half done.
+  """
   state.done = record.progress
   for batch in plan.batches[: state.done.batches]:
     state.hints.prepare(batch.documents)
@@ -358,6 +362,11 @@ def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> Non
     state.params = jax.device_put(record.weights(state.done.phases), replicated(programs.mesh))
     state.inputs = state.inputs._replace(params=programs.computing(state.params))
   log.info("test-time training goes on after batch %d of %d", state.done.batches, len(plan.batches))
+  left, done = [], state.done.batches
+  for each in plan.rounds:
+    left.append(each._replace(batches=each.batches[max(done, 0) :], places=each.places[max(done, 0) :]))
+    done -= len(each.batches)
+  return plan._replace(rounds=left)
 
 
 def _result(plan: Plan, state: State, record: Record, clock: Clock, compilation: float) -> Evaluation:
