@@ -163,7 +163,7 @@ def interpolated(points: Sequence[tuple[float, float]], size: float, loss: float
   """Returns (loss at a size, size at a loss) on the line through points (size, logarithm of the loss).
 
   Points without a loss above 0 are left out, and so are losses no lower than at a smaller size, which are noise. None
-  stands for what lies outside the points.
+  stands for what lies outside the points; a size up to 0.1 % above the largest takes that one's loss.
   """
   line: list[tuple[float, float]] = []
   for x, y in sorted(points):
@@ -172,6 +172,6 @@ def interpolated(points: Sequence[tuple[float, float]], size: float, loss: float
   if not line or loss <= 0:
     return None, None
   sizes, logs = np.array(line).T
-  at_size = math.exp(np.interp(size, sizes, logs)) if sizes[0] <= size <= sizes[-1] else None
+  at_size = math.exp(np.interp(size, sizes, logs)) if sizes[0] <= size <= 1.001 * sizes[-1] else None
   is_within = logs[-1] <= math.log(loss) <= logs[0]
   return at_size, float(np.interp(math.log(loss), logs[::-1], sizes[::-1])) if is_within else None

@@ -85,6 +85,8 @@ def test_a_curve_is_read_between_its_points():
   points = [(100.0, 0.08), (300.0, 0.02), (200.0, 0.04)]
   assert statistics.interpolated(points, 150, 0.02) == pytest.approx((0.08 / math.sqrt(2), 300))
   assert statistics.interpolated(points, 90, 0.01) == (None, None)
+  assert statistics.interpolated(points, 300.2, 0.05)[0] == pytest.approx(0.02)
+  assert statistics.interpolated(points, 301, 0.05)[0] is None
   # Noise: more bytes, and no less loss; and a loss that is not there.
   noisy = [*points, (250.0, 0.05), (400.0, -0.001)]
   assert statistics.interpolated(noisy, 250, 0.03) == statistics.interpolated(points, 250, 0.03)
