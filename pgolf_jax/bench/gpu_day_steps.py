@@ -22,7 +22,7 @@ from pgolf_jax.kernels.hardware import target
 from pgolf_jax.model import adapters
 from pgolf_jax.model.flops import positions
 from pgolf_jax.runtime.distributed import data_mesh
-from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Shape
+from pgolf_jax.scoring.buckets import LEARN, Shape
 from pgolf_jax.settings import LengthStage, ModelConfig, Settings, TrainConfig, TTTConfig
 from pgolf_jax.settings.load import changed
 
@@ -254,14 +254,14 @@ def learning_step(day: Day, method: str, shape: Sequence[int]) -> Iterator[Row]:
   """A chunk of every document scored and learnt from, at (documents, window, targets), by JAX and by PyTorch."""
   slots, window, width = (2, 32, 8) if day.tiny else shape
   s = changed(settings(day), {"ttt.method": method, "ttt.seq_len": 64 if day.tiny else 3072, "ttt.chunk_size": width})
-  more = {"method": method, "slots": slots, "window": window, "width": width, "steps": STEPS_PER_CALL}
+  more = {"method": method, "slots": slots, "window": window, "width": width, "steps": ttt.LEARNING_STEPS}
   work = Work(slots, "documents")
-  prepare = functools.partial(ttt.learning_steps, s, data_mesh(jax.devices()[:1]), Shape(slots, window, width))
-  yield from timed(Way({"by": "JAX"}, prepare, work), day, f"{STEPS_PER_CALL} steps, JAX", by="JAX", **more)
+  prepare = functools.partial(ttt.learning_steps, s, data_mesh(jax.devices()[:1]), Shape(slots, window, width, LEARN))
+  yield from timed(Way({"by": "JAX"}, prepare, work), day, f"{ttt.LEARNING_STEPS} steps, JAX", by="JAX", **more)
   if method == "exact" and (module := pytorch()) is not None:
     prepare = lambda: _torch_learning(module, s, (slots, window, width))  # noqa: E731
     way = Way({"by": "PyTorch"}, prepare, work, wait=lambda _: module.synchronize(target().platform))
-    yield from timed(way, day, f"{STEPS_PER_CALL} steps, PyTorch", by="PyTorch", **more)
+    yield from timed(way, day, f"{ttt.LEARNING_STEPS} steps, PyTorch", by="PyTorch", **more)
 
 
 def _torch_learning(module, s: Settings, shape: tuple[int, int, int]) -> Callable[[], None]:
@@ -317,7 +317,7 @@ def _torch_learning(module, s: Settings, shape: tuple[int, int, int]) -> Callabl
   tokens = torch.randint(2, m.vocab_size, (slots * window + 1,), device=place)
 
   def run():
-    for _ in range(STEPS_PER_CALL):
+    for _ in range(ttt.LEARNING_STEPS):
       adam.zero_grad()
       model.loss(tokens, (window,) * slots, True).backward()
       adam.step()

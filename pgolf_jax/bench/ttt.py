@@ -19,10 +19,10 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, place
 from pgolf_jax.scoring import buckets
-from pgolf_jax.scoring.buckets import LEARN, STEPS_PER_CALL, Call, Shape, Step
+from pgolf_jax.scoring.buckets import LEARN, Call, Shape, Step, steps_per_call
 from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.context import Rows
-from pgolf_jax.scoring.documents import batches, find_documents
+from pgolf_jax.scoring.documents import batches, find_documents, rounds
 from pgolf_jax.scoring.record import Evaluation
 from pgolf_jax.scoring.scan import ScanInputs, ScanState, Spec, abstract, place_call, sharded_scan
 from pgolf_jax.scoring.ttt import evaluate
@@ -84,15 +84,15 @@ def way(settings: Settings, data: ValidationData, method: str, count: int) -> Wa
     return lambda: evaluate(settings, params, sample, mesh, programs=programs)
 
   def inspect(result: Evaluation) -> Facts:
-    documents = batches(t, find_documents(data.tokens, settings.model.bos_id))
+    cut = batches(t, find_documents(data.tokens, settings.model.bos_id))
+    dealt = rounds(cut, programs.chains.among(len(cut)))
     costs = buckets.Costs.estimate(settings.model, t)
-    work = buckets.plan_work(t, documents, costs, devices=mesh.size)
-    largest = work.shapes[:1]
-    in_one_shape = [c for batch in documents for c in buckets.calls(t, batch, largest, costs, devices=mesh.size)]
+    work = buckets.plan_work(t, dealt, costs, devices=mesh.size, platform=distributed.platform(mesh))
+    steps_in_all = sum(len(buckets.steps(t, each)) for each in dealt)
     return Facts(
       shapes=len(work.shapes),
       useful_share=work.useful_flops / work.executed_flops,
-      one_shape_share=work.useful_flops / (mesh.size * sum(map(costs.call, in_one_shape))),
+      one_shape_share=work.useful_flops / (mesh.size * steps_in_all * costs.step(work.shapes[0])),
       outside_share=1 - programs.seconds / result.clocks.evaluation,
       flops_per_second=result.executed_flops / programs.seconds,
       compile_seconds=result.clocks.compilation,
@@ -126,32 +126,42 @@ class _TimedPrograms(Programs):
     return result
 
 
+LEARNING_STEPS = 8
+"""Chunks that `learning_steps` takes."""
+
+
 def learning_steps(settings: Settings, mesh: Mesh, shape: Shape) -> Callable[[], Any]:
-  """Places random documents of `shape`; returns a function that scores and learns from `STEPS_PER_CALL` chunks of each.
+  """Places random documents of `shape`; returns a function that scores and learns from `LEARNING_STEPS` chunks of each.
 
   Args:
     settings: `ttt.method` and `train.compute_dtype` say how.
-    shape: documents on each device, tokens of their windows, targets of a chunk.
+    shape: documents on each device, tokens of their windows, targets of a chunk; it learns.
   """
-  slots, window, width = shape
+  slots, window, width, _ = shape
   spec, rows = Spec.choose(settings, short=False), slots * mesh.size
-  length = window + (STEPS_PER_CALL + 1) * width + 1
+  length = window + (LEARNING_STEPS + 1) * width + 1
   tokens = np.random.default_rng(0).integers(2, settings.model.vocab_size, rows * length, np.int32)
   tokens[::length] = settings.model.bos_id
   stream = np.pad(tokens, (0, settings.ttt.seq_len + width))
   programs = Programs(settings, mesh)
   params = {name: jax.numpy.asarray(x) for name, x in first_params(settings).items()}
-  first = -(-window // width)  # the first chunk before which a window is full
-  steps = tuple(Step(first + i, rows, window, LEARN) for i in range(STEPS_PER_CALL))
-  documents = Rows(np.arange(rows, dtype=np.int32) * length, np.full(rows, length - 1, np.int32), np.ones(rows, bool))
-  inputs = ScanInputs(programs.computing(params), place(mesh, stream, P()), programs.place_rows(documents))
-  inputs = place_call(mesh, inputs, width, Call(shape, steps), np.full((len(steps), rows, width), -1))
+  first, ones = -(-window // width), np.ones(rows, np.int32)  # the first chunk before which a window is full
+  steps = tuple(Step(first + i, rows, window, LEARN) for i in range(LEARNING_STEPS))
+  documents = Rows(np.arange(rows, dtype=np.int32) * length, ones * (length - 1), ones > 0, ones * (steps[-1].k + 1))
+  inputs = ScanInputs(
+    programs.computing(params), place(mesh, stream, P()), programs.place_rows(documents), programs.place_size(width)
+  )
+  at_once = steps_per_call(distributed.platform(mesh))
+  calls = [Call(shape, steps[i : i + at_once]) for i in range(0, LEARNING_STEPS, at_once)]
+  no_hints = np.full((at_once, rows, width), -1)
+  inputs = [place_call(mesh, inputs, call, no_hints[: len(call.steps)]) for call in calls]
   state = ScanState(programs.adapters[False].warm_up(rows), programs.new_memory(slots))
   program = sharded_scan(mesh, spec, shape).lower(*abstract(mesh, spec, shape, slots, len(stream))).compile()
 
   def run():
     nonlocal state
-    state, scored = program(state, inputs)
+    for each in inputs:
+      state, scored = program(state, each)
     return scored
 
   return run

@@ -32,10 +32,19 @@ class Adaptation(NamedTuple):
   scale: float
 
 
+def deltas(adapters: Adapters, x_BxTxD: Float[Array, "B T D"], scale: float) -> dict[str, jax.Array]:
+  """Returns scale · B·(A·x) by kind, [B, T, out], in the type of x. One product reads x for all kinds."""
+  if not adapters:
+    return {}
+  A = jnp.concatenate([adapter.A for adapter in adapters.values()], axis=-2)
+  low = jnp.split(jnp.einsum("btd,brd->btr", x_BxTxD, A.astype(x_BxTxD.dtype)), len(adapters), axis=-1)
+  pairs = zip(adapters.items(), low, strict=True)
+  return {kind: jnp.einsum("btr,bro->bto", y, adapter.B.astype(y.dtype)) * scale for (kind, adapter), y in pairs}
+
+
 def delta(adapter: Adapter, x_BxTxD: Float[Array, "B T D"], scale: float) -> Float[Array, "B T out"]:
-  """Returns scale · B·(A·x), in the type of x."""
-  low = jnp.einsum("btd,brd->btr", x_BxTxD, adapter.A.astype(x_BxTxD.dtype))
-  return jnp.einsum("btr,bro->bto", low, adapter.B.astype(x_BxTxD.dtype)) * scale
+  """Returns what one adapter adds."""
+  return deltas({"": adapter}, x_BxTxD, scale)[""]
 
 
 def widths(model: ModelConfig, ttt: TTTConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ from pgolf_jax.kernels.gated_xsa import gated_xsa
 from pgolf_jax.kernels.numerics import gated, rms_norm, scaled
 from pgolf_jax.kernels.residual_norm import residual_norm
 from pgolf_jax.kernels.rotary_heads import rotary_heads
-from pgolf_jax.model.adapters import Adapter, delta
+from pgolf_jax.model.adapters import Adapter, deltas
 from pgolf_jax.settings import ModelConfig
 
 Angles = tuple[jax.Array, jax.Array]
@@ -67,9 +67,14 @@ class LayerUse(NamedTuple):
   observe: Callable[[str, jax.Array], None] | None
   tap: Callable[[str, jax.Array], None]
 
-  def adapted(self, kind: str, y: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns y plus what the adapter of this kind, if there is one, makes of x."""
-    return y + delta(self.adapters[kind], x, self.adapter_scale) if kind in self.adapters else y
+  def added(self, x: jax.Array, *kinds: str) -> dict[str, jax.Array]:
+    """Returns what the adapters of these kinds, those that there are, make of x."""
+    return deltas({kind: self.adapters[kind] for kind in kinds if kind in self.adapters}, x, self.adapter_scale)
+
+
+def plus(y: jax.Array, added: dict[str, jax.Array], kind: str) -> jax.Array:
+  """Returns y plus what the adapter of this kind, if there is one, adds."""
+  return y + added[kind] if kind in added else y
 
 
 class Attention(nnx.Module):
@@ -86,13 +91,14 @@ class Attention(nnx.Module):
     m, w = self.config, use.weights
     B, T, _ = n.shape
 
+    added = use.added(n, "q", "k", "v", "o")
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
     # One product reads n once, and its gradient is one product too.
     qkv = linear(n, jnp.concatenate([w.q, w.k, w.v]))
     if use.adapters:
       parts = zip("qkv", jnp.split(qkv, (len(w.q), len(w.q) + len(w.k)), axis=-1), strict=True)
-      qkv = jnp.concatenate([use.adapted(kind, part, n) for kind, part in parts], axis=-1)
+      qkv = jnp.concatenate([plus(part, added, kind) for kind, part in parts], axis=-1)
     q, k, v = rotary_heads(qkv, self.q_gain[...], *use.angles, kv_heads=m.num_kv_heads)
     v = use.mixed_value(v)
     y = use.attend(q, k, v)
@@ -106,7 +112,7 @@ class Attention(nnx.Module):
     y = y.reshape(B, T, m.model_dim)
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.proj.weight", y)
-    return use.adapted("o", linear(y, w.o), n)
+    return plus(linear(y, w.o), added, "o")
 
 
 class Block(nnx.Module):
@@ -170,6 +176,6 @@ class Block(nnx.Module):
     B, T, D = n.shape
     up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
     out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
-    out = use.adapted("mlp", out, n)
+    out = plus(out, use.added(n, "mlp"), "mlp")
     use.tap("mlp", out)
     return scaled(out, self.mlp_scale[...])

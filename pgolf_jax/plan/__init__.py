@@ -17,8 +17,10 @@ from pgolf_jax.plan import by_class, estimate, hlo
 from pgolf_jax.plan.by_class import Conditions
 from pgolf_jax.plan.compiled import Kernel, Traffic, in_hlo, in_stablehlo, read, recorded, table
 from pgolf_jax.plan.hardware import GIB, Topology
+from pgolf_jax.runtime.distributed import platform, world_size
 from pgolf_jax.runtime.log import progress
-from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Costs, Shape
+from pgolf_jax.scoring.buckets import LEARN, Costs, Shape, steps_per_call
+from pgolf_jax.scoring.documents import Chains
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.scan import Spec, abstract, sharded_scan
 from pgolf_jax.settings import Settings
@@ -73,20 +75,20 @@ def _train_step(settings: Settings, mesh, seq_len: int, looping: bool) -> Progra
 
 
 def _ttt_scan(settings: Settings, mesh) -> Program:
-  """The scan whose window is full and in which no document has ended: the largest of an evaluation."""
+  """The learning scan whose window is full and in which no document has ended: the largest of an evaluation."""
   ttt = settings.ttt
-  shape = Shape(-(-ttt.batch_size // mesh.size), ttt.seq_len, ttt.chunk_size)
+  rows = ttt.batch_size * Chains.choose(ttt, world_size(settings, mesh), mesh.size).width
+  shape = Shape(-(-rows // mesh.size), ttt.seq_len, ttt.chunk_size, LEARN)
   spec = Spec.choose(settings, short=False)
 
   def trace():
     arguments = abstract(mesh, spec, shape, shape.slots, VALIDATION_TOKENS + ttt.seq_len + ttt.chunk_size)
     return sharded_scan(mesh, spec, shape).trace(*arguments)
 
-  title = (
-    f"TTT, {STEPS_PER_CALL} chunks of {shape.width} with windows of {shape.window}, {shape.slots} documents a device"
-  )
-  work = STEPS_PER_CALL * Costs.estimate(settings.model, ttt).step(shape, learn=True)
-  return Program(title, trace, work, (shape.window + 1) / 2)
+  steps = steps_per_call(platform(mesh))
+  chunks = "a chunk" if steps == 1 else f"{steps} chunks"
+  title = f"TTT, {chunks} of {shape.width} with windows of {shape.window}, {shape.slots} documents a device"
+  return Program(title, trace, steps * Costs.estimate(settings.model, ttt).step(shape), (shape.window + 1) / 2)
 
 
 def _global_phase(settings: Settings, mesh) -> Program:

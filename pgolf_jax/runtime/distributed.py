@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.errors import UserError, no_device
@@ -155,6 +155,11 @@ def usable_devices(micro_batches: int) -> list[jax.Device]:
   if jax.process_count() > 1:
     return devices
   return devices[: max(n for n in range(1, len(devices) + 1) if micro_batches % n == 0)]
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+  """Returns "cpu", "gpu" or "tpu"; the devices of the mesh need not be there."""
+  return (mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]).platform
 
 
 def world_size(settings: Settings, mesh: Mesh) -> int:

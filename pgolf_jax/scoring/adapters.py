@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pgolf_jax.model import adapters as model_adapters
 from pgolf_jax.model.adapters import Adapter, Adapters
@@ -78,15 +78,18 @@ class Learner(NamedTuple):
   moments: optax.OptState
 
 
-def draw(model: ModelConfig, ttt: TTTConfig, rank: int, key: jax.Array, id_B: Int[Array, "B"]) -> Matrices:
-  """Returns a new A of every kind, drawn for each row from its own id: the row or its batch do not matter."""
+def draw(
+  model: ModelConfig, ttt: TTTConfig, rank: int, key: jax.Array, set_B: Int[Array, "B"], id_B: Int[Array, "B"]
+) -> Matrices:
+  """Returns a new A of every kind, drawn for each row from its own set and id: the row or its batch do not matter."""
 
-  def row(i):
-    one = model_adapters.init(model, ttt, batch=1, rank=rank, key=jax.random.fold_in(key, i))
+  def row(number, i):
+    own_key = jax.random.fold_in(jax.random.fold_in(key, number), i)
+    one = model_adapters.init(model, ttt, batch=1, rank=rank, key=own_key)
     return {kind: jnp.squeeze(adapter.A, row_axis(adapter.A)) for kind, adapter in one.items()}
 
-  shapes = jax.eval_shape(row, id_B[0])
-  return jax.vmap(row, out_axes=jax.tree.map(lambda x: x.ndim - 2, shapes))(id_B)
+  shapes = jax.eval_shape(row, set_B[0], id_B[0])
+  return jax.vmap(row, out_axes=jax.tree.map(lambda x: x.ndim - 2, shapes))(set_B, id_B)
 
 
 def row_axis(x: jax.Array | jax.ShapeDtypeStruct) -> int:
@@ -97,6 +100,11 @@ def row_axis(x: jax.Array | jax.ShapeDtypeStruct) -> int:
 def map_rows(f: Callable[..., jax.Array], *trees):
   """Returns f(row axis, array, …) over all arrays with rows; the last tree's scalars."""
   return jax.tree.map(lambda *xs: f(row_axis(xs[-1]), *xs) if xs[-1].ndim else xs[-1], *trees)
+
+
+def select(is_first_B: Bool[Array, "B"], first, second):
+  """Returns a tree of arrays with rows, each row from the first or from the second; the second's scalars."""
+  return map_rows(lambda axis, x, y: jnp.where(_along(is_first_B, axis, y.ndim), x, y), first, second)
 
 
 def row_specs(tree):
@@ -121,7 +129,7 @@ def update(rule: Rule, learner: Learner, grads: Adapters) -> Learner:
   return Learner(optax.apply_updates(learner.adapters, updates), moments)
 
 
-def settle(rule: Rule, learner: Learner, done_B: Int[Array, "B"], total: Int[Array, ""]) -> Adapters:
+def settle(rule: Rule, learner: Learner, done_B: Int[Array, "B"], total_B: Int[Array, "B"]) -> Adapters:
   """Returns adapters after the steps that rows sat out.
 
   All rows of a batch take every step; those whose document is finished have gradient zero. They are left out of the
@@ -129,23 +137,21 @@ def settle(rule: Rule, learner: Learner, done_B: Int[Array, "B"], total: Int[Arr
 
   Args:
     done_B: steps that each row took.
-    total: steps of the batch.
+    total_B: steps of each row's batch.
   """
   if not rule.beta1:  # only the decay moves p
-    factor_B = (1 - rule.lr * rule.weight_decay) ** (total - done_B).astype(jnp.float32)
+    factor_B = (1 - rule.lr * rule.weight_decay) ** (total_B - done_B).astype(jnp.float32)
     return map_rows(lambda axis, x: x * _along(factor_B, axis, x.ndim), learner.adapters)
 
   zeros = jax.tree.map(jnp.zeros_like, learner.adapters)
   first = jnp.min(done_B)
 
   def idle(i, now: Learner) -> Learner:
-    sits_out_B = done_B <= i
-    pick = lambda axis, old, new: jnp.where(_along(sits_out_B, axis, old.ndim), new, old)  # noqa: E731
-    return map_rows(pick, now, update(rule, now, zeros))
+    return select((i < done_B) | (total_B <= i), now, update(rule, now, zeros))
 
   # The optimizer's count of steps begins again where the first row stopped.
   learner = jax.tree.map(lambda x: x if x.ndim else first.astype(x.dtype), learner)
-  return jax.lax.fori_loop(first, total, idle, learner).adapters
+  return jax.lax.fori_loop(first, jnp.max(total_B), idle, learner).adapters
 
 
 def _along(x_B: jax.Array, axis: int, ndim: int) -> jax.Array:

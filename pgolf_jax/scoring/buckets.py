@@ -1,4 +1,4 @@
-"""A batch's documents cut into chunks, and the chunks put into calls of a few compiled shapes.
+"""A round's documents cut into chunks, and the chunks put into calls of a few compiled shapes.
 
 A chunk's window grows with its place in the document, and documents of a batch end one after another, so the work of a
 step varies. Every compiled shape costs seconds before the clock, every padded row or window costs time within it: the
@@ -14,27 +14,42 @@ import numpy as np
 
 from pgolf_jax.model import flops
 from pgolf_jax.model.adapters import widths
-from pgolf_jax.scoring.documents import Batch, Document
+from pgolf_jax.scoring.documents import Batch, Document, Round
 from pgolf_jax.settings import ModelConfig, TTTConfig
 
-SKIP, SCORE, LEARN = 0, 1, 2
-"""Kinds of step: nothing (padding), score alone (no document learns from it), score and then update."""
-
-STEPS_PER_CALL = 8
-"""Chunks in one scan. More would save dispatches; a bucket that needs fewer skips the rest."""
+SCORE, LEARN = 0, 1
+"""Kinds of step: score alone, where no document learns from the chunk, or score and then update."""
 
 _ROUND_WINDOW = 16
-_MOST_SHAPES = 16
-_TARGET_EFFICIENCY = 0.85
-_COMPILATION_FLOPS = 2e11
-"""What a CPU core could compute while it compiles one more shape; next to nothing for an accelerator."""
+
+
+def steps_per_call(platform: str) -> int:
+  """Returns how many chunks one scan takes; a call that has fewer skips the rest.
+
+  More save dispatches, and on CPUs the temporaries that every call allocates anew. To skip is a branch, at which the
+  host of a GPU waits for the device before it launches anything more: there a scan takes one chunk and skips none.
+  """
+  return 8 if platform in ("cpu", "tpu") else 1
+
+
+class Limits(NamedTuple):
+  """When a further shape is not worth its compilation."""
+
+  shapes: int
+  efficiency: float  # least work over work done, from which on there is little left to save
+  compilation_flops: float  # what could be computed while a shape compiles
+
+  @classmethod
+  def choose(cls, platform: str) -> "Limits":
+    """Returns those of a kind of device; an accelerator's own time is too dear to spend on padding."""
+    return cls(16, 0.85, 2e11) if platform == "cpu" else cls(48, 0.92, 0)
 
 
 class Step(NamedTuple):
-  """Chunk k of all documents of a batch."""
+  """Chunk k of all documents of a round."""
 
   k: int
-  active: int  # documents that have a chunk k: the `active` longest
+  active: int  # all documents that have a chunk k are at the first `active` places
   window: int  # tokens of the longest window
   kind: int  # SCORE or LEARN
 
@@ -45,10 +60,11 @@ class Shape(NamedTuple):
   slots: int  # rows on each device
   window: int  # tokens of a row
   width: int  # targets of a chunk
+  kind: int  # SCORE, or LEARN, which can do without learning
 
   def covers(self, other: "Shape") -> bool:
     """Whether a step that needs `other` can run in this shape."""
-    return self.slots >= other.slots and self.window >= other.window and self.width >= other.width
+    return all(mine >= needed for mine, needed in zip(self, other, strict=True))
 
 
 class Call(NamedTuple):
@@ -56,11 +72,6 @@ class Call(NamedTuple):
 
   shape: Shape
   steps: tuple[Step, ...]
-
-  @property
-  def updates(self) -> int:
-    """Steps after which adapters move."""
-    return sum(step.kind == LEARN for step in self.steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +115,13 @@ class Costs:
     passes = max(2 * self.updates, 1) if learn else 1
     return passes * (tokens * self.token + pairs * self.pair + width * self.target)
 
-  def step(self, shape: Shape, *, learn: bool) -> float:
+  def step(self, shape: Shape) -> float:
     """A step in a compiled shape, on one device."""
-    return shape.slots * self.row(shape.window, shape.width, learn=learn)
+    return shape.slots * self.row(shape.window, shape.width, learn=shape.kind == LEARN)
 
   def call(self, call: Call) -> float:
     """All steps of a call, on one device."""
-    return sum(self.step(call.shape, learn=step.kind == LEARN) for step in call.steps)
+    return len(call.steps) * self.step(call.shape)
 
   def without_padding(self, ttt: TTTConfig, batch: Batch) -> float:
     """What the chunks of a batch's documents need, each with a window of its own length."""
@@ -125,43 +136,48 @@ class Costs:
     return total
 
 
-def steps(ttt: TTTConfig, batch: Batch) -> list[Step]:
-  """Returns all chunks of a batch, in order."""
-  size = batch.chunk_size
-  targets = np.array([document.targets for document in batch.documents])
-  learning = targets[np.array(batch.learns)]
+def learning_chunks(ttt: TTTConfig, batch: Batch) -> int:
+  """Returns how many of a batch's chunks are learnt from: the last of its longest learning document is not."""
+  targets = [d.targets for d, learns in zip(batch.documents, batch.learns, strict=True) if learns]
+  return (max(targets) - 1) // batch.chunk_size if targets and ttt.lora.grad_steps else 0
+
+
+def steps(ttt: TTTConfig, round_: Round) -> list[Step]:
+  """Returns all chunks of a round, in order."""
+  size, place_n = round_.chunk_size, round_.place_n
+  targets = np.array([document.targets for document in round_.documents])
+  learning = max(learning_chunks(ttt, batch) for batch in round_.batches)
   chunks = []
   for k in range(-(-int(targets.max()) // size)):
     window = min((k + 1) * size, int(targets.max()), ttt.seq_len)
-    # A document's last chunk is scored, but nothing of the document is left to learn for.
-    kind = LEARN if ttt.lora.grad_steps > 0 and (learning > (k + 1) * size).any() else SCORE
-    chunks.append(Step(k, int((targets > k * size).sum()), window, kind))
+    active = 1 + int(place_n[targets > k * size].max())
+    chunks.append(Step(k, active, window, LEARN if k < learning else SCORE))
   return chunks
 
 
 def smallest_shape(ttt: TTTConfig, step: Step, size: int, devices: int) -> Shape:
   """Returns the smallest shape in which a step can run."""
   window = min(-(-step.window // _ROUND_WINDOW) * _ROUND_WINDOW, ttt.seq_len)
-  return Shape(-(-step.active // devices), window, size)
+  return Shape(-(-step.active // devices), window, size, step.kind)
 
 
-def choose_shapes(ttt: TTTConfig, batches: Iterable[Batch], costs: Costs, *, devices: int) -> list[Shape]:
-  """Chooses a few shapes in which all steps of all batches can run with little padding.
+def choose_shapes(
+  ttt: TTTConfig, rounds: Iterable[Round], costs: Costs, *, devices: int, limits: Limits
+) -> list[Shape]:
+  """Chooses a few shapes in which all steps of all rounds can run with little padding.
 
-  The first covers everything. Then comes, each time, the one that saves most, until the padding is 15 % of the work,
-  there are 16 of them, or the next would save less work than its compilation is.
+  The first covers everything. Then comes, each time, the one that saves most, until one of the limits is reached.
   """
-  times: Counter[tuple[Shape, int]] = Counter()
-  for batch in batches:
-    times.update((smallest_shape(ttt, step, batch.chunk_size, devices), step.kind) for step in steps(ttt, batch))
-  needs = sorted({shape for shape, _ in times})
-  count = np.array([[times[shape, kind] for kind in (SCORE, LEARN)] for shape in needs], np.float64)
+  times: Counter[Shape] = Counter()
+  for each in rounds:
+    times.update(smallest_shape(ttt, step, each.chunk_size, devices) for step in steps(ttt, each))
+  needs = sorted(times)
+  count = np.array([times[shape] for shape in needs], np.float64)
 
   def cost(shape: Shape) -> np.ndarray:
     """Of each need, if it ran in this shape; infinite where it does not fit."""
-    each = np.array([costs.step(shape, learn=False), costs.step(shape, learn=True)])
     fits = (np.array(needs) <= np.array(shape)).all(axis=1)
-    return np.where(fits, count @ each, np.inf)
+    return np.where(fits, count * costs.step(shape), np.inf)
 
   largest = Shape(*(max(column) for column in zip(*needs, strict=True)))
   candidates = sorted({largest, *needs})
@@ -169,25 +185,27 @@ def choose_shapes(ttt: TTTConfig, batches: Iterable[Batch], costs: Costs, *, dev
   least = sum(cost(shape)[i] for i, shape in enumerate(needs))
   chosen = [candidates.index(largest)]
   best = cost_of_candidates[chosen[0]]
-  while len(chosen) < _MOST_SHAPES and least < _TARGET_EFFICIENCY * best.sum():
+  while len(chosen) < limits.shapes and least < limits.efficiency * best.sum():
     gain = (best - np.minimum(best, cost_of_candidates)).sum(axis=1)
-    if gain.max() < _COMPILATION_FLOPS:
+    if gain.max() <= limits.compilation_flops:
       break
     chosen.append(int(gain.argmax()))
     best = np.minimum(best, cost_of_candidates[chosen[-1]])
   return [candidates[i] for i in chosen]
 
 
-def calls(ttt: TTTConfig, batch: Batch, shapes: Sequence[Shape], costs: Costs, *, devices: int) -> list[Call]:
-  """Puts a batch's steps, each in its cheapest shape, into calls; neighbours of one shape share a call."""
+def calls(
+  ttt: TTTConfig, round_: Round, shapes: Sequence[Shape], costs: Costs, *, devices: int, platform: str
+) -> list[Call]:
+  """Puts a round's steps, each in its cheapest shape, into calls; neighbours of one shape share a call."""
   result: list[Call] = []
-  for step in steps(ttt, batch):
-    need = smallest_shape(ttt, step, batch.chunk_size, devices)
+  for step in steps(ttt, round_):
+    need = smallest_shape(ttt, step, round_.chunk_size, devices)
     fitting = [shape for shape in shapes if shape.covers(need)]
     if not fitting:
       raise ValueError(f"no shape among {shapes} covers {need}")
-    shape = min(fitting, key=lambda s, learn=step.kind == LEARN: costs.step(s, learn=learn))
-    if result and result[-1].shape == shape and len(result[-1].steps) < STEPS_PER_CALL:
+    shape = min(fitting, key=costs.step)
+    if result and result[-1].shape == shape and len(result[-1].steps) < steps_per_call(platform):
       result[-1] = Call(shape, (*result[-1].steps, step))
     else:
       result.append(Call(shape, (step,)))
@@ -195,17 +213,18 @@ def calls(ttt: TTTConfig, batch: Batch, shapes: Sequence[Shape], costs: Costs, *
 
 
 class WorkPlan(NamedTuple):
-  """Which shapes are compiled, and in which of them each batch runs."""
+  """Which shapes are compiled, and in which of them each round runs."""
 
   shapes: list[Shape]
-  calls: dict[int, list[Call]]  # by the batch's index
+  calls: list[list[Call]]  # of each round
   useful_flops: float  # what the documents' own windows need
   executed_flops: float  # what runs, padding included, on all devices
 
 
-def plan_work(ttt: TTTConfig, batches: Sequence[Batch], costs: Costs, *, devices: int) -> WorkPlan:
-  """Chooses shapes for all batches, those of short documents included, and cuts the batches into calls."""
-  shapes = choose_shapes(ttt, batches, costs, devices=devices)
-  by_batch = {batch.index: calls(ttt, batch, shapes, costs, devices=devices) for batch in batches}
-  executed = devices * sum(costs.call(call) for each in by_batch.values() for call in each)
-  return WorkPlan(shapes, by_batch, sum(costs.without_padding(ttt, batch) for batch in batches), executed)
+def plan_work(ttt: TTTConfig, rounds: Sequence[Round], costs: Costs, *, devices: int, platform: str) -> WorkPlan:
+  """Chooses shapes for all rounds, those of short documents included, and cuts the rounds into calls."""
+  shapes = choose_shapes(ttt, rounds, costs, devices=devices, limits=Limits.choose(platform))
+  by_round = [calls(ttt, each, shapes, costs, devices=devices, platform=platform) for each in rounds]
+  executed = devices * sum(costs.call(call) for each in by_round for call in each)
+  useful = sum(costs.without_padding(ttt, batch) for each in rounds for batch in each.batches)
+  return WorkPlan(shapes, by_round, useful, executed)

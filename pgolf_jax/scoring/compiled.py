@@ -18,8 +18,9 @@ from pgolf_jax.runtime.distributed import AXIS, place, replicated
 from pgolf_jax.runtime.log import progress
 from pgolf_jax.scoring import adapters as adapting
 from pgolf_jax.scoring.adapters import Learner
-from pgolf_jax.scoring.buckets import LEARN, SCORE, Call, Shape, Step
+from pgolf_jax.scoring.buckets import Call, Shape, Step
 from pgolf_jax.scoring.context import Rows
+from pgolf_jax.scoring.documents import Chains
 from pgolf_jax.scoring.global_phase import GlobalPhase
 from pgolf_jax.scoring.scan import (
   ScanInputs,
@@ -45,17 +46,18 @@ class Workload(NamedTuple):
 
 
 class AdapterPrograms:
-  """What happens to the adapters of one rule between scans.
+  """What happens to the adapters of one rule between batches.
 
   Attributes:
-    draw: (key, id of each row) → A by kind.
+    draw: (key, set and id of each row) → A by kind.
+    select: (mask of rows, A by kind, A by kind) → each row's from the first where the mask is set.
     begin_from_A: A by kind → the learner of a batch that starts with them and B zero; they are donated.
     begin: adapters → the learner of a batch that starts with them; they are donated.
-    settle: (learner, steps that each row took, steps of the batch) → adapters after the batch.
+    settle: (learner, steps that each row took, steps of its batch) → adapters after the batch.
   """
 
-  def __init__(self, spec: Spec, mesh: Mesh):
-    self.spec, self._mesh = spec, mesh
+  def __init__(self, spec: Spec, mesh: Mesh, width: int):
+    self.spec, self._width, self._mesh = spec, width, mesh
     model, ttt, rule = spec.model, spec.ttt, spec.rule
     learner = state_shapes(spec, rows=mesh.size).learner
     adapters = row_shardings(mesh, learner.adapters)
@@ -68,6 +70,7 @@ class AdapterPrograms:
     self.draw = jax.jit(functools.partial(adapting.draw, model, ttt, rule.rank), out_shardings=matrices)
     self.begin_from_A = jax.jit(begin_from_A, out_shardings=learner, donate_argnums=0)
     self.begin = jax.jit(functools.partial(adapting.begin, rule), out_shardings=learner, donate_argnums=0)
+    self.select = jax.jit(adapting.select, out_shardings=matrices)
     self.settle = jax.jit(functools.partial(adapting.settle, rule), out_shardings=adapters)
     everywhere = distributed.for_all_hosts(mesh)
     self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere) if everywhere else lambda tree: tree
@@ -75,6 +78,10 @@ class AdapterPrograms:
   def place_rows(self, x_B: np.ndarray) -> jax.Array:
     """Returns an integer for each row on the mesh."""
     return place(self._mesh, np.asarray(x_B, np.int32), P(AXIS))
+
+  def place_mask(self, x_B: np.ndarray) -> jax.Array:
+    """Returns a truth value for each row on the mesh."""
+    return place(self._mesh, np.asarray(x_B, bool), P(AXIS))
 
   def place(self, tree):
     """Returns host arrays with rows on the mesh."""
@@ -84,15 +91,18 @@ class AdapterPrograms:
     """Returns the arrays of all devices on every process's host."""
     return jax.tree.map(np.asarray, self._gather(tree))
 
-  def finish(self, learner: Learner, done_B: np.ndarray, total: int):
-    """Returns adapters after a batch of `total` steps, of which each row took `done_B`."""
-    return self.settle(learner, self.place_rows(done_B), place(self._mesh, np.int32(total)[...], P()))
+  def finish(self, learner: Learner, done_B: np.ndarray, total_B: np.ndarray):
+    """Returns adapters after a batch of `total_B` steps, of which each row took `done_B`."""
+    return self.settle(learner, self.place_rows(done_B), self.place_rows(total_B))
 
   def warm_up(self, rows: int) -> Learner:
-    """Runs, and so compiles, everything that may happen between scans; returns a batch's first state."""
+    """Runs, and so compiles, everything that may happen between batches; returns a batch's first state."""
     ids = np.zeros(rows)
-    learner = self.begin_from_A(self.draw(jax.random.key(0), self.place_rows(ids)))
-    adapters = self.finish(learner, ids, 0)
+    first = self.draw(jax.random.key(0), self.place_rows(ids), self.place_rows(ids))
+    if self._width > 1:
+      first = self.select(self.place_mask(ids), first, first)
+    learner = self.begin_from_A(first)
+    adapters = self.finish(learner, ids, ids)
     if jax.process_count() > 1:
       self.fetch({kind: adapter.A for kind, adapter in adapters.items()})
       self.fetch(adapters)
@@ -112,8 +122,9 @@ class Programs:
     self.mesh, self.distributions = mesh, distributions
     # By "short documents".
     self._specs = {short: Spec.choose(settings, short=short, distributions=distributions) for short in (False, True)}
-    self.adapters = {short: AdapterPrograms(spec, mesh) for short, spec in self._specs.items()}
     self.phase = GlobalPhase(settings, mesh)
+    self.chains = Chains.choose(settings.ttt, self.phase.world, mesh.size)
+    self.adapters = {short: AdapterPrograms(spec, mesh, self.chains.width) for short, spec in self._specs.items()}
     self._scans: dict[tuple[bool, Shape, int, int], jax.stages.Compiled] = {}
     dtype = jnp.dtype(settings.train.compute_dtype)
     self.computing = jax.jit(
@@ -129,12 +140,16 @@ class Programs:
     return other
 
   def scan(self, short: bool, shape: Shape, state: ScanState, inputs: ScanInputs) -> tuple[ScanState, Scored]:
-    """Runs up to `STEPS_PER_CALL` chunks; the state is donated."""
+    """Runs a call's chunks; the state is donated."""
     return self._scans[short, shape, len(inputs.rows.start), len(inputs.stream_N)](state, inputs)
 
   def place_rows(self, rows: Rows) -> Rows:
     """Returns a batch's rows on the mesh."""
     return Rows(*(place(self.mesh, x, P(AXIS)) for x in rows))
+
+  def place_size(self, size: int) -> jax.Array:
+    """Returns the targets of a batch's chunks on the mesh."""
+    return place(self.mesh, np.int32(size)[...], P())
 
   def new_memory(self, slots: int):
     """Returns an empty memory for a batch."""
@@ -171,7 +186,7 @@ class Programs:
         for key, program in zip(lowered, compiled, strict=True):
           self._scans[key] = program
           bar.advance()
-    if self.mesh.devices.flat[0].platform == "cpu":
+    if distributed.platform(self.mesh) == "cpu":
       return  # nothing is loaded or tuned at the first run there
     for short, shape in new:
       jax.block_until_ready(self.scan(short, shape, *self._random_arguments(params, workload, short, shape)))
@@ -180,9 +195,9 @@ class Programs:
     rows, length = workload.slots * self.mesh.size, workload.stream_length
     state = ScanState(self.adapters[short].warm_up(rows), self.new_memory(workload.slots))
     tokens = np.random.default_rng(0).integers(2, 64, length, dtype=np.int32)
-    documents = Rows(np.zeros(rows, np.int32), np.full(rows, length // 2, np.int32), np.ones(rows, bool))
-    inputs = ScanInputs(self.computing(params), place(self.mesh, tokens, P()), self.place_rows(documents))
-    steps = tuple(Step(0, rows, shape.window, kind) for kind in (LEARN, SCORE))
-    hints = np.zeros((len(steps), shape.slots * self.mesh.size, shape.width), np.int32)
-    samples = np.zeros(hints.shape[:2]) if self.distributions else None
-    return state, place_call(self.mesh, inputs, shape.width, Call(shape, steps), hints, samples)
+    ones = np.ones(rows, np.int32)
+    documents = self.place_rows(Rows(0 * ones, ones * (length // 2), ones > 0, ones))
+    inputs = ScanInputs(self.computing(params), place(self.mesh, tokens, P()), documents, self.place_size(shape.width))
+    call = Call(shape, (Step(0, rows, shape.window, shape.kind),))
+    hints = np.zeros((1, shape.slots * self.mesh.size, shape.width))
+    return state, place_call(self.mesh, inputs, call, hints, hints[:, :, 0] if self.distributions else None)

@@ -32,6 +32,7 @@ class Rows(NamedTuple):
   start: jax.Array  # [B] position of the bos in the stream
   targets: jax.Array  # [B]
   learns: jax.Array  # [B] bool
+  moving: jax.Array  # [B] chunks from which some document of the row's batch learns
 
 
 class Chunk(NamedTuple):
@@ -64,6 +65,11 @@ class Chunk(NamedTuple):
   def teaches_B(self) -> Bool[Array, "B"]:
     """Whether the row learns from the chunk; a document's last chunk teaches nothing."""
     return self.rows.learns & (self.rows.targets > self.first + self.size)
+
+  @property
+  def moves_B(self) -> Bool[Array, "B"]:
+    """Whether the row's adapters take the chunk's steps: as long as any document of its batch learns."""
+    return self.k < self.rows.moving
 
 
 class ChunkContext(Protocol):
@@ -153,7 +159,7 @@ class Ring:
     visible_S = (place_S < chunk.first) & ((place_S - chunk.first) % self.seq_len >= chunk.size)
 
     def attend(position, q, k, v):
-      earlier = KeysValues(*(x[position, :, :, : len(place_S)] for x in memory))
+      earlier = KeysValues(*(x[position, :, : shape.slots, : len(place_S)] for x in memory))
       return attention(q, KeysValues(k, v), earlier, visible_S), KeysValues(k, v)
 
     context = Context(attend, looping=True, dtype=self.dtype, first_position=chunk.first, before_B=before_B)
@@ -162,12 +168,12 @@ class Ring:
 
   def remember(self, memory, fresh, chunk):
     """See `ChunkContext`."""
-    within_X = jnp.arange(fresh.k.shape[2])
+    rows, within_X = fresh.k.shape[1], jnp.arange(fresh.k.shape[2])
     place_X = jnp.where(within_X < chunk.size, (chunk.first + within_X) % self.seq_len, self.seq_len)
 
     def put(old, new_PxBxXxKxC):
       new = new_PxBxXxKxC.transpose(0, 3, 1, 2, 4).astype(old.dtype)
-      return old.at[:, :, :, place_X].set(new, mode="drop")
+      return old.at[:, :, :rows, place_X].set(new, mode="drop")
 
     return jax.tree.map(put, memory, fresh)
 

@@ -4,7 +4,7 @@ Recipe section 5.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -146,12 +146,83 @@ def phase_boundaries(prefix_docs: int, phases: int, documents: int) -> list[int]
   return [prefix * k // phases for k in range(1, phases + 1)] if prefix else []
 
 
-class Layout(NamedTuple):
-  """Which row of which device holds which document of a batch.
+class Chains(NamedTuple):
+  """Chains of batches, each with adapters of its own: batch i in the order of scoring is of chain i mod `count`."""
 
-  From the longest down, documents are dealt to the devices in turn: the i-th longest is in slot i // devices of device
-  i % devices. So the rows that are still at work are the first of every device, and all devices have as many, give or
-  take one. Arrays hold all slots of the first device, then those of the second, and so on.
+  count: int
+  width: int  # batches that run side by side
+
+  @classmethod
+  def choose(cls, ttt: TTTConfig, world: int, devices: int) -> "Chains":
+    """Returns the chains that the settings ask for.
+
+    Args:
+      world: ranks, each of which is a chain unless the settings say otherwise. A mean of earlier batches' adapters, to
+        start from, makes one chain of all.
+    """
+    count = 1 if ttt.lora.warm_start_mean else ttt.chains or world
+    # One batch's windows, computed afresh, fill a device; chunks alone do not.
+    return cls(count, min(count, devices) if ttt.method == "exact" else count)
+
+  def among(self, batches: int) -> "Chains":
+    """Returns those that so many batches can fill."""
+    return Chains(min(self.count, batches), min(self.width, batches))
+
+
+class Round(NamedTuple):
+  """Batches that run side by side, each of another chain, with chunks of one size and adapters of one kind."""
+
+  batches: tuple[Batch, ...]
+  places: tuple[int, ...]  # which of the `width` batches of a full round each is
+  width: int
+  group: int  # rounds of one group have the same chains
+
+  @property
+  def documents(self) -> list[Document]:
+    """Documents of its batches, end to end."""
+    return [document for batch in self.batches for document in batch.documents]
+
+  @property
+  def place_n(self) -> Int[np.ndarray, "n"]:
+    """Returns where each document stands if batches are dealt out in turn, each from its longest document down."""
+    pairs = zip(self.places, self.batches, strict=True)
+    return np.concatenate([np.arange(len(batch.documents))[::-1] * self.width + at for at, batch in pairs])
+
+  def by_document(self, of_batch: Callable[[Batch], object]) -> np.ndarray:
+    """Returns a batch's value, or its documents' values, for each document."""
+    return np.concatenate([np.broadcast_to(of_batch(batch), len(batch.documents)) for batch in self.batches])
+
+  @property
+  def chunk_size(self) -> int:
+    """Targets between two updates."""
+    return self.batches[0].chunk_size
+
+  @property
+  def is_short(self) -> bool:
+    """Whether it takes the adapters of short documents."""
+    return self.batches[0].is_short
+
+
+def rounds(batches: Sequence[Batch], chains: Chains) -> list[Round]:
+  """Puts neighbours that can run side by side into rounds."""
+  result, last = [], None
+  for index, batch in enumerate(batches):
+    turn, chain = divmod(index, chains.count)
+    group, place = divmod(chain, chains.width)
+    kind = (turn, group, batch.chunk_size, batch.is_short)
+    before = result.pop() if kind == last else Round((), (), chains.width, group)
+    result.append(before._replace(batches=(*before.batches, batch), places=(*before.places, place)))
+    last = kind
+  return result
+
+
+class Layout(NamedTuple):
+  """Which row of which device holds which document of a round.
+
+  Places are dealt out to the devices in turn: place i is in slot i // devices of device i % devices. So the rows that
+  are still at work are the first of every device, and all devices have as many, give or take one. Where the devices
+  divide a round's width, each has batches of its own. Arrays hold all slots of the first device, then those of the
+  second, and so on.
   """
 
   devices: int
@@ -166,23 +237,20 @@ class Layout(NamedTuple):
     """Returns the slot of each row on its device."""
     return np.arange(self.rows) % self.slots
 
-  def rows_of(self, documents: int) -> Int[np.ndarray, "n"]:
-    """Returns the row of each document of a batch, documents in batch order."""
-    rank_n = np.arange(documents)[::-1]  # 0 is the longest
-    return rank_n % self.devices * self.slots + rank_n // self.devices
+  def rows_of(self, place_n: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Returns the row of each place."""
+    return place_n % self.devices * self.slots + place_n // self.devices
 
-  def documents_in(self, documents: int) -> Int[np.ndarray, "rows"]:
-    """Returns the document in each row, as its place in the batch; −1 in rows without one."""
-    rank = self.slot_of_rows() * self.devices + np.arange(self.rows) // self.slots
-    return np.where(rank < documents, documents - 1 - rank, -1)
+  def documents_in(self, place_n: Int[np.ndarray, "n"]) -> Int[np.ndarray, "rows"]:
+    """Returns which of the documents at these places is in each row; −1 in rows without one."""
+    held = np.full(self.rows, -1)
+    inside = np.flatnonzero(place_n < self.rows)
+    held[self.rows_of(place_n[inside])] = inside
+    return held
 
-  def to_rows(self, x_n: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Returns the entries of a batch's documents in the documents' rows, and 0 in the others."""
+  def to_rows(self, x_n: np.ndarray, place_n: Int[np.ndarray, "n"], axis: int = 0) -> np.ndarray:
+    """Returns the entries of documents in their rows, and 0 in the others."""
     shape = (*x_n.shape[:axis], self.rows, *x_n.shape[axis + 1 :])
     x_rows = np.zeros(shape, x_n.dtype)
-    np.moveaxis(x_rows, axis, 0)[self.rows_of(x_n.shape[axis])] = np.moveaxis(x_n, axis, 0)
+    np.moveaxis(x_rows, axis, 0)[self.rows_of(place_n)] = np.moveaxis(x_n, axis, 0)
     return x_rows
-
-  def to_documents(self, x_rows: np.ndarray, documents: int, axis: int = 0) -> np.ndarray:
-    """Returns the entries of the rows that hold a document, in batch order."""
-    return np.take(x_rows, self.rows_of(documents), axis)

@@ -191,20 +191,23 @@ class Evaluation:
     }
 
 
-def identify(settings: Settings, params: Params, data: ValidationData, world: int, *, is_drawn: bool) -> dict:
+def identify(
+  settings: Settings, params: Params, data: ValidationData, world: int, chains: int, *, is_drawn: bool
+) -> dict:
   """Returns the identity of an evaluation: what changes its result beyond rounding, as hashes and plain values.
 
   The number of devices is not part of it: a document's scores do not depend on the device that it is on.
 
   Args:
     world: ranks that share out the rows of a global phase; they change the result where there is a phase.
+    chains: of batches.
     is_drawn: whether A of new adapters comes from the seed.
   """
   plain = to_dict(settings)
   return {
     "settings": {
       "model": plain["model"],
-      "ttt": {name: value for name, value in plain["ttt"].items() if name != "enabled"},
+      "ttt": {name: value for name, value in plain["ttt"].items() if name not in ("enabled", "chains")},
       "hints": plain["hints"],
       "eval": {name: plain["eval"][name] for name in ("seq_len", "doc_fraction")},
       "seed": plain["seed"],
@@ -214,6 +217,7 @@ def identify(settings: Settings, params: Params, data: ValidationData, world: in
     "sidecar": stream_hash(data.token_bytes),
     "dtype": settings.train.compute_dtype,
     "ranks of a global phase": world if settings.ttt.phase.prefix_docs > 0 else None,
+    "chains": chains,
     "adapters": "from the seed" if is_drawn else "given",
   }
 

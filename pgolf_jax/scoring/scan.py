@@ -1,7 +1,8 @@
 """The compiled heart of test-time training: a scan over chunks, on every device over its own documents.
 
-Each chunk is scored by a forward pass and learnt from by the gradient of the same pass. Adapters, moments and the
-context's memory are the state, donated; nothing goes to the host inside a scan, and nothing between devices.
+Each chunk is scored by a forward pass, and learnt from by the gradient of the same pass where the scan is one that
+learns. Adapters, moments and the context's memory are the state, donated; nothing goes to the host inside a scan, and
+nothing between devices.
 
 Letters: S positions of a scan; the rest as in context.py.
 """
@@ -26,7 +27,7 @@ from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import AXIS, place, shardings
 from pgolf_jax.scoring import adapters as adapting
 from pgolf_jax.scoring.adapters import Learner, Rule, map_rows, row_specs
-from pgolf_jax.scoring.buckets import STEPS_PER_CALL, Call, Shape
+from pgolf_jax.scoring.buckets import SCORE, Call, Shape, steps_per_call
 from pgolf_jax.scoring.context import Chunk, ChunkContext, Rows, choose_context
 from pgolf_jax.scoring.hints import tilt
 from pgolf_jax.settings import ModelConfig, Settings, TTTConfig
@@ -61,14 +62,13 @@ class ScanState(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-  """What a scan reads. Parameters and stream are placed once, rows for each batch, the rest for each call."""
+  """What a scan reads. Parameters and stream are placed once, rows and size for each round, the rest for each call."""
 
   params: Params  # in the type of the computation, on every device
   stream_N: jax.Array  # int32, on every device
   rows: Rows | None = None  # documents from longer to shorter; those after the shape's slots are finished
   size: jax.Array | None = None  # targets of a chunk, at most the shape's width
-  k_S: jax.Array | None = None
-  kind_S: jax.Array | None = None  # SKIP, SCORE or LEARN
+  k_S: jax.Array | None = None  # the chunks' numbers; −1 where a step is skipped
   hint_SxBxX: jax.Array | None = None  # token that a distribution is tilted towards; −1 where the gate is shut
   sample_SxB: jax.Array | None = None  # place in the chunk whose whole distribution is returned, where asked for
 
@@ -83,7 +83,7 @@ class Scored(NamedTuple):
 
 
 def scan_chunks(state: ScanState, inputs: ScanInputs, *, spec: Spec, shape: Shape) -> tuple[ScanState, Scored]:
-  """Scores chunks k_S of one device's documents, and learns from them."""
+  """Scores chunks k_S of one device's documents and, in a shape that learns, learns from them."""
   rows = jax.tree.map(lambda x: x[: shape.slots], inputs.rows)
 
   def chunk_at(k) -> Chunk:
@@ -96,10 +96,6 @@ def scan_chunks(state: ScanState, inputs: ScanInputs, *, spec: Spec, shape: Shap
     scored = score(spec, inputs.params, logits_BxXxV, chunk, hint_BxX, sample_B)
     mean_nll_B = scored.model_nll.sum(axis=1) / inputs.size
     return jnp.sum(jnp.where(chunk.teaches_B, mean_nll_B, 0)), (scored, fresh)
-
-  def skip(state: ScanState, k, *places):
-    empty = jax.eval_shape(losses, state.learner.adapters, state.memory, k, *places)[1][0]
-    return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
   def score_only(state: ScanState, k, *places):
     _, (scored, fresh) = losses(state.learner.adapters, state.memory, k, *places)
@@ -116,15 +112,27 @@ def scan_chunks(state: ScanState, inputs: ScanInputs, *, spec: Spec, shape: Shap
         return adapting.update(spec.rule, learner, gradient(learner.adapters, state.memory, k, *places)[0])
 
       learner = lax.fori_loop(1, spec.ttt.lora.grad_steps, again, learner)
-    return ScanState(learner, spec.context.remember(state.memory, fresh, chunk_at(k))), scored
+    # A batch beside which longer ones learn on has learnt its last.
+    adapters = adapting.select(chunk_at(k).moves_B, learner.adapters, state.learner.adapters)
+    memory = spec.context.remember(state.memory, fresh, chunk_at(k))
+    return ScanState(learner._replace(adapters=adapters), memory), scored
 
-  def step(state, x):
-    k, kind, *places = x
-    return lax.switch(kind, (skip, score_only, learn), state, k, *places)
+  def skip(state: ScanState, k, *places):
+    empty = jax.eval_shape(losses, state.learner.adapters, state.memory, k, *places)[1][0]
+    return state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)
 
-  active = map_rows(lambda axis, x: lax.slice_in_dim(x, 0, shape.slots, axis=axis), state)
-  active, scored = lax.scan(step, active, (inputs.k_S, inputs.kind_S, inputs.hint_SxBxX, inputs.sample_SxB))
-  return map_rows(lambda axis, x, part: lax.dynamic_update_slice_in_dim(x, part, 0, axis), state, active), scored
+  run = score_only if shape.kind == SCORE else learn
+
+  def step(state: ScanState, x):
+    if len(inputs.k_S) == 1:
+      return run(state, *x)
+    return lax.cond(x[0] >= 0, run, skip, state, *x)
+
+  active = map_rows(lambda axis, x: lax.slice_in_dim(x, 0, shape.slots, axis=axis), state.learner)
+  places = (inputs.k_S, inputs.hint_SxBxX, inputs.sample_SxB)
+  (active, memory), scored = lax.scan(step, ScanState(active, state.memory), places)
+  learner = map_rows(lambda axis, x, part: lax.dynamic_update_slice_in_dim(x, part, 0, axis), state.learner, active)
+  return ScanState(learner, memory), scored
 
 
 def score(
@@ -165,21 +173,19 @@ def sharded_scan(mesh: Mesh, spec: Spec, shape: Shape):
     mesh=mesh,
     in_specs=(state, inputs),
     out_specs=(state, scored),
-    check_vma=False,  # a switch whose branches differ in what varies over devices cannot be checked
+    check_vma=False,  # branches that differ in what varies over devices cannot be checked
   )
   return jax.jit(on_devices, donate_argnums=0, out_shardings=(None, distributed.for_all_hosts(mesh)))
 
 
-_INPUT_SPECS = ScanInputs(
-  params=P(), stream_N=P(), rows=P(AXIS), size=P(), k_S=P(), kind_S=P(), hint_SxBxX=P(None, AXIS)
-)
+_INPUT_SPECS = ScanInputs(params=P(), stream_N=P(), rows=P(AXIS), size=P(), k_S=P(), hint_SxBxX=P(None, AXIS))
 
 
 def state_shapes(spec: Spec, rows: int) -> ScanState:
   """Returns the shapes of a state with this many rows on all devices."""
 
   def first(key, ids):
-    drawn = adapting.draw(spec.model, spec.ttt, spec.rule.rank, key, ids)
+    drawn = adapting.draw(spec.model, spec.ttt, spec.rule.rank, key, ids, ids)
     return adapting.begin(spec.rule, adapting.with_zero_B(spec.model, spec.ttt, drawn))
 
   learner = jax.eval_shape(first, jax.random.key(0), jax.ShapeDtypeStruct((rows,), jnp.int32))
@@ -200,21 +206,20 @@ def abstract(mesh: Mesh, spec: Spec, shape: Shape, slots: int, stream_length: in
   state = state_shapes(spec, slots * mesh.size)
   state = jax.tree.map(lambda x, s: struct(x.shape, x.dtype, s), state, row_specs(state))
   integer, by_row = functools.partial(struct, dtype=jnp.int32, spec=P()), functools.partial(struct, spec=P(AXIS))
-  rows = (slots * mesh.size,)
+  rows, steps = (slots * mesh.size,), steps_per_call(distributed.platform(mesh))
   inputs = ScanInputs(
     params={
       name: struct(dims, jnp.float32 if name in SOFTCAPS else spec.dtype, P())
       for name, dims in parameters.shapes(spec.model).items()
     },
     stream_N=integer((stream_length,)),
-    rows=Rows(by_row(rows, jnp.int32), by_row(rows, jnp.int32), by_row(rows, jnp.bool_)),
+    rows=Rows(*(by_row(rows, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32))),
     size=integer(()),
-    k_S=integer((STEPS_PER_CALL,)),
-    kind_S=integer((STEPS_PER_CALL,)),
-    hint_SxBxX=struct((STEPS_PER_CALL, shape.slots * mesh.size, shape.width), jnp.int32, P(None, AXIS)),
+    k_S=integer((steps,)),
+    hint_SxBxX=struct((steps, shape.slots * mesh.size, shape.width), jnp.int32, P(None, AXIS)),
   )
   if spec.distributions:
-    inputs = inputs._replace(sample_SxB=struct((STEPS_PER_CALL, shape.slots * mesh.size), jnp.int32, P(None, AXIS)))
+    inputs = inputs._replace(sample_SxB=struct((steps, shape.slots * mesh.size), jnp.int32, P(None, AXIS)))
   return state, inputs
 
 
@@ -224,30 +229,18 @@ def row_shardings(mesh: Mesh, tree):
 
 
 def place_call(
-  mesh: Mesh,
-  inputs: ScanInputs,
-  size: int,
-  call: Call,
-  hint_SxBxX: np.ndarray,
-  sample_SxB: np.ndarray | None = None,
+  mesh: Mesh, inputs: ScanInputs, call: Call, hint_SxBxX: np.ndarray, sample_SxB: np.ndarray | None = None
 ) -> ScanInputs:
-  """Returns a batch's inputs with those of one call on the mesh, padded to `STEPS_PER_CALL` skipped steps.
+  """Returns a round's inputs with those of one call on the mesh, padded with skipped steps.
 
   Args:
-    inputs: parameters, stream and rows; what else it holds is replaced.
-    size: targets of a chunk.
+    inputs: parameters, stream, rows and size; what else it holds is replaced.
     hint_SxBxX, sample_SxB: of the call's steps; places to sample where the scan returns distributions.
   """
-  padding = STEPS_PER_CALL - len(call.steps)
-  steps = [(step.k, step.kind) for step in call.steps] + [(0, 0)] * padding
-  k_S, kind_S = np.array(steps, np.int32).T
+  padding = steps_per_call(distributed.platform(mesh)) - len(call.steps)
+  k_S = np.pad(np.array([step.k for step in call.steps], np.int32), (0, padding), constant_values=-1)
   hints = np.pad(hint_SxBxX.astype(np.int32), ((0, padding), (0, 0), (0, 0)), constant_values=-1)
   if sample_SxB is not None:
     samples = np.pad(sample_SxB.astype(np.int32), ((0, padding), (0, 0)))
     inputs = inputs._replace(sample_SxB=place(mesh, samples, P(None, AXIS)))
-  return inputs._replace(
-    size=place(mesh, np.int32(size)[...], P()),
-    k_S=place(mesh, k_S, P()),
-    kind_S=place(mesh, kind_S, P()),
-    hint_SxBxX=place(mesh, hints, P(None, AXIS)),
-  )
+  return inputs._replace(k_S=place(mesh, k_S, P()), hint_SxBxX=place(mesh, hints, P(None, AXIS)))

@@ -1,8 +1,9 @@
 """Score-first test-time training: documents scored chunk by chunk while adapters of their own learn. Recipe section 5.
 
-For each batch, in this order: hints for its documents; adapters start (A carried from the batch before, B zero); scans
-over its chunks (scan.py), each target scored by the pass before the update that it takes part in; its scores come to
-the host while the next batch runs; where enough documents are scored, a global phase on all weights.
+Batches form chains, of which several run side by side, in rounds. For each round, in this order: hints for the
+documents of its batches; adapters start (A carried from the batch before in the chain, B zero); scans over the chunks
+(scan.py), each target scored by the pass before the update that it takes part in; scores come to the host while the
+next round runs; where enough documents are scored, a global phase on all weights.
 """
 
 import contextlib
@@ -28,10 +29,21 @@ from pgolf_jax.runtime.distributed import place, replicated
 from pgolf_jax.runtime.log import Progress, log, progress
 from pgolf_jax.scoring import global_phase
 from pgolf_jax.scoring.adapter_sets import AdapterSets, Draw
-from pgolf_jax.scoring.buckets import Call, Costs, WorkPlan, plan_work
+from pgolf_jax.scoring.buckets import Call, Costs, WorkPlan, learning_chunks, plan_work
 from pgolf_jax.scoring.compiled import Programs, Workload
 from pgolf_jax.scoring.context import Rows
-from pgolf_jax.scoring.documents import Batch, Document, Layout, batches, find_documents, phase_boundaries, select
+from pgolf_jax.scoring.documents import (
+  Batch,
+  Chains,
+  Document,
+  Layout,
+  Round,
+  batches,
+  find_documents,
+  phase_boundaries,
+  rounds,
+  select,
+)
 from pgolf_jax.scoring.hints import HintCounter
 from pgolf_jax.scoring.record import (
   Clocks,
@@ -95,11 +107,12 @@ def evaluate(
     Stopped: a signal came; what is scored is saved in `options.folder`.
   """
   began = time.monotonic()
-  plan = Plan.make(settings, data, mesh)
   programs = programs or Programs(settings, mesh, distributions=options.sample is not None)
+  plan = Plan.make(settings, data, mesh, programs.chains)
   identity = None  # it takes hashes of all weights and tokens
   if options.folder is not None:
-    identity = identify(settings, params, data, programs.phase.world, is_drawn=options.draw is None)
+    world, chains = programs.phase.world, programs.chains.count
+    identity = identify(settings, params, data, world, chains, is_drawn=options.draw is None)
   record = Record(options.folder, data, identity, writes=distributed.is_leader())
   state = _prepare(plan, programs, params, options)
   collect = functools.partial(_collect, plan, state, record, options)
@@ -108,18 +121,21 @@ def evaluate(
   clock = Clock(record.progress.seconds["evaluation"])
   clock.start()
   if record.is_resumed:
-    _resume(plan, programs, state, record)
+    plan = _resume(plan, programs, state, record)
   saved = clock.seconds
   postponed = contextlib.nullcontext(lambda: 0) if options.folder is None else signals.postponed_signals()
   bar_of_tokens = progress("test-time training", total=sum(batch.targets for batch in plan.batches), unit="tokens")
   with postponed as arrived, bar_of_tokens as bar:
     bar.advance(sum(batch.targets for batch in plan.batches[: state.done.batches]))
     running: list[RunningCall] = []
-    for batch in plan.batches[state.done.batches :]:
-      _count_hints(state, batch)
-      before, running = running, _dispatch(plan, programs, state, batch)
-      collect(before, bar)  # while the devices work on this batch
-      state.done.batches += 1
+    for number, each in enumerate(plan.rounds):
+      if not each.batches:
+        continue  # finished before
+      for batch in each.batches:
+        _count_hints(state, batch)
+      before, running = running, _dispatch(plan, programs, state, number)
+      collect(before, bar)  # while the devices work on this round
+      state.done.batches += len(each.batches)
       if _phase_is_due(plan, state.done):
         collect(running, bar)
         running = []
@@ -149,21 +165,25 @@ class Plan(NamedTuple):
   data: ValidationData
   documents: list[Document]  # of the whole stream
   batches: list[Batch]  # in the order of scoring
+  chains: Chains
+  rounds: list[Round]  # the same batches, those together that run side by side
   boundaries: list[int]  # numbers of scored documents after which a global phase runs
   layout: Layout
   work: WorkPlan
 
   @classmethod
-  def make(cls, settings: Settings, data: ValidationData, mesh: Mesh) -> "Plan":
-    """Cuts the selected documents into batches, and these into calls."""
+  def make(cls, settings: Settings, data: ValidationData, mesh: Mesh, chains: Chains) -> "Plan":
+    """Cuts the selected documents into batches, deals these out to chains, and cuts them into chunks."""
     ttt = settings.ttt
     documents = find_documents(data.tokens, settings.model.bos_id)
     selected = select(documents, settings.eval.doc_fraction, settings.seed)
     cut = batches(ttt, selected)
     boundaries = phase_boundaries(ttt.phase.prefix_docs, ttt.phase.count, len(selected))
-    layout = Layout(mesh.size, -(-max(len(batch.documents) for batch in cut) // mesh.size))
-    work = plan_work(ttt, cut, Costs.estimate(settings.model, ttt), devices=mesh.size)
-    return cls(settings, data, documents, cut, boundaries, layout, work)
+    chains = chains.among(len(cut))
+    layout = Layout(mesh.size, -(-max(len(batch.documents) for batch in cut) * chains.width // mesh.size))
+    dealt, platform = rounds(cut, chains), distributed.platform(mesh)
+    work = plan_work(ttt, dealt, Costs.estimate(settings.model, ttt), devices=mesh.size, platform=platform)
+    return cls(settings, data, documents, cut, chains, dealt, boundaries, layout, work)
 
   def padded_tokens(self) -> np.ndarray:
     """Returns the stream with room for a window and a chunk after its end."""
@@ -186,7 +206,7 @@ class State:
 class RunningCall(NamedTuple):
   """A scan on the devices, and the targets that its scores belong to."""
 
-  batch: Batch
+  round_: Round
   target_SxBxX: np.ndarray
   valid_SxBxX: np.ndarray
   gate_SxBxX: np.ndarray
@@ -199,7 +219,7 @@ def _prepare(plan: Plan, programs: Programs, params: Params, options: Options) -
   mesh, tokens = programs.mesh, plan.padded_tokens()
   # A copy: global phases donate the weights.
   params = jax.device_put({name: jnp.array(value, jnp.float32) for name, value in params.items()}, replicated(mesh))
-  scans = {(batch.is_short, call.shape) for batch in plan.batches for call in plan.work.calls[batch.index]}
+  scans = {(e.is_short, call.shape) for e, calls in zip(plan.rounds, plan.work.calls, strict=True) for call in calls}
   has_phases = bool(plan.boundaries) and programs.phase.row_tokens > 0
   programs.compile(params, Workload(frozenset(scans), plan.layout.slots, len(tokens), has_phases))
   largest = max(len(batch.documents) for batch in plan.batches)
@@ -207,7 +227,7 @@ def _prepare(plan: Plan, programs: Programs, params: Params, options: Options) -
     params=params,
     inputs=ScanInputs(programs.computing(params), place(mesh, tokens, P())),
     memory=programs.new_memory(plan.layout.slots),
-    adapters=AdapterSets(plan.settings, plan.layout, programs, largest=largest, draw=options.draw),
+    adapters=AdapterSets(plan.settings, plan.layout, programs, plan.chains, largest=largest, draw=options.draw),
     hints=HintCounter(plan.settings, plan.data.tokens, plan.documents),
     sampled_N=None if options.sample is None else np.isin(np.arange(len(plan.data.tokens) - 1), options.sample),
   )
@@ -222,55 +242,59 @@ def _count_hints(state: State, batch: Batch) -> None:
   state.done.seconds["hints"] += time.monotonic() - began
 
 
-def _dispatch(plan: Plan, programs: Programs, state: State, batch: Batch) -> list[RunningCall]:
-  """Puts a batch's scans on the devices, without waiting for them."""
-  start = state.adapters.start(batch)
-  documents = tuple(document.index for document in batch.documents)
-  state.done.events.append(ScoreEvent(batch.index, documents, state.done.phases, start.label, start.batches))
+def _dispatch(plan: Plan, programs: Programs, state: State, number: int) -> list[RunningCall]:
+  """Puts a round's scans on the devices, without waiting for them."""
+  round_, place_n, updates = plan.rounds[number], plan.rounds[number].place_n, plan.settings.ttt.lora.grad_steps
+  start = state.adapters.start(round_)
+  for batch, origin in zip(round_.batches, start.sets, strict=True):
+    documents = tuple(document.index for document in batch.documents)
+    state.done.events.append(ScoreEvent(batch.index, documents, state.done.phases, *origin))
   rows = Rows(
-    start=np.array([document.start for document in batch.documents], np.int32),
-    targets=np.array([document.targets for document in batch.documents], np.int32),
-    learns=np.array(batch.learns),
+    start=np.array([document.start for document in round_.documents], np.int32),
+    targets=np.array([document.targets for document in round_.documents], np.int32),
+    learns=round_.by_document(lambda batch: batch.learns),
+    moving=round_.by_document(lambda batch: np.int32(learning_chunks(plan.settings.ttt, batch))),
   )
-  inputs = state.inputs._replace(rows=programs.place_rows(Rows(*map(plan.layout.to_rows, rows))))
+  rows = Rows(*(plan.layout.to_rows(x, place_n) for x in rows))
+  inputs = state.inputs._replace(rows=programs.place_rows(rows), size=programs.place_size(round_.chunk_size))
   scan = ScanState(start.learner, state.memory)
-  updates_B = np.zeros(plan.layout.rows, np.int32)
+  steps_B = np.zeros(plan.layout.rows, np.int32)
   running = []
-  for call in plan.work.calls[batch.index]:
-    target, valid = _places(plan.layout, batch, call)
+  for call in plan.work.calls[number]:
+    target, valid = _targets(plan.layout, round_, call)
     gate = valid & state.hints.gate_N[target]
     hint = np.where(gate, state.hints.ids_N[target], -1)
     sampled = None if state.sampled_N is None else valid & state.sampled_N[target]
     sample = None if sampled is None else sampled.argmax(axis=2)
-    arguments = place_call(programs.mesh, inputs, batch.chunk_size, call, hint, sample)
-    scan, scored = programs.scan(batch.is_short, call.shape, scan, arguments)
-    running.append(RunningCall(batch, target, valid, gate, sampled, scored))
-    updates_B[plan.layout.slot_of_rows() < call.shape.slots] += call.updates * plan.settings.ttt.lora.grad_steps
+    arguments = place_call(programs.mesh, inputs, call, hint, sample)
+    scan, scored = programs.scan(round_.is_short, call.shape, scan, arguments)
+    running.append(RunningCall(round_, target, valid, gate, sampled, scored))
+    k_S = np.array([step.k for step in call.steps])
+    in_shape_B = plan.layout.slot_of_rows() < call.shape.slots
+    steps_B += in_shape_B * (k_S[:, None] < rows.moving).sum(axis=0, dtype=np.int32)
   state.memory = scan.memory
   if state.adapters.needs_end(start):
-    # The longest document's row took part in every call.
-    ended = programs.adapters[batch.is_short].finish(scan.learner, updates_B, int(updates_B.max()))
-    state.adapters.finish(batch, start, ended)
+    ended = programs.adapters[round_.is_short].finish(scan.learner, steps_B * updates, rows.moving * updates)
+    state.adapters.finish(round_, start, ended)
   return running
 
 
-def _places(layout: Layout, batch: Batch, call: Call) -> tuple[np.ndarray, np.ndarray]:
+def _targets(layout: Layout, round_: Round, call: Call) -> tuple[np.ndarray, np.ndarray]:
   """The stream's target at each place [S, B, X] of a call's output, and whether it is one."""
-  slots, _, width = call.shape
-  document_B = Layout(layout.devices, slots).documents_in(len(batch.documents))
-  start_n = np.array([document.start for document in batch.documents])
-  targets_n = np.array([document.targets for document in batch.documents])
+  document_B = Layout(layout.devices, call.shape.slots).documents_in(round_.place_n)
+  start_n = np.array([document.start for document in round_.documents])
+  targets_n = np.array([document.targets for document in round_.documents])
   targets_B = np.where(document_B >= 0, targets_n[document_B], 0)
-  k_S = np.array([step.k for step in call.steps])
-  within = k_S[:, None, None] * batch.chunk_size + np.arange(width)
-  valid = (within < targets_B[:, None]) & (np.arange(width) < batch.chunk_size)
+  k_S, within_X = np.array([step.k for step in call.steps]), np.arange(call.shape.width)
+  within = k_S[:, None, None] * round_.chunk_size + within_X
+  valid = (within < targets_B[:, None]) & (within_X < round_.chunk_size)
   return np.where(valid, start_n[document_B][:, None] + within, 0), valid
 
 
 def _collect(
   plan: Plan, state: State, record: Record, options: Options, running: list[RunningCall], bar: Progress
 ) -> None:
-  """Brings a batch's scores to the host and enters them under their targets."""
+  """Brings a round's scores to the host and enters them under their targets."""
   if not running:
     return
   entries, samples = [], {}
@@ -284,28 +308,27 @@ def _collect(
       targets = target[step_M, row_M, sampled[step_M, row_M].argmax(axis=1)]
       logp_MxV = np.asarray(scored.logp)[step_M, row_M]
       samples.update(zip(targets.tolist(), logp_MxV, strict=True))
-  batch = running[-1].batch
+  round_ = running[-1].round_
   target_M, model_M, hint_M, nll_M = map(np.concatenate, zip(*entries, strict=True))
   if state.hints.learns:
     record.hint_nll_N[target_M] = hint_M
-    state.hints.learn(batch.documents, record.hint_nll_N)
+    state.hints.learn(round_.documents, record.hint_nll_N)
     nll_M = state.hints.tilt(target_M, model_M, hint_M)
     samples = {t: state.hints.tilt_all(t, logp_V) for t, logp_V in samples.items()}
   record.enter(target_M, model_M, hint_M, nll_M)
   record.distributions.update(samples)
   bar.advance(len(target_M))
-  if not running:
-    return
   bar.note(f"bpb {record.running_bpb:.4f}")
-  if batch.index + 1 in plan.settings.ttt.eval_batches:
-    log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
-  if options.after_batch is not None:
-    options.after_batch(plan.batches.index(batch) + 1, record)
+  for batch in round_.batches:
+    if batch.index + 1 in plan.settings.ttt.eval_batches:
+      log.info("batch %d of %d: running bpb %.5f", batch.index + 1, len(plan.batches), record.running_bpb)
+    if options.after_batch is not None:
+      options.after_batch(plan.batches.index(batch) + 1, record)
 
 
 def _phase_is_due(plan: Plan, done: EvaluationProgress) -> bool:
-  if done.phases >= len(plan.boundaries):
-    return False
+  if done.phases >= len(plan.boundaries) or (done.batches % plan.chains.count and done.batches < len(plan.batches)):
+    return False  # chains wait for one another
   scored = sum(len(batch.documents) for batch in plan.batches[: done.batches])
   # After the last document a phase would change no score; the published procedure runs it all the same.
   matters = done.batches < len(plan.batches) or plan.settings.ttt.order == "reference"
@@ -336,8 +359,12 @@ def _save(state: State, record: Record, clock: Clock) -> None:
     record.save(state.done, arrays)
 
 
-def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> None:
-  """Goes on from the last save: state from disk, hints by counting the finished documents again."""
+def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> Plan:
+  """Goes on from the last save: state from disk, hints by counting the finished documents again.
+
+  Returns:
+    What is left to do. On other devices other batches ran side by side, so that a round may be half done.
+  """
   state.done = record.progress
   for batch in plan.batches[: state.done.batches]:
     state.hints.prepare(batch.documents)
@@ -348,6 +375,11 @@ def _resume(plan: Plan, programs: Programs, state: State, record: Record) -> Non
     state.params = jax.device_put(record.weights(state.done.phases), replicated(programs.mesh))
     state.inputs = state.inputs._replace(params=programs.computing(state.params))
   log.info("test-time training goes on after batch %d of %d", state.done.batches, len(plan.batches))
+  left, done = [], state.done.batches
+  for each in plan.rounds:
+    left.append(each._replace(batches=each.batches[max(done, 0) :], places=each.places[max(done, 0) :]))
+    done -= len(each.batches)
+  return plan._replace(rounds=left)
 
 
 def _result(plan: Plan, state: State, record: Record, clock: Clock, compilation: float) -> Evaluation:

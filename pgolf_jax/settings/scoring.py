@@ -163,6 +163,10 @@ class TTTConfig:
   method: Literal["exact", "cached"] = setting(
     "exact", None, None, "exact computes each chunk's window afresh; cached keeps the keys and values of earlier chunks"
   )
+  chains: int = setting(
+    0, None, INDEX,
+    "chains of batches that run side by side, each with its own adapters' A; 0: one for each rank, as in the reference",
+  )  # fmt: skip
   batch_size: int = setting(24, "TTT_BATCH_SIZE", COUNT, "documents whose adapters move in step")
   seq_len: int = setting(3072, "TTT_EVAL_SEQ_LEN", LENGTH, "tokens of the longest window of test-time training")
   chunk_size: int = setting(64, "TTT_CHUNK_SIZE", LENGTH, "targets between two updates")

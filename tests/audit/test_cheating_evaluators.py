@@ -19,6 +19,7 @@ from pgolf_jax.scoring import adapter_sets, buckets, global_phase, ttt
 from pgolf_jax.scoring.hints import HintCounter, HintStream
 from pgolf_jax.scoring.record import Record, ScoreEvent, Scores, WeightsEvent
 from pgolf_jax.scoring.strength import Strengths
+from pgolf_jax.settings import load
 
 ONCE, ORDER, HINTS = "every target scored exactly once", "one order explains every score", "hints and tilts recomputed"
 LATER, FULL, FIXED = (
@@ -43,12 +44,14 @@ def learning():
   return Run(LEARNT)
 
 
-@pytest.mark.parametrize("kind", ["strict", "reference", "cached", "learnt"])
+@pytest.mark.parametrize("kind", ["strict", "reference", "cached", "learnt", "chains"])
 def test_an_honest_evaluation_is_clean(kind, request, tmp_path):
   if kind == "cached":
     run = Run(CACHED, LONG)
   elif kind == "learnt":
     run = request.getfixturevalue("learning")
+  elif kind == "chains":
+    run = Run(load.changed(LEARNT, {"ttt.chains": 2, "ttt.method": "cached"}))
   else:
     run = Run({"strict": STRICT, "reference": REFERENCE}[kind], other=request.getfixturevalue("shared"))
   checks = list(run.checks(tmp_path, run.score(tmp_path)))
@@ -265,9 +268,9 @@ def the_better_of_two_passes(patch):
   """Every batch runs twice; the second time its adapters go on from the first, and the lower score counts."""
   honest = ttt._dispatch
 
-  def dispatch(plan, programs, state, batch):
-    first, events = honest(plan, programs, state, batch), len(state.done.events)
-    second = honest(plan, programs, state, batch)
+  def dispatch(plan, programs, state, number):
+    first, events = honest(plan, programs, state, number), len(state.done.events)
+    second = honest(plan, programs, state, number)
     del state.done.events[events:]
     return [*first, *second]
 
@@ -302,11 +305,11 @@ def documents_left_out_of_stream_and_trace(patch):
 def A_learnt_from_its_own_batch(patch):
   honest = ttt._dispatch
 
-  def dispatch(plan, programs, state, batch):
+  def dispatch(plan, programs, state, number):
     events = len(state.done.events)
-    honest(plan, programs, state, batch)
+    honest(plan, programs, state, number)
     del state.done.events[events:]
-    return honest(plan, programs, state, batch)
+    return honest(plan, programs, state, number)
 
   patch.setattr(ttt, "_dispatch", dispatch)
 
@@ -314,12 +317,12 @@ def A_learnt_from_its_own_batch(patch):
 def A_learnt_from_the_batch_after(patch):
   honest = ttt._dispatch
 
-  def dispatch(plan, programs, state, batch):
-    at, events = plan.batches.index(batch), len(state.done.events)
-    for later in plan.batches[at + 1 : at + 2]:
-      honest(plan, programs, state, later)
+  def dispatch(plan, programs, state, number):
+    events = len(state.done.events)
+    if number + 1 < len(plan.rounds):
+      honest(plan, programs, state, number + 1)
     del state.done.events[events:]
-    return honest(plan, programs, state, batch)
+    return honest(plan, programs, state, number)
 
   patch.setattr(ttt, "_dispatch", dispatch)
 

@@ -15,7 +15,7 @@ from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.documents import find_documents
-from pgolf_jax.scoring.record import Record, WeightsEvent, find_cycle, identify
+from pgolf_jax.scoring.record import Record, ScoreEvent, WeightsEvent, find_cycle, identify
 from pgolf_jax.settings import load
 
 LENGTHS = [30, 9, 75, 41, 22, 60, 14, 33]
@@ -88,6 +88,33 @@ def test_scores_do_not_depend_on_the_number_of_devices(devices):
   many = evaluate(settings, data, programs=programs_on(settings, devices))
   np.testing.assert_allclose(document_means(many, data), document_means(one, data), rtol=0, atol=1e-6)
   np.testing.assert_allclose(many.score.bpb, one.score.bpb, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["exact", "cached"])
+def test_chains_score_alike_on_one_device_and_on_eight_and_go_on_after_a_kill(method, tmp_path):
+  """Nine batches in four chains: the last round has one batch, the first batch another size, and a phase comes."""
+  data = random_documents([30, 9, 40, 41, 22, 38, 14, 33, 25, 27, 18, 36, 29, 12, 20, 17, 35])
+  settings = changed(SETTINGS, method=method, batch_size=2, chains=4, phase__prefix_docs=9, lora__lr=1e-4)
+  one, eight = evaluate(settings, data), evaluate(settings, data, programs=programs_on(settings, 8))
+  np.testing.assert_allclose(document_means(eight, data), document_means(one, data), rtol=0, atol=1e-6)
+  assert find_cycle(one.trace) is None and find_cycle(eight.trace) is None
+  assert set(eight.trace) == set(one.trace), "side by side, hints of several batches come before their scores"
+  assert one.recompilations == eight.recompilations == 0
+  scores = [event for event in one.trace if isinstance(event, ScoreEvent)]
+  assert [event.adapters for event in scores[:4]] == ["4", "1", "2", "3"], "the odd batch has a set of its own"
+  assert [event.carried for event in scores] == [0, 0, 0, 0, 0, 1, 1, 1, 0]
+
+  evaluate_until_killed(settings, data, tmp_path, after=2 if method == "cached" else 6)
+  again = evaluate(settings, data, folder=tmp_path, programs=programs_on(settings, 8))
+  np.testing.assert_allclose(document_means(again, data), document_means(one, data), rtol=0, atol=1e-6)
+  assert set(again.trace) == set(one.trace)
+
+
+def test_one_chain_is_the_same_as_many_that_carry_nothing():
+  data = random_documents(LENGTHS)
+  settings = changed(SETTINGS, batch_size=2, chains=1, lora__warm_start_a=False, lora__lr=1e-4)
+  one, three = evaluate(settings, data), evaluate(changed(settings, chains=3, method="exact"), data)
+  np.testing.assert_allclose(document_means(three, data), document_means(one, data), rtol=0, atol=1e-6)
 
 
 def test_learning_and_hints_help_on_a_repeating_text():
@@ -206,7 +233,7 @@ def test_a_killed_evaluation_goes_on_with_another_number_of_devices(tmp_path, me
     evaluate_until_killed(settings, data, folder, after=3, programs=programs)
 
   on_8, on_4 = (load_file(tmp_path / devices / "state-3.safetensors") for devices in ("8", "4"))
-  assert {name.split(".")[0] for name in on_8} == {"full", "short", "mean"} - ({"mean"} if not mean else set())
+  assert {name.split(".")[0] for name in on_8} == {"full-0", "short-0", "mean"} - ({"mean"} if not mean else set())
   assert set(on_8) == set(on_4)
   for name, rows in on_8.items():
     np.testing.assert_allclose(on_4[name], rows, rtol=0, atol=1e-5, err_msg=name)
@@ -233,7 +260,7 @@ def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, chang
   settings, data, params = changed(SETTINGS, phase__prefix_docs=3), random_documents(LENGTHS[:2]), random_params()
 
   def marks(settings, data, params=params, is_drawn=True):
-    return identify(settings, params, data, settings.train.world_size, is_drawn=is_drawn)
+    return identify(settings, params, data, settings.train.world_size, 1, is_drawn=is_drawn)
 
   before, after = marks(settings, data), marks(*change(settings, data))
   assert [key for key in before if before[key] != after[key]] == [name]
@@ -243,7 +270,7 @@ def test_the_identity_of_an_evaluation_names_what_changes_its_result(name, chang
 def test_the_identity_of_an_evaluation_leaves_out_what_does_not():
   data, params = random_documents(LENGTHS[:2]), random_params()
   others = (changed(SETTINGS, enabled=False), with_train(SETTINGS, world_size=2, iterations=7, batch_tokens=1024))
-  first, *rest = (identify(s, params, data, s.train.world_size, is_drawn=True) for s in (SETTINGS, *others))
+  first, *rest = (identify(s, params, data, s.train.world_size, 1, is_drawn=True) for s in (SETTINGS, *others))
   assert all(marks == first for marks in rest)
 
 
