@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pgolf_jax.kernels.numerics import wide_product
+from pgolf_jax.kernels.chunk_attention import KeysValues, Place, chunk_attention
 from pgolf_jax.model import Context, segments
 from pgolf_jax.model.adapters import Adaptation
 from pgolf_jax.model.flops import positions
@@ -124,16 +124,9 @@ class Window:
     return memory
 
 
-class KeysValues(NamedTuple):
-  """Keys (after rotation) and values of a chunk, [B, X, K, C], or of the ring, [P, K, B, S, C]."""
-
-  k: jax.Array
-  v: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Ring:
-  """Keys and values of the last `seq_len` tokens: token t of a document is at t mod `seq_len`.
+  """Keys and values of the last `seq_len` tokens, in a ring.
 
   What the batch before has left in the ring is never read.
   """
@@ -153,14 +146,11 @@ class Ring:
     in_document = chunk.first + jnp.arange(shape.width) < chunk.rows.targets[:, None]
     tokens_BxX = jnp.where(in_document, chunk.tokens_from(chunk.first, shape.width), 0)
     before_B = chunk.stream_N[jnp.maximum(chunk.rows.start + chunk.first - 1, 0)]
-    # Places beyond the shape's window have not been written to yet: a static bound.
-    place_S = jnp.arange(min(shape.window, self.seq_len))
-    # Tokens that the chunk will overwrite have left its window.
-    visible_S = (place_S < chunk.first) & ((place_S - chunk.first) % self.seq_len >= chunk.size)
+    window = min(shape.window, self.seq_len)  # what is further has not been written to yet
 
     def attend(position, q, k, v):
-      earlier = KeysValues(*(x[position, :, : shape.slots, : len(place_S)] for x in memory))
-      return attention(q, KeysValues(k, v), earlier, visible_S), KeysValues(k, v)
+      place = Place(position, chunk.first, chunk.size)
+      return chunk_attention(q, k, v, memory, place, window=window), KeysValues(k, v)
 
     context = Context(attend, looping=True, dtype=self.dtype, first_position=chunk.first, before_B=before_B)
     output = bind(self.model, params)(tokens_BxX, context, adaptation)
@@ -176,68 +166,6 @@ class Ring:
       return old.at[:, :, :rows, place_X].set(new, mode="drop")
 
     return jax.tree.map(put, memory, fresh)
-
-
-@jax.custom_vjp
-def attention(
-  q_BxXxHxC: jax.Array, chunk: KeysValues, earlier: KeysValues, visible_S: Bool[Array, "S"]
-) -> Float[Array, "B X H C"]:
-  """Causal attention of a chunk over itself and over the visible ones of earlier keys; softmax in float32.
-
-  Nothing is learnt through earlier keys: their gradient is taken to be zero.
-
-  Args:
-    chunk: keys and values of the chunk, [B, X, K, C].
-    earlier: of the ring, [K, B, S, C].
-  """
-  return _attention_forward(q_BxXxHxC, chunk, earlier, visible_S)[0]
-
-
-def _by_head(x_BxXxHxC: jax.Array, K: int) -> jax.Array:
-  """Returns [K, B, X·G, C]: the G query heads of a key head stand beside one another, so that products are plain."""
-  B, X, H, C = x_BxXxHxC.shape
-  return x_BxXxHxC.reshape(B, X, K, H // K, C).transpose(2, 0, 1, 3, 4).reshape(K, B, X * H // K, C)
-
-
-def _by_token(x_KxBxQxC: jax.Array, X: int) -> jax.Array:
-  """Inverse of `_by_head`."""
-  K, B, Q, C = x_KxBxQxC.shape
-  return x_KxBxQxC.reshape(K, B, X, Q // X, C).transpose(1, 2, 0, 3, 4).reshape(B, X, K * Q // X, C)
-
-
-def _attention_forward(q_BxXxHxC, chunk, earlier, visible_S):
-  X, K, C = q_BxXxHxC.shape[1], chunk.k.shape[2], q_BxXxHxC.shape[3]
-  q, k, v = (_by_head(x, K) for x in (q_BxXxHxC * C**-0.5, *chunk))
-  causal_QxX = jnp.arange(q.shape[2])[:, None] // (q.shape[2] // X) >= jnp.arange(X)
-  scores = [
-    jnp.where(visible, wide_product("kbqc,kbsc->kbqs", q, keys), -jnp.inf)
-    for visible, keys in ((visible_S, earlier.k), (causal_QxX, k))
-  ]
-  largest = jnp.maximum(*(s.max(axis=-1, keepdims=True) for s in scores))
-  # A place never written holds whatever the last batch left; its weight is exactly zero.
-  p = [jnp.exp(s - largest) for s in scores]
-  total = sum(x.sum(axis=-1, keepdims=True) for x in p)
-  p = [x.astype(q.dtype) for x in p]
-  y = sum(wide_product("kbqs,kbsc->kbqc", x, values) for x, values in zip(p, (earlier.v, v), strict=True)) / total
-  return _by_token(y, X).astype(q.dtype), (q, KeysValues(k, v), earlier, p, total, y)
-
-
-def _attention_backward(residuals, dy_BxXxHxC):
-  q, chunk, earlier, p, total, y = residuals
-  K, X, C = *chunk.k.shape[::2], q.shape[3]
-  dy = _by_head(dy_BxXxHxC, K) / total
-  delta, dy = jnp.sum(dy * y, axis=-1, keepdims=True), dy.astype(q.dtype)
-  ds = [
-    (x * (wide_product("kbqc,kbsc->kbqs", dy, values) - delta)).astype(q.dtype)
-    for x, values in zip(p, (earlier.v, chunk.v), strict=True)
-  ]
-  dq = sum(wide_product("kbqs,kbsc->kbqc", x, keys) for x, keys in zip(ds, (earlier.k, chunk.k), strict=True))
-  dk, dv = (wide_product("kbqs,kbqc->kbsc", *pair) for pair in ((ds[1], q), (p[1], dy)))
-  dq, dk, dv = (_by_token(x, X).astype(q.dtype) for x in (dq * C**-0.5, dk, dv))
-  return dq, KeysValues(dk, dv), None, None
-
-
-attention.defvjp(_attention_forward, _attention_backward)
 
 
 def choose_context(settings: Settings, dtype: np.dtype) -> ChunkContext:

@@ -388,15 +388,14 @@ def hard_tokens_replaced_by_easy_ones(patch):
 def seeds_chosen_by_the_text(patch):
   honest = adapter_sets.AdapterSets.__init__
 
-  def init(self, settings, layout, programs, **rest):
-    tokens = STREAM[0]
-    honest(self, dataclasses.replace(settings, seed=int(tokens.sum())), layout, programs, **rest)
+  def init(self, settings, *rest, **options):
+    honest(self, dataclasses.replace(settings, seed=int(STREAM[0].sum())), *rest, **options)
 
   honest_make = ttt.Plan.make.__func__
 
-  def make(cls, settings, data, mesh):
+  def make(cls, settings, data, *rest):
     STREAM[0] = data.tokens
-    return honest_make(cls, settings, data, mesh)
+    return honest_make(cls, settings, data, *rest)
 
   patch.setattr(adapter_sets.AdapterSets, "__init__", init)
   patch.setattr(ttt.Plan, "make", classmethod(make))

@@ -11,7 +11,7 @@ from ttt_case import SETTINGS, chained_documents, changed
 from pgolf_jax.model import Context
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.scoring import context, scan
-from pgolf_jax.scoring.context import Chunk, KeysValues, Ring, Window
+from pgolf_jax.scoring.context import Chunk, Ring, Window
 
 ONCE, HINTS, LATER, FULL, FIXED = (
   "every target scored exactly once",
@@ -128,31 +128,21 @@ FUTURE = [None]
 
 def keys_and_values_of_a_later_pass(patch):
   """The ring already holds the chunk's own keys and values when the chunk is scored, and lets it see them."""
-  honest_hidden, honest_attention = Ring.hidden, context.attention
+  honest_hidden, honest_attention = Ring.hidden, context.chunk_attention
 
   def hidden(self, params, adaptation, memory, chunk, shape):
     _, fresh = honest_hidden(self, params, adaptation, memory, chunk, shape)
-    LATER_PASS[0] = iter(range(fresh.k.shape[0]))
-    LATER_PASS[1] = fresh
+    patch.setattr(context, "chunk_attention", later)
     try:
-      return honest_hidden(self, params, adaptation, memory, chunk, shape)
+      return honest_hidden(self, params, adaptation, self.remember(memory, fresh, chunk), chunk, shape)
     finally:
-      LATER_PASS[0] = None
+      patch.setattr(context, "chunk_attention", honest_attention)
 
-  def attention(q, chunk, earlier, visible):
-    if LATER_PASS[0] is None:
-      return honest_attention(q, chunk, earlier, visible)
-    position = next(LATER_PASS[0])
-    own = KeysValues(*(x[position].reshape(k.shape) for x, k in zip(LATER_PASS[1], chunk, strict=True)))
-    by_head = (x.transpose(2, 0, 1, 3) for x in own)
-    more = KeysValues(*(jnp.concatenate([e, o], axis=2) for e, o in zip(earlier, by_head, strict=True)))
-    return honest_attention(q, chunk, more, jnp.concatenate([visible, jnp.ones(own.k.shape[1], bool)]))
+  def later(q, k, v, ring, place, **options):
+    return honest_attention(q, k, v, ring, place._replace(first=place.first + place.size), **options)
 
   patch.setattr(Ring, "hidden", hidden)
-  patch.setattr(context, "attention", attention)
 
-
-LATER_PASS = [None, None]
 
 # Documents of one shape, and no phases: little to compile.
 DATA = chained_documents([40, 39, 38, 37, 40])
