@@ -67,7 +67,7 @@ def _backward(residuals, dy):
   t, dy = dy.shape[1], padded(dy)
   delta = jnp.einsum("bthc,bthc->bht", y, dy, preferred_element_type=jnp.float32)
   dq = _query_gradient(q, k, v, start, dy, lse, delta)
-  dk, dv = _key_gradients(q, k, v, start, dy, lse, delta)
+  dk, dv = key_gradients(q, k, v, start, dy, lse, delta)
   return dq[:, :t], dk[:, :t], dv[:, :t], None
 
 
@@ -208,7 +208,13 @@ def _seeing_queries(start_BxT: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _key_gradients(q, k, v, start, dy, lse, delta):
+def key_gradients(q, k, v, start, dy, lse, delta):
+  """Returns dk and dv, of arguments padded to whole blocks.
+
+  Args:
+    lse: log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32.
+    delta: Σ y·dy of each query, likewise.
+  """
   b, t, h, c = q.shape
   kv_heads = k.shape[2]
   group = h // kv_heads
