@@ -74,6 +74,7 @@ def items_of(plan: PlanName) -> list[Item]:
       "residual_norm",
       "rotary_heads",
       "segment_attention",
+      "chunk_attention",
       "gated_xsa",
       "leaky_relu2_mlp",
       "softcapped_xent",

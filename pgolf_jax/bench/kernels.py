@@ -14,6 +14,7 @@ from pgolf_jax.bench import harness
 from pgolf_jax.bench.harness import Measurement, Way, Work
 from pgolf_jax.bench.pytorch import torch_gpt_on
 from pgolf_jax.kernels import Choice, softcapped_xent
+from pgolf_jax.kernels import chunk_attention as chunk
 from pgolf_jax.kernels import gated_xsa as xsa
 from pgolf_jax.kernels import leaky_relu2_mlp as mlp
 from pgolf_jax.kernels import polar_express as polar
@@ -28,6 +29,7 @@ Operation = Literal[
   "residual_norm",
   "rotary_heads",
   "segment_attention",
+  "chunk_attention",
   "gated_xsa",
   "leaky_relu2_mlp",
   "softcapped_xent",
@@ -37,6 +39,8 @@ Operation = Literal[
 
 CAP = 30.0
 SLOPE = 0.3
+CHUNK = 64
+"""Targets between two updates of test-time training."""
 MEAN_DOCUMENT = 957
 """Tokens of a validation document, on average."""
 
@@ -240,7 +244,7 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
   D, F, V, H, K, C, matrices = sizes
   B, T = start_BxT.shape
   tokens = B * T
-  keys = iter(jax.random.split(jax.random.key(0), 16))
+  keys = iter(jax.random.split(jax.random.key(0), 24))
   size = jnp.dtype(dtype).itemsize
   caps = {"cap_pos": CAP, "cap_neg": CAP}
 
@@ -287,6 +291,7 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     (num_bytes, 3 * num_bytes),
     (0, 1, 2),
   )
+  yield _chunk_attention(normal, max(1, tokens // max_segment), max_segment, sizes)
   gate = normal(B, T, H)
   yield Case(
     "gated_xsa",
@@ -345,6 +350,30 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     (5 * matrices * (4 * D * D * F + 2 * D**3), 0),
     (2 * size * bank.size, 0),
     (),
+  )
+
+
+def _chunk_attention(normal: Callable[..., jax.Array], documents: int, window: int, sizes: Sizes) -> Case:
+  """A chunk of each document whose window is full: it sees all of the ring but what it will overwrite."""
+  (H, K, C), B, X, S = sizes[3:6], documents, min(CHUNK, window), window
+  arrays = normal(B, X, H, C), normal(B, X, K, C), normal(B, X, K, C), normal(1, K, B, S, C), normal(1, K, B, S, C)
+
+  def to_arguments(q, k, v, ring_k, ring_v):
+    place = chunk.Place(*(jnp.int32(n) for n in (0, S, X)))
+    return q, k, v, chunk.KeysValues(ring_k, ring_v), place
+
+  earlier, own = float(B * X * (S - X)), B * X * (X + 1) / 2
+  size = arrays[0].dtype.itemsize
+  ring_bytes, chunk_bytes = size * 2 * B * S * K * C, size * 2 * B * X * (H + K) * C
+  return Case(
+    "chunk_attention",
+    arrays,
+    lambda *x, **options: chunk.chunk_attention(*to_arguments(*x), window=S, **options),
+    partial(chunk.OPERATION.choose, *to_arguments(*arrays), window=S),
+    lambda torch, *tensors: torch.chunk_attention(*tensors),
+    (4 * (earlier + own) * H * C, (10 * earlier + 14 * own) * H * C),
+    (ring_bytes + chunk_bytes, 2 * ring_bytes + 3 * chunk_bytes),
+    (0, 1, 2),
   )
 
 

@@ -88,6 +88,16 @@ def segment_attention(q_TxHxC, k_TxKxC, v_TxKxC, lengths: tuple[int, ...]):
   return torch.cat([attend(*(x[None] for x in segment))[0] for segment in segments])
 
 
+def chunk_attention(q, k, v, ring_k, ring_v):
+  """Causal attention [B, X, H, C] of a chunk over itself and a full ring, whose first X places it will overwrite."""
+  X, S = q.shape[1], ring_k.shape[3]
+  k, v = (torch.cat([x[0].permute(1, 0, 2, 3), y.transpose(1, 2)], 2) for x, y in ((ring_k, k), (ring_v, v)))
+  is_seen = torch.cat([torch.arange(S) >= X, torch.ones(X, dtype=torch.bool)]).repeat(X, 1)
+  is_seen = is_seen.tril(S).to(q.device)
+  y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=is_seen, enable_gqa=True)
+  return y.transpose(1, 2)
+
+
 def leaky_relu2_mlp(x, up, down, slope: float):
   """down · φ(up · x) with φ(u) = leaky_relu(u)²."""
   return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
