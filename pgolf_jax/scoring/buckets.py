@@ -14,7 +14,7 @@ import numpy as np
 
 from pgolf_jax.model import flops
 from pgolf_jax.model.adapters import widths
-from pgolf_jax.scoring.documents import Batch, Document, Round
+from pgolf_jax.scoring.documents import Batch, Document, Layout, Round
 from pgolf_jax.settings import ModelConfig, TTTConfig
 
 SCORE, LEARN = 0, 1
@@ -210,6 +210,18 @@ def calls(
     else:
       result.append(Call(shape, (step,)))
   return result
+
+
+def stream_targets(layout: Layout, round_: Round, call: Call) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the stream's target at each place [S, B, X] of a call's output, and whether it is one."""
+  document_B = Layout(layout.devices, call.shape.slots).documents_in(round_.place_n)
+  start_n = np.array([document.start for document in round_.documents])
+  targets_n = np.array([document.targets for document in round_.documents])
+  targets_B = np.where(document_B >= 0, targets_n[document_B], 0)
+  k_S, within_X = np.array([step.k for step in call.steps]), np.arange(call.shape.width)
+  within = k_S[:, None, None] * round_.chunk_size + within_X
+  valid = (within < targets_B[:, None]) & (within_X < round_.chunk_size)
+  return np.where(valid, start_n[document_B][:, None] + within, 0), valid
 
 
 class WorkPlan(NamedTuple):

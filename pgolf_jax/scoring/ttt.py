@@ -29,7 +29,7 @@ from pgolf_jax.runtime.distributed import place, replicated
 from pgolf_jax.runtime.log import Progress, log, progress
 from pgolf_jax.scoring import global_phase
 from pgolf_jax.scoring.adapter_sets import AdapterSets, Draw
-from pgolf_jax.scoring.buckets import Call, Costs, WorkPlan, learning_chunks, plan_work
+from pgolf_jax.scoring.buckets import Costs, WorkPlan, learning_chunks, plan_work, stream_targets
 from pgolf_jax.scoring.compiled import Programs, Workload
 from pgolf_jax.scoring.context import Rows
 from pgolf_jax.scoring.documents import (
@@ -261,7 +261,7 @@ def _dispatch(plan: Plan, programs: Programs, state: State, number: int) -> list
   steps_B = np.zeros(plan.layout.rows, np.int32)
   running = []
   for call in plan.work.calls[number]:
-    target, valid = _targets(plan.layout, round_, call)
+    target, valid = stream_targets(plan.layout, round_, call)
     gate = valid & state.hints.gate_N[target]
     hint = np.where(gate, state.hints.ids_N[target], -1)
     sampled = None if state.sampled_N is None else valid & state.sampled_N[target]
@@ -277,18 +277,6 @@ def _dispatch(plan: Plan, programs: Programs, state: State, number: int) -> list
     ended = programs.adapters[round_.is_short].finish(scan.learner, steps_B * updates, rows.moving * updates)
     state.adapters.finish(round_, start, ended)
   return running
-
-
-def _targets(layout: Layout, round_: Round, call: Call) -> tuple[np.ndarray, np.ndarray]:
-  """The stream's target at each place [S, B, X] of a call's output, and whether it is one."""
-  document_B = Layout(layout.devices, call.shape.slots).documents_in(round_.place_n)
-  start_n = np.array([document.start for document in round_.documents])
-  targets_n = np.array([document.targets for document in round_.documents])
-  targets_B = np.where(document_B >= 0, targets_n[document_B], 0)
-  k_S, within_X = np.array([step.k for step in call.steps]), np.arange(call.shape.width)
-  within = k_S[:, None, None] * round_.chunk_size + within_X
-  valid = (within < targets_B[:, None]) & (within_X < round_.chunk_size)
-  return np.where(valid, start_n[document_B][:, None] + within, 0), valid
 
 
 def _collect(

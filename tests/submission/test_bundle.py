@@ -80,7 +80,7 @@ def test_archive_is_small_and_reproducible(modules):
   code = bundle.code()
   assert code.files > len(modules)  # C sources
   assert bundle.archive(modules)[0] == code.archive
-  assert code.size < 83_000  # of 16,000,000: the budget for the weights is what it costs
+  assert code.size < 86_000  # of 16,000,000: the budget for the weights is what it costs
 
 
 def test_requirements_are_those_of_pyproject(modules):
