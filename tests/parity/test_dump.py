@@ -72,7 +72,7 @@ def test_a_case_says_what_it_was_made_from(forward_case):
   settings = about["settings"]
   # Settings of ours that the environment leaves to defaults, those of the script, and those that it says nothing of.
   assert settings["MODEL_DIM"] == "32" and settings["QK_GAIN_INIT"] == "5.25" and settings["TOKEN_ORDER"]
-  assert made_from["settings_assumed"] == ["SPARSE_ATTN_GATE_INIT_STD"]
+  assert made_from["settings_assumed"] == ["SPARSE_ATTN_GATE_INIT_STD", "VALUE_RESIDUAL", "DENSE_SKIPS"]
   assert "DATA_PATH" not in settings and "WORLD_SIZE" not in settings
 
 
