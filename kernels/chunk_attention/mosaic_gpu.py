@@ -54,7 +54,7 @@ def _differentiable(q, k, v, ring_k, ring_v, where):
 
 def _forward(q, k, v, ring_k, ring_v, where):
   arguments = *map(padded, (q, k, v)), ring_k, ring_v, where
-  y, lse = _attend(*arguments)
+  y, lse = _attend_with_ring(*arguments)
   return y[:, : q.shape[1]], (*arguments, y, lse)
 
 
@@ -62,7 +62,7 @@ def _backward(residuals, dy):
   q, k, v, ring_k, ring_v, where, y, lse = residuals
   x, dy = dy.shape[1], padded(dy)
   delta = wide_product("bxhc,bxhc->bhx", y, dy)
-  dq = _query_gradient(q, k, v, ring_k, ring_v, where, dy, lse, delta)
+  dq = _query_gradient_with_ring(q, k, v, ring_k, ring_v, where, dy, lse, delta)
   dk, dv = key_gradients(q, k, v, jnp.zeros(q.shape[:2], jnp.int32), dy, lse, delta)
   return dq[:, :x], dk[:, :x], dv[:, :x], None, None, None
 
@@ -102,7 +102,7 @@ def _over_keys(step, carry, k_ref, v_ref, ring_k_ref, ring_v_ref, where_ref, hea
 
 
 @jax.jit
-def _attend(q, k, v, ring_k, ring_v, where):
+def _attend_with_ring(q, k, v, ring_k, ring_v, where):
   """Returns the outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, X] float32."""
   b, x, h, c = q.shape
   scale = LOG2E / math.sqrt(c)
@@ -137,7 +137,7 @@ def _attend(q, k, v, ring_k, ring_v, where):
 
 
 @jax.jit
-def _query_gradient(q, k, v, ring_k, ring_v, where, dy, lse, delta):
+def _query_gradient_with_ring(q, k, v, ring_k, ring_v, where, dy, lse, delta):
   b, x, h, c = q.shape
   scale = 1 / math.sqrt(c)
 

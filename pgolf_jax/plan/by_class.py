@@ -44,6 +44,11 @@ def _attention(products: int) -> Callable[[Shapes, float], float]:
   return lambda inputs, keys: products * 2.0 * math.prod(inputs[0]) * (keys + _DIAGONAL)
 
 
+def _with_ring(products: int) -> Callable[[Shapes, float], float]:
+  """Of a chunk's kernel, whose inputs are q, k, v and the ring's keys [P, K, B, S, C]: the whole ring is seen."""
+  return lambda inputs, keys: products * 2.0 * math.prod(inputs[0]) * inputs[3][3]
+
+
 def _splash(products: int) -> Callable[[Shapes, float], float]:
   """Of a kernel that computes all blocks of half its keys and one block more, whatever the segments are."""
 
@@ -62,7 +67,9 @@ def _mlp(inputs: Shapes, keys: float) -> float:
 FLOPS = {
   "kernel _attend": _attention(2),
   "kernel _query_gradient": _attention(3),
-  "kernel _key_gradients": _attention(4),
+  "kernel key_gradients": _attention(4),
+  "kernel _attend_with_ring": _with_ring(2),
+  "kernel _query_gradient_with_ring": _with_ring(3),
   "kernel splash_mha_fwd_segmented_residuals": _splash(2),
   "kernel splash_mha_dq_segmented_no_residuals": _splash(3),
   "kernel splash_mha_dkv_segmented_no_residuals": _splash(4),
