@@ -21,7 +21,7 @@ from pgolf_jax.submission.evaluate import score
 ROOT = Path(__file__).parents[2]
 
 # Backends, and what they share, are imported when an operation first considers them.
-LATE = re.compile(r"pgolf_jax\.kernels\.(\w+\.(reference|xla|mosaic_gpu|mosaic_tpu|vjp)|hopper|hopper_attention|numerics)")
+LATE = re.compile(r"pgolf_jax\.kernels\.(\w+\.(reference|xla|mosaic_gpu|mosaic_tpu|vjp)|hopper(_attention)?|numerics)")
 
 NOT_FOR_EVALUATION = (
   "pgolf_jax.kernels.ngram.in_numpy",
