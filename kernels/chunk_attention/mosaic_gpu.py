@@ -63,7 +63,8 @@ def _backward(residuals, dy):
   x, dy = dy.shape[1], padded(dy)
   delta = wide_product("bxhc,bxhc->bhx", y, dy)
   dq = _query_gradient_with_ring(q, k, v, ring_k, ring_v, where, dy, lse, delta)
-  dk, dv = key_gradients(q, k, v, jnp.zeros(q.shape[:2], jnp.int32), dy, lse, delta)
+  before = jnp.full(q.shape[:2], -1, jnp.int32)  # no query is alone: the ring is before them all
+  dk, dv = key_gradients(q, k, v, before, dy, lse, delta)
   return dq[:, :x], dk[:, :x], dv[:, :x], None, None, None
 
 

@@ -38,7 +38,8 @@ def segment_attention(
 ) -> Float[Array, "B T H C"]:
   """Returns y_t = Σ_j p_tj v_j with p_t the softmax of q_t · k_j / √C over start[t] ≤ j ≤ t.
 
-  Each key/value head serves H/K consecutive query heads. Scores, softmax and sums are float32.
+  Each key/value head serves H/K consecutive query heads. Scores, softmax and sums are float32. A query that sees one
+  key has a gradient of exactly zero, and gives that key none.
 
   Args:
     start_BxT: where each query's segment begins, the first key that it may see. Segments are stretches of a row:
@@ -49,12 +50,18 @@ def segment_attention(
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
   """
-  # A query that sees one key does not matter, and its gradient and that key's from it are zero. As zero itself it makes
-  # them exactly that in every backend: Adam would take full steps of the rounding noise.
-  is_alone_BxT = start_BxT == jnp.arange(start_BxT.shape[1])
-  q_BxTxHxC = jnp.where(is_alone_BxT[..., None, None], 0, q_BxTxHxC)
   arguments = q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT
   return OPERATION(*arguments, max_segment=max_segment, implementation=implementation)
+
+
+def without_lone_queries(q_BxTxHxC: jax.Array, start_BxT: jax.Array) -> jax.Array:
+  """Returns queries of which those that see one key are zero.
+
+  Such a query does not matter, and its gradient and that key's from it are zero: so they are exactly that, where Adam
+  would take full steps of the rounding noise.
+  """
+  is_alone_BxT = start_BxT == jnp.arange(start_BxT.shape[1])
+  return jnp.where(is_alone_BxT[..., None, None], 0, q_BxTxHxC)
 
 
 def segment_starts(tokens_BxT: Int[Array, "B T"], *, bos_id: int, seq_len: int) -> Int[Array, "B T"]:

@@ -175,7 +175,10 @@ def _query_gradient(q, k, v, start, dy, lse, delta):
       init_carry=filled((BLOCK, c), 0.0, hopper.MATRIX),
     )(k_ref.at[row, :, kv_head, :], v_ref.at[row, :, kv_head, :])
 
-    q_smem[...] = (dq * scale).astype(q.dtype)
+    is_alone = rows_by(start, dq.shape) == tile * BLOCK + plgpu.broadcasted_iota(
+      jnp.int32, dq.shape, 0, layout=hopper.MATRIX
+    )
+    q_smem[...] = jnp.where(is_alone, 0.0, dq * scale).astype(q.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[row, queries, head])
     plgpu.wait_smem_to_gmem(0)
@@ -212,6 +215,7 @@ def key_gradients(q, k, v, start, dy, lse, delta):
   """Returns dk and dv, of arguments padded to whole blocks.
 
   Args:
+    start: first key that each query sees, [B, T] int32; itself where nothing is learnt of its key through it.
     lse: log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32.
     delta: Σ y·dy of each query, likewise.
   """
@@ -234,14 +238,19 @@ def key_gradients(q, k, v, start, dy, lse, delta):
       dk, dv = carry
       query_tile = tile + index[0]
       square = (BLOCK, BLOCK)
+      queries, position = pl.ds(query_tile * BLOCK, BLOCK), positions(query_tile * BLOCK, 1)
       scores = product(k_smem, q_smem.T, square)
 
       def masked():
-        queries = pl.ds(query_tile * BLOCK, BLOCK)
         start = hopper.load(start_ref.at[row, queries], hopper.BY_COLUMN)
         key = positions(tile * BLOCK, 0)
-        visible = (key <= positions(query_tile * BLOCK, 1)) & (key >= columns_by(start, square))
+        visible = (key <= position) & (key >= columns_by(start, square))
         return jnp.where(visible, scores, -jnp.inf)
+
+      def of_others(ds):
+        """Without what lone queries would give, which see a key of the block that they stand in."""
+        start = hopper.load(start_ref.at[row, queries], hopper.BY_COLUMN)
+        return jnp.where(columns_by(start, square) == position, 0.0, ds)
 
       scores = lax.cond((query_tile == tile) | (query_tile >= all_seen_end), masked, lambda: scores)
       lse = hopper.load(lse_smem, hopper.BY_COLUMN)
@@ -250,6 +259,7 @@ def key_gradients(q, k, v, start, dy, lse, delta):
       p = jnp.exp2(scores * (scale * LOG2E) - columns_by(lse, square))
       dv = plus_product(dv, p.astype(q.dtype), dy_smem)
       ds = p * (product(v_smem, dy_smem.T, square) - columns_by(delta, square))
+      ds = lax.cond(query_tile == tile, of_others, lambda ds: ds, ds)
       return plus_product(dk, ds.astype(q.dtype), q_smem), dv
 
     def by_head(i, j):

@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pgolf_jax.kernels.segment_attention import without_lone_queries
+
 try:
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 except ImportError:  # a later JAX may move it: `obstacle` then refuses, and the operation takes another backend
@@ -41,7 +43,8 @@ def segment_attention(
   B, T, H, C = q_BxTxHxC.shape
   size = -(-min(max_segment, T) // _LANES) * _LANES
   padding = -T % size
-  q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BxTxHxC * C**-0.5, k_BxTxKxC, v_BxTxKxC))
+  q = without_lone_queries(q_BxTxHxC, start_BxT) * C**-0.5
+  q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k_BxTxKxC, v_BxTxKxC))
   # Padded positions are segments of one token each.
   itself = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BxT.dtype), (B, padding))
   id_BxT = jnp.concatenate([start_BxT, itself], axis=1).astype(jnp.int32)

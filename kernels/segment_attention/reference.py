@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pgolf_jax.kernels.segment_attention import without_lone_queries
+
 
 def segment_attention(
   q_BxTxHxC: Float[Array, "B T H C"],
@@ -17,7 +19,7 @@ def segment_attention(
   del max_segment  # the mask needs no bound
   B, T, H, C = q_BxTxHxC.shape
   K = k_BxTxKxC.shape[2]
-  q = q_BxTxHxC.astype(jnp.float32).reshape(B, T, K, H // K, C)
+  q = without_lone_queries(q_BxTxHxC, start_BxT).astype(jnp.float32).reshape(B, T, K, H // K, C)
   k, v = k_BxTxKxC.astype(jnp.float32), v_BxTxKxC.astype(jnp.float32)
   position_T = jnp.arange(T)
   visible_BxTxT = (position_T[None, None] >= start_BxT[:, :, None]) & (position_T <= position_T[:, None])[None]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pgolf_jax.kernels.numerics import wide_product
+from pgolf_jax.kernels.segment_attention import without_lone_queries
 
 _MASKED = -1e30  # finite, so that a block with no visible key leaves the running maximum defined
 
@@ -139,7 +140,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> jax.Array:
   """Computes the operation. Rows of any length are padded to whole blocks."""
-  T = q_BxTxHxC.shape[1]
+  T, q_BxTxHxC = q_BxTxHxC.shape[1], without_lone_queries(q_BxTxHxC, start_BxT)
   # Larger blocks waste work at segment starts, smaller ones have a higher cost for each block.
   size = min(256, max(16, 1 << (min(max_segment, T) - 1).bit_length()))
   padding = -T % size

@@ -16,7 +16,7 @@ class Cases(BackendCases):
   results = ("y", "dq", "dk", "dv")
   differentiated = 3
   static = ("window",)
-  shapes = ((2, 5, 4, 2, 12, 16), (1, 3, 3, 1, 8, 9), (2, 4, 2, 2, 4, 7))
+  shapes = ((2, 15, 4, 2, 12, 16), (2, 24, 3, 1, 16, 33), (3, 20, 2, 2, 8, 47))
   """B, X, H, K, C of each case, and S of its ring."""
 
   @classmethod

@@ -65,6 +65,19 @@ class Cases(BackendCases):
       np.testing.assert_array_equal(got[:, first:end], want[:, first:end])
       assert not np.array_equal(got[:, :first], want[:, :first])
 
+  def test_a_query_that_sees_one_key_has_no_gradient_and_gives_none(self, backend):
+    """Of a row of such queries q and k have gradients of exactly zero; of one between documents q has."""
+    q, k, v, dy = self.draw(3)
+    alone = jnp.broadcast_to(jnp.arange(self.t, dtype=jnp.int32), (self.b, self.t))
+    y, dq, dk, dv = (np.asarray(x, np.float32) for x in backend((q, k, v, alone), dy, max_segment=self.longest))
+    assert not dq.any() and not dk.any() and dv.any()
+    np.testing.assert_allclose(y, np.repeat(np.asarray(v, np.float32), self.h // self.k, axis=2), rtol=0.01, atol=1e-6)
+    third = self.t // 3
+    start = jnp.broadcast_to(jnp.asarray(starts((third, third + 1), self.t, self.longest)), alone.shape)
+    dq = np.asarray(backend((q, k, v, start), dy, max_segment=self.longest)[1], np.float32)
+    is_zero_T = ~dq.any(axis=(0, 2, 3))
+    np.testing.assert_array_equal(is_zero_T, np.asarray(start[0] == np.arange(self.t)))
+
 
 class TestXla(Cases):
   implementation = "xla"
