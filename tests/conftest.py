@@ -73,9 +73,10 @@ def programs_of_users():
   """Compiles with XLA's optimizations, all but its fusion emitters: for comparisons with the reference."""
   import jax
 
+  before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
-  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True, scope="module")
