@@ -32,22 +32,28 @@ def obstacle(q_BxTxHxC) -> str | None:
 
 
 def padded(x: jax.Array) -> jax.Array:
+  """Returns rows [B, T, heads, C] with zeros after them up to a whole number of blocks."""
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)))
 
 
 def rows_by(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Returns one number for each row, repeated along it."""
   return lax.broadcast_in_dim(x, shape, [0])
 
 
 def columns_by(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+  """Returns one number for each column, repeated along it."""
   return lax.broadcast_in_dim(x, shape, [1])
 
 
 def positions(first: jax.Array, dimension: int) -> jax.Array:
+  """Returns the position that each row, or each column, of a square of blocks stands for."""
   return first + plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), dimension, layout=hopper.MATRIX)
 
 
 def product(a, b, shape: tuple[int, int]) -> jax.Array:
+  """Returns a · b of operands in shared memory, in float32."""
+
   def compute(acc):
     plgpu.wgmma(acc, a, b)
     return acc[...]
@@ -56,14 +62,17 @@ def product(a, b, shape: tuple[int, int]) -> jax.Array:
 
 
 def plus_product(sums: jax.Array, a: jax.Array, b) -> jax.Array:
+  """Returns sums + a · b of a in registers and b in shared memory."""
   return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))
 
 
 def filled(shape: tuple[int, ...], value: float, layout) -> jax.Array:
+  """Returns float32 registers of one value."""
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def operand(width: int, dtype) -> plgpu.SMEM:
+  """Returns room in shared memory for a block that is multiplied."""
   return plgpu.SMEM((BLOCK, width), dtype, transforms=hopper.TILED)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pgolf_jax.model.adapters import Adapter, Adapters
 from pgolf_jax.scoring.adapters import Learner, Matrices, map_rows, row_axis
 from pgolf_jax.scoring.compiled import Programs
-from pgolf_jax.scoring.documents import Chains, Layout, Round
+from pgolf_jax.scoring.documents import Chains, Layout, Round, deal
 from pgolf_jax.settings import Settings
 
 Draw = Callable[[int, int], dict[str, np.ndarray]]
@@ -95,7 +95,7 @@ class AdapterSets:
     programs, numbers = self._programs[short], dict(zip(ids, range(self._made, self._made + len(ids)), strict=True))
     self._made += len(ids)
     sets = {place: AdapterSet(str(number), 0) for place, number in numbers.items()}
-    place_n = np.concatenate([np.arange(len(x))[::-1] * self._width + place for place, x in ids.items()])
+    place_n = deal({place: len(x) for place, x in ids.items()}, self._width)
     if self._draw is not None:
       given = [self._draw(number, programs.spec.rule.rank) for number in numbers.values()]
       assert [x["head"].shape[0] for x in given] == [*map(len, ids.values())], "a set has a row for each document"
@@ -133,9 +133,7 @@ class AdapterSets:
 
   def _rows_at(self, places: Iterable[int]) -> jax.Array:
     """Which rows hold documents of the batches at these places of a round."""
-    layout = self._layout
-    place_B = layout.slot_of_rows() * layout.devices + np.arange(layout.rows) // layout.slots
-    return self._programs[False].place_mask(np.isin(place_B % self._width, list(places)))
+    return self._programs[False].place_mask(np.isin(self._layout.place_of_rows() % self._width, list(places)))
 
   def needs_end(self, start: Start) -> bool:
     """Whether adapters after the round matter to later ones."""
@@ -168,7 +166,7 @@ class AdapterSets:
 
   def _places(self, places: Iterable[int]) -> np.ndarray:
     """Where the documents of full batches at these places of a round stand, batch for batch."""
-    return np.concatenate([np.arange(self._ttt.batch_size)[::-1] * self._width + at for at in places])
+    return deal(dict.fromkeys(places, self._ttt.batch_size), self._width)
 
   def state(self) -> tuple[dict, dict[str, np.ndarray]]:
     """Returns what a restart needs, as plain values and arrays, by chain; rows are in batch order."""

@@ -4,7 +4,7 @@ Recipe section 5.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -185,8 +185,8 @@ class Round(NamedTuple):
   @property
   def place_n(self) -> Int[np.ndarray, "n"]:
     """Returns where each document stands if batches are dealt out in turn, each from its longest document down."""
-    pairs = zip(self.places, self.batches, strict=True)
-    return np.concatenate([np.arange(len(batch.documents))[::-1] * self.width + at for at, batch in pairs])
+    counts = [len(batch.documents) for batch in self.batches]
+    return deal(dict(zip(self.places, counts, strict=True)), self.width)
 
   def by_document(self, of_batch: Callable[[Batch], object]) -> np.ndarray:
     """Returns a batch's value, or its documents' values, for each document."""
@@ -201,6 +201,15 @@ class Round(NamedTuple):
   def is_short(self) -> bool:
     """Whether it takes the adapters of short documents."""
     return self.batches[0].is_short
+
+
+def deal(counts: Mapping[int, int], width: int) -> Int[np.ndarray, "n"]:
+  """Returns where documents stand if batches are dealt out in turn, each from its last document down.
+
+  Args:
+    counts: place among `width` batches → documents of the batch.
+  """
+  return np.concatenate([np.arange(count)[::-1] * width + at for at, count in counts.items()])
 
 
 def rounds(batches: Sequence[Batch], chains: Chains) -> list[Round]:
@@ -236,6 +245,10 @@ class Layout(NamedTuple):
   def slot_of_rows(self) -> Int[np.ndarray, "rows"]:
     """Returns the slot of each row on its device."""
     return np.arange(self.rows) % self.slots
+
+  def place_of_rows(self) -> Int[np.ndarray, "rows"]:
+    """Returns the place that each row is for: the inverse of `rows_of`."""
+    return self.slot_of_rows() * self.devices + np.arange(self.rows) // self.slots
 
   def rows_of(self, place_n: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
     """Returns the row of each place."""

@@ -22,6 +22,7 @@ def test_every_document_has_a_row_and_every_row_knows_its_document(case):
   assert len(set(rows.tolist())) == documents
   held = layout.documents_in(place_n)
   np.testing.assert_array_equal(held[rows], np.arange(documents))
+  np.testing.assert_array_equal(layout.place_of_rows()[rows], place_n)
   assert (np.delete(held, rows) == -1).all()
 
 
