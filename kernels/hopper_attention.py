@@ -1,9 +1,12 @@
 """What kernels of attention for Hopper GPUs share: blocks of queries and keys, their products, and the running softmax.
 
-A thread block is a single warpgroup with 64 queries of one head, which walks over blocks of 64 keys.
+A thread block is a single warpgroup with 64 queries of one head, which walks over blocks of 64 keys. An operation says
+which, by a function `keys`: (*references to its operands) → walk, where walk(step, carry) returns the last carry of
+step(block of keys, block of values, confine, carry). `confine` puts −∞ in place of scores of keys that are not visible.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +79,105 @@ def operand(width: int, dtype) -> plgpu.SMEM:
   return plgpu.SMEM((BLOCK, width), dtype, transforms=hopper.TILED)
 
 
-def nothing_seen(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the carry of `with_block` before the first block: sums of values, the largest score, the sum of weights."""
+def over_blocks(step: Callable, first, count, carry, keys_and_values, stages: int):
+  """Returns the last carry of step(i, block of keys, block of values, carry) over `count` blocks from `first` on.
+
+  Args:
+    keys_and_values: two references [rows, C] in global memory.
+    stages: blocks in flight.
+  """
+  width = keys_and_values[0].shape[1]
+  block = plgpu.BlockSpec((BLOCK, width), lambda i: (first + i, 0), transforms=hopper.TILED)
+  pipeline = plgpu.emit_pipeline(
+    lambda index, k_smem, v_smem, carry: step(index[0], k_smem, v_smem, carry),
+    grid=(count,),
+    in_specs=[block, block],
+    max_concurrent_steps=stages,
+    init_carry=carry,
+  )
+  return pipeline(*keys_and_values)
+
+
+def attend(keys: Callable, q: jax.Array, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32."""
+  b, t, h, c = q.shape
+  scale = LOG2E / math.sqrt(c)
+
+  def kernel(q_ref, *refs):
+    *operand_refs, y_ref, lse_ref, q_smem, lse_smem, arrived = refs
+    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
+    queries = pl.ds(tile * BLOCK, BLOCK)
+    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
+    walk = keys(*operand_refs)
+    plgpu.barrier_wait(arrived)
+
+    def step(k_smem, v_smem, confine, carry):
+      return _with_block(carry, confine(product(q_smem, k_smem.T, (BLOCK, BLOCK))), v_smem, scale)
+
+    sums, top, total = walk(step, _nothing_seen(c))
+    q_smem[...] = (sums * rows_by(1 / total, sums.shape)).astype(q.dtype)
+    lse_smem[...] = top + jnp.log(total) * LOG2E
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_smem, y_ref.at[row, queries, head])
+    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[row, head, queries])
+    plgpu.wait_smem_to_gmem(0)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)),
+    scratch_types=(operand(c, q.dtype), plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
+    grid=(b, t // BLOCK, h),
+    grid_names=("row", "tile", "head"),
+    compiler_params=COMPILER,
+  )(q, *operands)
+
+
+def query_gradient(keys: Callable, q, dy, lse, delta, *operands: jax.Array) -> jax.Array:
+  """Returns dq.
+
+  Args:
+    lse: what `attend` returned.
+    delta: Σ y·dy of each query, [B, H, T] float32.
+  """
+  b, t, h, c = q.shape
+  scale = 1 / math.sqrt(c)
+
+  def kernel(q_ref, dy_ref, lse_ref, delta_ref, *refs):
+    *operand_refs, dq_ref, q_smem, dy_smem, arrived = refs
+    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
+    queries = pl.ds(tile * BLOCK, BLOCK)
+    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
+    plgpu.copy_gmem_to_smem(dy_ref.at[row, queries, head], dy_smem, arrived)
+    walk = keys(*operand_refs)
+    lse = hopper.load(lse_ref.at[row, head, queries], hopper.BY_ROW)
+    delta = hopper.load(delta_ref.at[row, head, queries], hopper.BY_ROW)
+    plgpu.barrier_wait(arrived)
+
+    def step(k_smem, v_smem, confine, dq):
+      square = (BLOCK, BLOCK)
+      scores = confine(product(q_smem, k_smem.T, square))
+      p = jnp.exp2(scores * (scale * LOG2E) - rows_by(lse, square))
+      ds = p * (product(dy_smem, v_smem.T, square) - rows_by(delta, square))
+      return plus_product(dq, ds.astype(q.dtype), k_smem)
+
+    dq = walk(step, filled((BLOCK, c), 0.0, hopper.MATRIX))
+    q_smem[...] = (dq * scale).astype(q.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[row, queries, head])
+    plgpu.wait_smem_to_gmem(0)
+
+  return plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    scratch_types=(operand(c, q.dtype), operand(c, q.dtype), plgpu.Barrier(num_arrivals=2)),
+    grid=(b, t // BLOCK, h),
+    grid_names=("row", "tile", "head"),
+    compiler_params=COMPILER,
+  )(q, dy, lse, delta, *operands)
+
+
+def _nothing_seen(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the carry of `_with_block` before the first block: sums of values, largest scores, sums of weights."""
   return (
     filled((BLOCK, width), 0.0, hopper.MATRIX),
     filled((BLOCK,), -jnp.inf, hopper.BY_ROW),
@@ -85,7 +185,7 @@ def nothing_seen(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   )
 
 
-def with_block(carry, scores: jax.Array, v_smem, scale: float):
+def _with_block(carry, scores: jax.Array, v_smem, scale: float):
   """Returns the running softmax after a block of keys, the largest score in units of log 2.
 
   Args:
@@ -100,18 +200,3 @@ def with_block(carry, scores: jax.Array, v_smem, scale: float):
   p = jnp.exp2(scores * scale - rows_by(shift, scores.shape))
   total = total * shrink + p.sum(axis=1)
   return plus_product(sums * rows_by(shrink, sums.shape), p.astype(v_smem.dtype), v_smem), new_top, total
-
-
-def with_gradient(dq: jax.Array, scores: jax.Array, k_smem, v_smem, dy_smem, lse, delta, scale: float) -> jax.Array:
-  """Returns √C · dq with what a block of keys adds.
-
-  Args:
-    scores: q·k, a query in each row, −∞ where a key is not visible.
-    lse: log2 Σ exp2 of each query's scores in units of log 2.
-    delta: Σ y·dy of each query.
-    scale: 1 / √C.
-  """
-  square = (BLOCK, BLOCK)
-  p = jnp.exp2(scores * (scale * LOG2E) - rows_by(lse, square))
-  ds = p * (product(dy_smem, v_smem.T, square) - rows_by(delta, square))
-  return plus_product(dq, ds.astype(k_smem.dtype), k_smem)

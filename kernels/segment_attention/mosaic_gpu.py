@@ -35,6 +35,7 @@ from pgolf_jax.kernels.hopper_attention import (
   product,
   rows_by,
 )
+from pgolf_jax.kernels.numerics import wide_product
 
 
 def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> str | None:
@@ -65,8 +66,8 @@ def _forward(q, k, v, start):
 def _backward(residuals, dy):
   q, k, v, start, y, lse = residuals
   t, dy = dy.shape[1], padded(dy)
-  delta = jnp.einsum("bthc,bthc->bht", y, dy, preferred_element_type=jnp.float32)
-  dq = _query_gradient(q, k, v, start, dy, lse, delta)
+  delta = wide_product("bthc,bthc->bht", y, dy)
+  dq = _query_gradient(q, dy, lse, delta, k, v, start)
   dk, dv = key_gradients(q, k, v, start, dy, lse, delta)
   return dq[:, :t], dk[:, :t], dv[:, :t], None
 
@@ -81,12 +82,6 @@ def _padded_start(start: jax.Array) -> jax.Array:
   return jnp.concatenate([start.astype(jnp.int32), itself], axis=1)
 
 
-def _visible_keys(start_ref, row, tile):
-  """Returns the first block of keys that a block of queries sees, and the position before which keys need a mask."""
-  first = lax.div(start_ref[row, tile * BLOCK], BLOCK)
-  return first, start_ref[row, tile * BLOCK + BLOCK - 1]
-
-
 def _confined(scores, query_tile, key_tile, start, last_start):
   """Returns a block's scores, a query in each row, with −∞ where the key is not visible."""
 
@@ -98,99 +93,45 @@ def _confined(scores, query_tile, key_tile, start, last_start):
   return lax.cond((key_tile == query_tile) | (key_tile * BLOCK < last_start), masked, lambda: scores)
 
 
-@jax.jit
-def _attend(q, k, v, start):
-  """Returns the outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32."""
-  b, t, h, c = q.shape
-  scale = LOG2E / math.sqrt(c)
+def _keys(heads_of_a_key: int, *, without_lone: bool):
+  """Returns `keys` of the shared kernels: the blocks from a block's first visible key to itself.
 
-  def kernel(q_ref, k_ref, v_ref, start_ref, y_ref, lse_ref, q_smem, lse_smem, arrived):
+  Args:
+    without_lone: whether the last carry is 0 in the rows of queries that see one key.
+  """
+
+  def keys(k_ref, v_ref, start_ref):
     row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
-    queries = pl.ds(tile * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
-    first, last_start = _visible_keys(start_ref, row, tile)
-    start = hopper.load(start_ref.at[row, queries], hopper.BY_ROW)
-    plgpu.barrier_wait(arrived)
+    first = lax.div(start_ref[row, tile * BLOCK], BLOCK)
+    last_start = start_ref[row, tile * BLOCK + BLOCK - 1]
+    start = hopper.load(start_ref.at[row, pl.ds(tile * BLOCK, BLOCK)], hopper.BY_ROW)
+    kv_head = lax.div(head, heads_of_a_key)
 
-    def step(index, k_smem, v_smem, carry):
-      scores = product(q_smem, k_smem.T, (BLOCK, BLOCK))
-      scores = _confined(scores, tile, first + index[0], start, last_start)
-      return attention.with_block(carry, scores, v_smem, scale)
+    def walk(step, carry):
+      def in_row(i, k_smem, v_smem, carry):
+        return step(k_smem, v_smem, lambda scores: _confined(scores, tile, first + i, start, last_start), carry)
 
-    keys = plgpu.BlockSpec((BLOCK, c), lambda i: (first + i, 0), transforms=hopper.TILED)
-    kv_head = lax.div(head, h // k.shape[2])
-    sums, top, total = plgpu.emit_pipeline(
-      step,
-      grid=(tile + 1 - first,),
-      in_specs=[keys, keys],
-      max_concurrent_steps=STAGES,
-      init_carry=attention.nothing_seen(c),
-    )(k_ref.at[row, :, kv_head, :], v_ref.at[row, :, kv_head, :])
+      in_memory = [x.at[row, :, kv_head, :] for x in (k_ref, v_ref)]
+      carry = attention.over_blocks(in_row, first, tile + 1 - first, carry, in_memory, STAGES)
+      if not without_lone:
+        return carry
+      within = plgpu.broadcasted_iota(jnp.int32, carry.shape, 0, layout=hopper.MATRIX)
+      return jnp.where(rows_by(start, carry.shape) == tile * BLOCK + within, 0.0, carry)
 
-    q_smem[...] = (sums * rows_by(1 / total, sums.shape)).astype(q.dtype)
-    lse_smem[...] = top + jnp.log(total) * LOG2E
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem, y_ref.at[row, queries, head])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[row, head, queries])
-    plgpu.wait_smem_to_gmem(0)
+    return walk
 
-  return plgpu.kernel(
-    kernel,
-    out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)),
-    scratch_types=(operand(c, q.dtype), plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
-    grid=(b, t // BLOCK, h),
-    grid_names=("row", "tile", "head"),
-    compiler_params=COMPILER,
-  )(q, k, v, start)
+  return keys
 
 
 @jax.jit
-def _query_gradient(q, k, v, start, dy, lse, delta):
-  b, t, h, c = q.shape
-  scale = 1 / math.sqrt(c)
+def _attend(q, k, v, start):
+  return attention.attend(_keys(q.shape[2] // k.shape[2], without_lone=False), q, k, v, start)
 
-  def kernel(q_ref, k_ref, v_ref, start_ref, dy_ref, lse_ref, delta_ref, dq_ref, q_smem, dy_smem, arrived):
-    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
-    queries = pl.ds(tile * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
-    plgpu.copy_gmem_to_smem(dy_ref.at[row, queries, head], dy_smem, arrived)
-    first, last_start = _visible_keys(start_ref, row, tile)
-    start = hopper.load(start_ref.at[row, queries], hopper.BY_ROW)
-    lse = hopper.load(lse_ref.at[row, head, queries], hopper.BY_ROW)
-    delta = hopper.load(delta_ref.at[row, head, queries], hopper.BY_ROW)
-    plgpu.barrier_wait(arrived)
 
-    def step(index, k_smem, v_smem, dq):
-      scores = product(q_smem, k_smem.T, (BLOCK, BLOCK))
-      scores = _confined(scores, tile, first + index[0], start, last_start)
-      return attention.with_gradient(dq, scores, k_smem, v_smem, dy_smem, lse, delta, scale)
-
-    keys = plgpu.BlockSpec((BLOCK, c), lambda i: (first + i, 0), transforms=hopper.TILED)
-    kv_head = lax.div(head, h // k.shape[2])
-    dq = plgpu.emit_pipeline(
-      step,
-      grid=(tile + 1 - first,),
-      in_specs=[keys, keys],
-      max_concurrent_steps=STAGES,
-      init_carry=filled((BLOCK, c), 0.0, hopper.MATRIX),
-    )(k_ref.at[row, :, kv_head, :], v_ref.at[row, :, kv_head, :])
-
-    is_alone = rows_by(start, dq.shape) == tile * BLOCK + plgpu.broadcasted_iota(
-      jnp.int32, dq.shape, 0, layout=hopper.MATRIX
-    )
-    q_smem[...] = jnp.where(is_alone, 0.0, dq * scale).astype(q.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[row, queries, head])
-    plgpu.wait_smem_to_gmem(0)
-
-  return plgpu.kernel(
-    kernel,
-    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    scratch_types=(operand(c, q.dtype), operand(c, q.dtype), plgpu.Barrier(num_arrivals=2)),
-    grid=(b, t // BLOCK, h),
-    grid_names=("row", "tile", "head"),
-    compiler_params=COMPILER,
-  )(q, k, v, start, dy, lse, delta)
+@jax.jit
+def _query_gradient(q, dy, lse, delta, k, v, start):
+  keys = _keys(q.shape[2] // k.shape[2], without_lone=True)
+  return attention.query_gradient(keys, q, dy, lse, delta, k, v, start)
 
 
 def _seeing_queries(start_BxT: jax.Array) -> jax.Array:

@@ -45,8 +45,8 @@ def _attention(products: int) -> Callable[[Shapes, float], float]:
 
 
 def _with_ring(products: int) -> Callable[[Shapes, float], float]:
-  """Of a chunk's kernel, whose inputs are q, k, v and the ring's keys [P, K, B, S, C]: the whole ring is seen."""
-  return lambda inputs, keys: products * 2.0 * math.prod(inputs[0]) * inputs[3][3]
+  """Of a chunk's kernel, among whose inputs is a ring [P, K, B, S, C], all of which is seen."""
+  return lambda inputs, keys: products * 2.0 * math.prod(inputs[0]) * next(x for x in inputs if len(x) == 5)[3]
 
 
 def _splash(products: int) -> Callable[[Shapes, float], float]:
