@@ -65,12 +65,17 @@ def calibration_rows(settings: Settings, data: Path, *, world: int, length: int)
 
 def row_count(settings: Settings, world: int) -> int:
   """Returns the number of rows: `calibration_batches` micro-batches for each rank that takes part."""
-  per_batch = settings.train.batch_tokens // settings.quantize.calibration_micro_batches // settings.train.seq_len
   ranks = world if settings.quantize.calibration_scope == "all" else 1
-  return settings.quantize.calibration_batches * max(per_batch, 1) * ranks
+  return settings.quantize.calibration_batches * batch_rows(settings) * ranks
 
 
-def draw_rows(shards: Sequence[Path], *, seq_len: int, count: int, seed: int) -> Int[np.ndarray, "B T"]:
+def batch_rows(settings: Settings) -> int:
+  """Returns the number of rows of a calibration batch, at least one."""
+  tokens = settings.train.batch_tokens // settings.quantize.calibration_micro_batches
+  return max(1, tokens // settings.train.seq_len)
+
+
+def draw_rows(shards: Sequence[Path], *, seq_len: int, count: int, seed: int | Sequence[int]) -> Int[np.ndarray, "B T"]:
   """Returns `count` rows of `seq_len` tokens from random places of the shards.
 
   Every shard is cut into rows from a random first token on. Rows are drawn from all of them without repetition; once

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from pgolf_jax.model import packed
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
-from pgolf_jax.quantize.artifact.tensors import BANKS
+from pgolf_jax.quantize.artifact.tensors import BANKS, names_in
 from pgolf_jax.quantize.calibrate import NO_ROW, sum_over_rows
 from pgolf_jax.settings import Settings
 
@@ -121,7 +121,4 @@ def _gram(g_LxMxN: Float[Array, "L M N"]) -> Float[Array, "L N N"]:
 
 def _names(bank: str, size: int) -> list[str]:
   """The matrices of a bank in its order."""
-  if bank == _EMBEDDING:
-    return [bank]
-  layers = size // len(BANKS[bank])
-  return [f"blocks.{layer}.{suffix}" for suffix in BANKS[bank] for layer in range(layers)]
+  return [bank] if bank == _EMBEDDING else names_in(bank, size // len(BANKS[bank]))

@@ -24,6 +24,7 @@ from pgolf_jax.quantize.calibrate import Calibration, calibrate, calibration_row
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
 from pgolf_jax.quantize.gptq import Grids, gptq, row_step
 from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
+from pgolf_jax.quantize.tuning import Tuner
 from pgolf_jax.runtime.log import progress
 from pgolf_jax.settings import QuantizeConfig, Settings
 from pgolf_jax.settings.load import to_dict
@@ -225,7 +226,13 @@ class Maker:
     return data
 
   def fit(self, config: QuantizeConfig, budget: int) -> tuple[QuantizeConfig, bytes]:
-    """Returns what `fit` finds for these weights."""
+    """Returns what `fit` finds for these weights.
+
+    Tuning takes long and hardly changes the bytes, so that the step is first sought without.
+    """
+    if config.tune_steps and config.method == "rate":
+      untuned, _ = self.fit(dataclasses.replace(config, tune_steps=0), budget)
+      config = dataclasses.replace(untuned, tune_steps=config.tune_steps)
     return fit(config, self.artifact, budget, self._parameters)
 
 
@@ -236,10 +243,10 @@ def _rounder(
   if settings.quantize.method == "gptq":
     calibration = calibrate(settings, params, data, world=world)
     return lambda config: quantize(params, calibration, config)
-  weights = _matrices(params)
+  weights, tuner = _matrices(params), Tuner(settings, params, data)
   rows_BxT1 = calibration_rows(settings, data, world=world, length=settings.train.seq_len + 1)
   solver = rate.Solver(weights, fisher.measure(settings, params, rows_BxT1), settings.quantize)
-  return lambda config: solver.solve(config.step)
+  return lambda config: solver.solve(config.step, tuner, tune_steps=config.tune_steps)
 
 
 def portable(settings: Settings) -> dict:

@@ -13,8 +13,8 @@ quarters of an octave, a class for each row and each column. Letters: see `pgolf
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT
 from pgolf_jax.quantize.artifact.tensors import MAX_STEP, OCTAVE, Even, Half, LogGrid, Quantized, log_step
 from pgolf_jax.quantize.fisher import Statistics
 from pgolf_jax.quantize.gptq import column_order, round_columns
-from pgolf_jax.runtime.log import progress
+from pgolf_jax.runtime.log import Progress, progress
 from pgolf_jax.settings import QuantizeConfig
 
 _LARGEST = 2**24 - 1  # of an integer, which fp32 holds exactly
@@ -38,13 +38,27 @@ _FLOOR = 2.0**-60  # of a curvature: that of a parameter which nothing reads
 
 
 class _Batch(NamedTuple):
-  """The matrices of one shape and their curvatures."""
+  """Matrices of one shape that are rounded together, and their curvatures."""
 
   names: list[str]
-  weight_QxMxN: Float[Array, "Q M N"]
   hessian_QxNxN: Float[Array, "Q N N"]
   row_QxM: Float[np.ndarray, "Q M"]  # log2 √d_i
-  spread_QxM: Float[np.ndarray, "Q M"]  # log2 of a row's root mean square
+
+
+STAGES = (".mlp.proj.", ".mlp.fc.", ".attn.", "")
+"""Parts of a parameter's name, by the stage in which it is rounded where the rest learns in between."""
+
+
+class Tuner(Protocol):
+  """Moves weights that are not rounded yet to where they make up for those that are; see `tuning`."""
+
+  def divergence(self, weights: Mapping[str, np.ndarray]) -> float:
+    """Returns how far a model is from the one without errors."""
+
+  def tune(
+    self, weights: Mapping[str, np.ndarray], error: Mapping[str, float], *, steps: int, stage: int
+  ) -> Mapping[str, np.ndarray]:
+    """Returns the weights after tuning those whose errors are given."""
 
 
 class Solver:
@@ -59,42 +73,74 @@ class Solver:
     if missing := [n for n in weights if n not in statistics.matrices and n not in statistics.small]:
       raise UserError(f"There is no curvature of {missing[0]}; measure it with this model's settings.")
     self._weights, self._small, self._config = weights, statistics.small, config
-    by_shape = defaultdict(list)
+    together = defaultdict(list)
     for name in statistics.matrices:
-      by_shape[weights[name].shape].append(name)
+      together[_stage(name), weights[name].shape].append(name)
     self._batches = []
-    for names in by_shape.values():
-      weight_QxMxN = np.stack([weights[n] for n in names])
+    for names in together.values():
       hessian_QxNxN = np.stack([statistics.matrices[n].hessian_NxN for n in names]).astype(np.float32)
       row_QxM = 0.5 * np.log2(np.maximum([statistics.matrices[n].row_M for n in names], _FLOOR))
-      spread_QxM = 0.5 * np.log2(np.maximum(np.mean(np.square(weight_QxMxN, dtype=np.float64), axis=2), _FLOOR))
-      self._batches.append(_Batch(names, jnp.asarray(weight_QxMxN), jnp.asarray(hessian_QxNxN), row_QxM, spread_QxM))
+      self._batches.append(_Batch(names, jnp.asarray(hessian_QxNxN), row_QxM))
 
-  def solve(self, step: float) -> dict[str, Quantized]:
-    """Returns every parameter in its stored form, with c = `step`."""
+  def solve(self, step: float, tuner: Tuner | None = None, *, tune_steps: int = 0) -> dict[str, Quantized]:
+    """Returns every parameter in its stored form, with c = `step`.
+
+    With `tune_steps`, `STAGES` are rounded one after another, and after each the tuner is given what all parameters are
+    then and the root mean square of what rounding will do to those that are still free. The stage that costs most
+    comes first, as most weights are left to make up for it.
+    """
+    with progress("quantising", total=len(self._weights), unit="parameters") as bar:
+      rounded = self._rounded(self._weights, range(len(STAGES)), step, bar)
+    if not tune_steps:
+      return rounded
+    values = {name: stored.dequantize() for name, stored in rounded.items()}
+    error = {name: _rms(value - self._weights[name]) for name, value in values.items()}
+    names = [[name for name in values if _stage(name) == stage] for stage in range(len(STAGES))]
+    cost = [tuner.divergence({**self._weights, **{name: values[name] for name in part}}) for part in names]
+    weights = dict(self._weights)
+    for place, stage in enumerate(sorted(range(len(STAGES)), key=lambda stage: -cost[stage])):
+      if place > 0:
+        with progress("quantising", total=len(names[stage]), unit="parameters") as bar:
+          rounded |= self._rounded(weights, [stage], step, bar)
+      for name in names[stage]:
+        weights[name] = rounded[name].dequantize()
+        del error[name]
+      if names[stage] and error:
+        weights = dict(tuner.tune(weights, error, steps=tune_steps, stage=place))
+    return rounded
+
+  def _rounded(
+    self, weights: Mapping[str, np.ndarray], stages: Collection[int], step: float, bar: Progress
+  ) -> dict[str, Quantized]:
+    """The parameters of some stages in their stored form."""
     log2_step = math.log2(step)
     rounded: dict[str, Quantized] = {}
-    with progress("quantising", total=len(self._weights), unit="parameters") as bar:
-      for batch in self._batches:
-        rounded |= self._solve_batch(batch, log2_step)
+    for batch in self._batches:
+      if _stage(batch.names[0]) in stages:
+        rounded |= self._solve_batch(weights, batch, log2_step)
         bar.advance(len(batch.names))
-      for name in self._weights.keys() - rounded.keys():
-        rounded[name] = _even(self._weights[name], log2_step - 0.5 * math.log2(max(self._small[name], _FLOOR)))
-    return {name: rounded[name] for name in self._weights}
+    names = [name for name in weights if _stage(name) in stages]
+    for name in names:
+      if name not in rounded:
+        rounded[name] = _even(weights[name], log2_step - 0.5 * math.log2(max(self._small[name], _FLOOR)))
+    return {name: rounded[name] for name in names}
 
-  def _solve_batch(self, batch: _Batch, log2_step: float) -> dict[str, LogGrid]:
-    columns = batch.weight_QxMxN.shape[2]
+  def _solve_batch(self, weights: Mapping[str, np.ndarray], batch: _Batch, log2_step: float) -> dict[str, LogGrid]:
+    weight_QxMxN = np.stack([weights[n] for n in batch.names])
+    columns = weight_QxMxN.shape[2]
+    # log2 of a row's root mean square.
+    spread_QxM = 0.5 * np.log2(np.maximum(np.mean(np.square(weight_QxMxN, dtype=np.float64), axis=2), _FLOOR))
     # The error of a weight may be larger than the weight. A ridge of c²/12 over what the weights' own size is worth, as
     # a Wiener filter has it, then keeps the columns that follow from repaying it.
-    worth_Q = 2 * np.mean(batch.row_QxM + batch.spread_QxM, axis=1)
+    worth_Q = 2 * np.mean(batch.row_QxM + spread_QxM, axis=1)
     ridge_Q = np.minimum(columns / 12 * np.exp2(2 * log2_step - worth_Q), _MOST_RIDGE)
     damping_Q = (self._config.damping + ridge_Q).astype(np.float32)
-    work_QxNxM, factor_QxNxN, order_QxN = _prepare(batch.weight_QxMxN, batch.hessian_QxNxN, damping_Q)
+    work_QxNxM, factor_QxNxN, order_QxN = _prepare(weight_QxMxN, batch.hessian_QxNxN, damping_Q)
     pivot_QxN = np.log2(np.diagonal(np.asarray(factor_QxNxN, np.float64), axis1=1, axis2=2))
     row_QxM, column_QxN = (np.clip(_classes(x), -MAX_STEP, MAX_STEP) for x in (log2_step - batch.row_QxM, pivot_QxN))
     trellis = np.zeros(row_QxM.shape, bool), np.zeros(column_QxN.shape, bool)
     if self._config.trellis:
-      trellis = _under_trellis(batch.row_QxM + batch.spread_QxM - log2_step + _NORMAL_BITS, pivot_QxN)
+      trellis = _under_trellis(batch.row_QxM + spread_QxM - log2_step + _NORMAL_BITS, pivot_QxN)
     classes, has_trellis = (row_QxM, column_QxN), trellis[1].any()
     work = work_QxNxM, factor_QxNxN, order_QxN
     q_QxMxN = _round(*work, classes, trellis if has_trellis else None, block=self._config.block_size)
@@ -105,6 +151,14 @@ class Solver:
       name: LogGrid(q_MxN, row_M, column_N, *((trellis_N, trellis_M) if trellis_N.any() else ()))
       for name, q_MxN, row_M, column_N, trellis_N, trellis_M in each
     }
+
+
+def _stage(name: str) -> int:
+  return next(stage for stage, part in enumerate(STAGES) if part in name)
+
+
+def _rms(x: np.ndarray) -> float:
+  return math.sqrt(float(np.mean(np.square(x, dtype=np.float64)))) if x.size else 0.0
 
 
 def _under_trellis(bits_QxM: np.ndarray, pivot_QxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +182,7 @@ def _classes(log2_step: np.ndarray) -> np.ndarray:
 def _even(value: np.ndarray, log2_step: float) -> Even | Half:
   """A small parameter on one step, or in fp16 where that takes no more bits."""
   # A curvature says nothing of errors as large as the values: a softcap of 30 must not become 0.
-  spread = math.sqrt(float(np.mean(np.square(value, dtype=np.float64)))) if value.size else 0.0
+  spread = _rms(value)
   if spread > 0:
     log2_step = min(log2_step, math.log2(_COARSEST * spread))
   step = int(np.clip(_classes(np.asarray(log2_step)), -MAX_STEP, MAX_STEP))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float32, Integer
+from jaxtyping import Array, Float, Float32, Integer
 
 from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.model import packed
@@ -150,18 +150,26 @@ def divergence(
   return total / rows_BxT.size
 
 
+def row_divergence(
+  config: ModelConfig, dtype: str, params: Params, other: Params, tokens_RxT: Integer[Array, "R T"]
+) -> Float[Array, " R"]:
+  """Returns KL(params ‖ other) of the next token's distribution in nats, added up over each row; differentiable."""
+  form = {"seq_len": tokens_RxT.shape[1], "looping": True, "dtype": jnp.dtype(dtype)}
+  context = packed(tokens_RxT, bos_id=config.bos_id, **form)
+  models = (bind(config, values) for values in (params, other))
+  logp, logq = (jax.nn.log_softmax(m.evaluation_logits(m(tokens_RxT, context).hidden)) for m in models)
+  return jnp.sum(jnp.exp(logp) * (logp - logq), axis=(1, 2))
+
+
 @functools.lru_cache(maxsize=8)
 def _divergence(config: ModelConfig, dtype: str, mesh: Mesh):
   """(parameters, others, tokens of one row a device) → nats of KL, added up over each row."""
 
-  def device_divergence(params, other, tokens_RxT):
-    form = {"seq_len": tokens_RxT.shape[1], "looping": True, "dtype": jnp.dtype(dtype)}
-    context = packed(tokens_RxT, bos_id=config.bos_id, **form)
-    models = (bind(config, values) for values in (params, other))
-    logp, logq = (jax.nn.log_softmax(m.evaluation_logits(m(tokens_RxT, context).hidden)) for m in models)
-    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=(1, 2))
-
   on_devices = jax.shard_map(
-    device_divergence, mesh=mesh, check_vma=False, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS)
+    functools.partial(row_divergence, config, dtype),
+    mesh=mesh,
+    check_vma=False,
+    in_specs=(P(), P(), P(AXIS)),
+    out_specs=P(AXIS),
   )
   return jax.jit(on_devices, out_shardings=distributed.for_all_hosts(mesh))

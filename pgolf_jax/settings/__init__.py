@@ -294,6 +294,12 @@ class QuantizeConfig:
   step: float = setting(
     0.00015, None, POSITIVE, "rate: what all steps are multiples of; half of it takes about one bit more a weight"
   )
+  tune_steps: int = setting(
+    0,
+    None,
+    INDEX,
+    "rate: steps in which the weights not yet rounded learn to make up for the rounded, after each stage",
+  )
   matrix_bits: int = setting(6, "MATRIX_BITS", BITS, "bits of the matrices")
   embed_bits: int = setting(7, "EMBED_BITS", BITS, "bits of the embedding")
   matrix_clip_sigmas: float = setting(

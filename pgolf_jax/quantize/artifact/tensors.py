@@ -224,6 +224,11 @@ _SUFFIXES = {suffix for suffixes in BANKS.values() for suffix in suffixes}
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
+def names_in(bank: str, layers: int) -> list[str]:
+  """Returns the matrices of a bank in the order of its first axis."""
+  return [f"blocks.{layer}.{suffix}" for suffix in BANKS[bank] for layer in range(layers)]
+
+
 def unbank(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns flat parameters with every bank taken apart into `blocks.{i}.…` matrices, the rest unchanged.
 
@@ -255,8 +260,8 @@ def rebank(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
   if missing := [i for i in range(len(layers)) if i not in layers]:
     raise KeyError(f"blocks.{missing[0]}")
   params = {}
-  for bank, suffixes in BANKS.items():
-    parts = [f"blocks.{i}.{suffix}" for suffix in suffixes for i in range(len(layers))]
+  for bank in BANKS:
+    parts = names_in(bank, len(layers))
     if not any(name in tensors for name in parts):
       continue
     if missing := [name for name in parts if name not in tensors]:
