@@ -128,4 +128,4 @@ def _program(config: ModelConfig, dtype: str, mesh: Mesh):
     direction, moments = _ADAM.update(gradient(params, teacher, batch), moments)
     return jax.tree.map(lambda w, d, rate: w - factor * rate * d, params, direction, rates), moments
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
