@@ -91,8 +91,12 @@ class Solver:
     """
     with progress("quantising", total=len(self._weights), unit="parameters") as bar:
       rounded = self._rounded(self._weights, range(len(STAGES)), step, bar)
-    if not tune_steps:
-      return rounded
+    return self._in_stages(step, rounded, tuner, tune_steps) if tune_steps else rounded
+
+  def _in_stages(
+    self, step: float, rounded: dict[str, Quantized], tuner: Tuner, tune_steps: int
+  ) -> dict[str, Quantized]:
+    """The same with tuning, given what all parameters round to as they are."""
     values = {name: stored.dequantize() for name, stored in rounded.items()}
     error = {name: _rms(value - self._weights[name]) for name, value in values.items()}
     names = [[name for name in values if _stage(name) == stage] for stage in range(len(STAGES))]

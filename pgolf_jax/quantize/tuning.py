@@ -41,8 +41,13 @@ class Tuner:
   """
 
   def __init__(self, settings: Settings, params: Mapping[str, np.ndarray], data: Path):
-    self._settings, self._shards, self._mesh = settings, list_shards(data, "train"), data_mesh()
-    self._teacher = jax.device_put(dict(params), replicated(self._mesh))
+    self._settings, self._params, self._mesh = settings, dict(params), data_mesh()
+    self._shards = list_shards(data, "train")
+
+  @functools.cached_property
+  def _teacher(self) -> Params:
+    """The float model on the devices, where it is wanted."""
+    return jax.device_put(self._params, replicated(self._mesh))
 
   def _rows(self, batches: int, stage: int) -> np.ndarray:
     """[batch, row, position]: training text, another at every stage."""
