@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -173,14 +174,26 @@ def sum_over_rows(
   with progress(doing, total=count, unit="rows") as bar:
     for first in range(0, count, step_rows):
       taken = rows_BxT[first : first + step_rows]
-      tokens_BxT = np.zeros((step_rows, length), np.int32)
-      tokens_BxT[: len(taken)] = taken
-      place_B = np.arange(step_rows)
-      number_B = np.where(place_B < len(taken), first + place_B, NO_ROW).astype(np.int32)
-      total = step(total, params, place(mesh, tokens_BxT, P(AXIS)), place(mesh, number_B, P(AXIS)))
+      total = step(total, params, *place_rows(mesh, taken, step_rows, first=first))
       jax.block_until_ready(total)
       bar.advance(len(taken))
   return total
+
+
+def place_rows(
+  mesh: Mesh, rows_BxT: Int[np.ndarray, "B T"], count: int, *, first: int = 0
+) -> tuple[Int[Array, "C T"], Int[Array, " C"]]:
+  """Returns rows and their numbers, shared out over the devices and filled up with `NO_ROW`.
+
+  Args:
+    count: C, a multiple of the devices.
+    first: number of the first row.
+  """
+  tokens_CxT = np.zeros((count, rows_BxT.shape[1]), np.int32)
+  tokens_CxT[: len(rows_BxT)] = rows_BxT
+  place_C = np.arange(count)
+  number_C = np.where(place_C < len(rows_BxT), first + place_C, NO_ROW).astype(np.int32)
+  return place(mesh, tokens_CxT, P(AXIS)), place(mesh, number_C, P(AXIS))
 
 
 def _calibration(total: dict[str, _Moments], batches: int) -> Calibration:

@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from pgolf_jax.data.shards import list_shards
 from pgolf_jax.model.params import Params
 from pgolf_jax.quantize.artifact.tensors import BANKS, names_in, unbank
-from pgolf_jax.quantize.calibrate import NO_ROW, batch_rows, draw_rows
+from pgolf_jax.quantize.calibrate import NO_ROW, batch_rows, draw_rows, place_rows
 from pgolf_jax.quantize.rate import STAGES
-from pgolf_jax.runtime.distributed import AXIS, data_mesh, place, replicated
+from pgolf_jax.runtime.distributed import AXIS, data_mesh, replicated
 from pgolf_jax.runtime.log import log, progress
 from pgolf_jax.scoring.plain import divergence, row_divergence
 from pgolf_jax.settings import ModelConfig, Settings
@@ -91,9 +91,7 @@ class Tuner:
     state = params, jax.device_put(_ADAM.init(params), replicated(mesh))
     with progress("tuning", total=steps, unit="steps") as bar:
       for done, rows_BxT in enumerate(self._rows(steps, stage)):
-        padding = -len(rows_BxT) % mesh.size
-        number_B = np.pad(np.arange(len(rows_BxT), dtype=np.int32), (0, padding), constant_values=NO_ROW)
-        batch = place(mesh, np.pad(rows_BxT, ((0, padding), (0, 0))), P(AXIS)), place(mesh, number_B, P(AXIS))
+        batch = place_rows(mesh, rows_BxT, -(-len(rows_BxT) // mesh.size) * mesh.size)
         factor = np.float32(_RATE * (1 - done / steps))
         state = step(state, self._teacher, rates, factor, batch)
         jax.block_until_ready(state)
