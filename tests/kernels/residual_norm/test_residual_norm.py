@@ -18,8 +18,9 @@ class Cases(BackendCases):
   optional = ("d_keep",)
   differentiated = 4
   static = ("scale",)
-  shapes = ((2, 9, 12), (1, 5, 3))
-  """B, T and D of each case."""
+  shapes = ((2, 9, 12), (1, 5, 17))
+  """B, T and D of each case. In rows of a few elements the sum can cancel, and what bfloat16 loses of it is then more than
+  the tolerance, whoever computes it."""
 
   @classmethod
   def draw(cls, seed, shape, has_keep):
