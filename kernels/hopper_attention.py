@@ -1,12 +1,16 @@
 """What kernels of attention for Hopper GPUs share: blocks of queries and keys, their products, and the running softmax.
 
-A thread block is a single warpgroup with 64 queries of one head, which walks over blocks of 64 keys. An operation says
-which, by a function `keys`: (*references to its operands) → walk, where walk(step, carry) returns the last carry of
-step(block of keys, block of values, confine, carry). `confine` puts −∞ in place of scores of keys that are not visible.
+A thread block is a single warpgroup with 64 queries, which walks over blocks of 64 keys. Where query heads share a key
+it has those of two heads, so that a block of keys and values is read once for both, and one's softmax runs beside
+the other's product. An operation says which blocks, by a function `keys`: (heads in a thread block, *references to its
+operands) → walk, where walk(step, carry) returns the last carry of step(block of keys, block of values, confine,
+carry). `confine` puts −∞ in place of scores of keys that are not visible.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,8 @@ BLOCK = 64
 """Rows in a block of queries and in a block of keys: as many as one warpgroup multiplies at once."""
 STAGES = 2
 """Blocks of keys, or of queries, in flight: other thread blocks on the multiprocessor hide the remaining latency."""
+HEADS = 2
+"""Query heads in a thread block, where they share a key's head and their sums fit into its registers."""
 LOG2E = math.log2(math.e)
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 _HEAD_WIDTHS = (64, 128)
@@ -54,19 +60,31 @@ def positions(first: jax.Array, dimension: int) -> jax.Array:
   return first + plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), dimension, layout=hopper.MATRIX)
 
 
-def product(a, b, shape: tuple[int, int]) -> jax.Array:
-  """Returns a · b of operands in shared memory, in float32."""
+def from_products(use: Callable, *operands: tuple):
+  """Returns what `use` makes of products a · b of blocks in shared memory, [BLOCK, BLOCK] in float32.
 
-  def compute(acc):
-    plgpu.wgmma(acc, a, b)
-    return acc[...]
+  All products are begun at once. `use` takes a function for each, which waits for it and for those before it.
+  """
 
-  return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+  def compute(*sums):
+    for acc, (a, b) in zip(sums, operands, strict=True):
+      plgpu.wgmma(acc, a, b)
+    later = reversed(range(len(sums)))
+    return use(
+      *(functools.partial(plgpu.wgmma_accumulator_load, acc, wait_n=n) for acc, n in zip(sums, later, strict=True))
+    )
+
+  return pl.run_scoped(compute, *[plgpu.ACC((BLOCK, BLOCK), jnp.float32)] * len(operands))
 
 
-def plus_product(sums: jax.Array, a: jax.Array, b) -> jax.Array:
-  """Returns sums + a · b of a in registers and b in shared memory."""
-  return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(sums))
+def plus_products(sums: Sequence[jax.Array], *operands: tuple) -> Sequence[jax.Array]:
+  """Returns each of the sums plus a · b of its operands, a in registers and b in shared memory."""
+
+  def multiply(accs):
+    for acc, (a, b) in zip(accs, operands, strict=True):
+      plgpu.wgmma(acc, a, b)
+
+  return pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums))
 
 
 def filled(shape: tuple[int, ...], value: float, layout) -> jax.Array:
@@ -98,44 +116,66 @@ def over_blocks(step: Callable, first, count, carry, keys_and_values, stages: in
   return pipeline(*keys_and_values)
 
 
-def attend(keys: Callable, q: jax.Array, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32."""
+def heads_together(heads: int, q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array) -> int:
+  """Returns `heads`, or 1 where so many heads do not share a key's head, or would take too many registers."""
+  *_, query_heads, width = q_BxTxHxC.shape
+  return 1 if query_heads // k_BxTxKxC.shape[2] % heads or width > BLOCK else heads
+
+
+def attend(keys: Callable, heads: int, q: jax.Array, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the outputs, and log2 Σ exp2 of each query's scores in units of log 2, [B, H, T] float32.
+
+  Args:
+    heads: query heads in a thread block; all of them have the same key's head.
+  """
   b, t, h, c = q.shape
   scale = LOG2E / math.sqrt(c)
 
   def kernel(q_ref, *refs):
     *operand_refs, y_ref, lse_ref, q_smem, lse_smem, arrived = refs
-    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
-    queries = pl.ds(tile * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
-    walk = keys(*operand_refs)
+    row, queries, numbered = _place(heads)
+    for i, head in numbered:
+      plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem.at[i], arrived)
+    walk = keys(heads, *operand_refs)
     plgpu.barrier_wait(arrived)
 
     def step(k_smem, v_smem, confine, carry):
-      return _with_block(carry, confine(product(q_smem, k_smem.T, (BLOCK, BLOCK))), v_smem, scale)
+      def weights(*scores):
+        return [_with_scores(*of_head, confine(wait()), scale) for of_head, wait in zip(carry, scores, strict=True)]
 
-    sums, top, total = walk(step, _nothing_seen(c))
-    q_smem[...] = (sums * rows_by(1 / total, sums.shape)).astype(q.dtype)
-    lse_smem[...] = top + jnp.log(total) * LOG2E
+      weighed = from_products(weights, *((q_smem.at[i], k_smem.T) for i in range(heads)))
+      sums = plus_products([x.sums for x in weighed], *((x.p.astype(v_smem.dtype), v_smem) for x in weighed))
+      return tuple((new, x.top, x.total) for new, x in zip(sums, weighed, strict=True))
+
+    carry = walk(step, (_nothing_seen(c),) * heads)
+    for i, (sums, top, total) in enumerate(carry):
+      q_smem[i] = (sums * rows_by(1 / total, sums.shape)).astype(q.dtype)
+      lse_smem[i] = top + jnp.log(total) * LOG2E
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem, y_ref.at[row, queries, head])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[row, head, queries])
+    for i, head in numbered:
+      plgpu.copy_smem_to_gmem(q_smem.at[i], y_ref.at[row, queries, head])
+      plgpu.copy_smem_to_gmem(lse_smem.at[i], lse_ref.at[row, head, queries])
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
     kernel,
     out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)),
-    scratch_types=(operand(c, q.dtype), plgpu.SMEM((BLOCK,), jnp.float32), plgpu.Barrier()),
-    grid=(b, t // BLOCK, h),
-    grid_names=("row", "tile", "head"),
+    scratch_types=(
+      _operands(heads, c, q.dtype),
+      plgpu.SMEM((heads, BLOCK), jnp.float32),
+      plgpu.Barrier(num_arrivals=heads),
+    ),
+    grid=(b, t // BLOCK, h // heads),
+    grid_names=("row", "tile", "heads"),
     compiler_params=COMPILER,
   )(q, *operands)
 
 
-def query_gradient(keys: Callable, q, dy, lse, delta, *operands: jax.Array) -> jax.Array:
+def query_gradient(keys: Callable, heads: int, q, dy, lse, delta, *operands: jax.Array) -> jax.Array:
   """Returns dq.
 
   Args:
+    heads: as for `attend`.
     lse: what `attend` returned.
     delta: Σ y·dy of each query, [B, H, T] float32.
   """
@@ -144,40 +184,59 @@ def query_gradient(keys: Callable, q, dy, lse, delta, *operands: jax.Array) -> j
 
   def kernel(q_ref, dy_ref, lse_ref, delta_ref, *refs):
     *operand_refs, dq_ref, q_smem, dy_smem, arrived = refs
-    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
-    queries = pl.ds(tile * BLOCK, BLOCK)
-    plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem, arrived)
-    plgpu.copy_gmem_to_smem(dy_ref.at[row, queries, head], dy_smem, arrived)
-    walk = keys(*operand_refs)
-    lse = hopper.load(lse_ref.at[row, head, queries], hopper.BY_ROW)
-    delta = hopper.load(delta_ref.at[row, head, queries], hopper.BY_ROW)
+    row, queries, numbered = _place(heads)
+    for i, head in numbered:
+      plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem.at[i], arrived)
+      plgpu.copy_gmem_to_smem(dy_ref.at[row, queries, head], dy_smem.at[i], arrived)
+    walk = keys(heads, *operand_refs)
+    by_query = [
+      [hopper.load(x.at[row, head, queries], hopper.BY_ROW) for x in (lse_ref, delta_ref)] for _, head in numbered
+    ]
     plgpu.barrier_wait(arrived)
 
     def step(k_smem, v_smem, confine, dq):
-      square = (BLOCK, BLOCK)
-      scores = confine(product(q_smem, k_smem.T, square))
-      p = jnp.exp2(scores * (scale * LOG2E) - rows_by(lse, square))
-      ds = p * (product(dy_smem, v_smem.T, square) - rows_by(delta, square))
-      return plus_product(dq, ds.astype(q.dtype), k_smem)
+      def of_scores(lse, delta, scores, dp):
+        p = jnp.exp2(confine(scores()) * (scale * LOG2E) - rows_by(lse, (BLOCK, BLOCK)))
+        return (p * (dp() - rows_by(delta, (BLOCK, BLOCK)))).astype(q.dtype)
 
-    dq = walk(step, filled((BLOCK, c), 0.0, hopper.MATRIX))
-    q_smem[...] = (dq * scale).astype(q.dtype)
+      def with_block(i, dq):
+        ds = from_products(
+          functools.partial(of_scores, *by_query[i]), (q_smem.at[i], k_smem.T), (dy_smem.at[i], v_smem.T)
+        )
+        return plus_products([dq], (ds, k_smem))[0]
+
+      return tuple(with_block(i, of_head) for i, of_head in enumerate(dq))
+
+    dq = walk(step, (filled((BLOCK, c), 0.0, hopper.MATRIX),) * heads)
+    for i, of_head in enumerate(dq):
+      q_smem[i] = (of_head * scale).astype(q.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[row, queries, head])
+    for i, head in numbered:
+      plgpu.copy_smem_to_gmem(q_smem.at[i], dq_ref.at[row, queries, head])
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
     kernel,
     out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    scratch_types=(operand(c, q.dtype), operand(c, q.dtype), plgpu.Barrier(num_arrivals=2)),
-    grid=(b, t // BLOCK, h),
-    grid_names=("row", "tile", "head"),
+    scratch_types=(*[_operands(heads, c, q.dtype)] * 2, plgpu.Barrier(num_arrivals=2 * heads)),
+    grid=(b, t // BLOCK, h // heads),
+    grid_names=("row", "tile", "heads"),
     compiler_params=COMPILER,
   )(q, dy, lse, delta, *operands)
 
 
+def _place(heads: int):
+  """Returns a thread block's row, its queries in it, and its heads by their numbers in the block."""
+  row, tile, first = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("heads") * heads
+  return row, pl.ds(tile * BLOCK, BLOCK), [(i, first + i) for i in range(heads)]
+
+
+def _operands(heads: int, width: int, dtype) -> plgpu.SMEM:
+  return plgpu.SMEM((heads, BLOCK, width), dtype, transforms=hopper.TILED)
+
+
 def _nothing_seen(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the carry of `_with_block` before the first block: sums of values, largest scores, sums of weights."""
+  """Returns a head's carry before the first block: sums of values, largest scores, sums of weights."""
   return (
     filled((BLOCK, width), 0.0, hopper.MATRIX),
     filled((BLOCK,), -jnp.inf, hopper.BY_ROW),
@@ -185,18 +244,32 @@ def _nothing_seen(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   )
 
 
-def _with_block(carry, scores: jax.Array, v_smem, scale: float):
-  """Returns the running softmax after a block of keys, the largest score in units of log 2.
+class _Weighed(NamedTuple):
+  """The running softmax after a block's scores, before its values are added.
+
+  Attributes:
+    sums: of values, in units of the new largest score.
+    top: the largest score, in units of log 2.
+    total: Σ of the weights.
+    p: the block's weights, a query in each row.
+  """
+
+  sums: jax.Array
+  top: jax.Array
+  total: jax.Array
+  p: jax.Array
+
+
+def _with_scores(sums, top, total, scores: jax.Array, scale: float) -> _Weighed:
+  """Returns the running softmax after a block.
 
   Args:
     scores: q·k, a query in each row, −∞ where a key is not visible.
     scale: log2 e / √C.
   """
-  sums, top, total = carry
   new_top = jnp.maximum(top, scores.max(axis=1) * scale)
   # A query may see nothing of a whole block: nothing is subtracted until it has seen a key.
   shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
   shrink = jnp.exp2(top - shift)
   p = jnp.exp2(scores * scale - rows_by(shift, scores.shape))
-  total = total * shrink + p.sum(axis=1)
-  return plus_product(sums * rows_by(shrink, sums.shape), p.astype(v_smem.dtype), v_smem), new_top, total
+  return _Weighed(sums * rows_by(shrink, sums.shape), new_top, total * shrink + p.sum(axis=1), p)

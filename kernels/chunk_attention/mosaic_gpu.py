@@ -1,6 +1,6 @@
 """Attention of a chunk for Hopper GPUs, in Pallas' Mosaic GPU.
 
-A block of 64 queries of one head walks over the blocks of 64 places of the ring that have been written, straight from
+A block of 64 queries walks over the blocks of 64 places of the ring that have been written, straight from
 the ring of all layers, so that nothing is copied out of it; then over the blocks of the chunk's own keys up to itself.
 As nothing is learnt through the ring, its part of the gradient is that of the queries alone: the gradient by keys and
 values is that of a segment which begins with the chunk.
@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import hopper_attention as attention
 from pgolf_jax.kernels.chunk_attention import Place, visible
-from pgolf_jax.kernels.hopper_attention import BLOCK, STAGES, padded, positions
+from pgolf_jax.kernels.hopper_attention import BLOCK, HEADS, STAGES, heads_together, padded, positions
 from pgolf_jax.kernels.numerics import wide_product
 from pgolf_jax.kernels.segment_attention.mosaic_gpu import key_gradients
 
@@ -59,9 +59,10 @@ _differentiable.defvjp(_forward, _backward)
 def _keys(heads_of_a_key: int):
   """Returns `keys` of the shared kernels: blocks of the ring that have been written, then the chunk's own."""
 
-  def keys(k_ref, v_ref, ring_k_ref, ring_v_ref, where_ref):
-    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
-    place, kv_head = Place(where_ref[0], where_ref[1], where_ref[2]), lax.div(head, heads_of_a_key)
+  def keys(heads, k_ref, v_ref, ring_k_ref, ring_v_ref, where_ref):
+    row, tile = lax.axis_index("row"), lax.axis_index("tile")
+    kv_head = lax.div(lax.axis_index("heads"), heads_of_a_key // heads)
+    place = Place(where_ref[0], where_ref[1], where_ref[2])
     length = ring_k_ref.shape[3]
     written = lax.div(lax.min(place.first, length) + BLOCK - 1, BLOCK)
     rings = [x.at[place.position, kv_head, row] for x in (ring_k_ref, ring_v_ref)]
@@ -88,9 +89,11 @@ def _keys(heads_of_a_key: int):
 
 @jax.jit
 def _attend_with_ring(q, k, v, ring_k, ring_v, where):
-  return attention.attend(_keys(q.shape[2] // k.shape[2]), q, k, v, ring_k, ring_v, where)
+  keys, heads = _keys(q.shape[2] // k.shape[2]), heads_together(HEADS, q, k)
+  return attention.attend(keys, heads, q, k, v, ring_k, ring_v, where)
 
 
 @jax.jit
 def _query_gradient_with_ring(q, dy, lse, delta, k, v, ring_k, ring_v, where):
-  return attention.query_gradient(_keys(q.shape[2] // k.shape[2]), q, dy, lse, delta, k, v, ring_k, ring_v, where)
+  keys, heads = _keys(q.shape[2] // k.shape[2]), heads_together(HEADS, q, k)
+  return attention.query_gradient(keys, heads, q, dy, lse, delta, k, v, ring_k, ring_v, where)

@@ -1,9 +1,9 @@
 """Segment-confined attention for Hopper GPUs, forward and backward, in Pallas' Mosaic GPU.
 
-A block of 64 queries of one head walks over the blocks of 64 keys from its first query's segment start to itself, so
-that the work grows with the length of segments and not with T. Segments are a few blocks long, and so short a loop does
-not repay warp specialisation. A thread block is therefore a single warpgroup, and the two to four that fit on a
-multiprocessor hide each other's copies, softmax and epilogue.
+A block of 64 queries walks over the blocks of 64 keys from its first query's segment start to itself, so that the work
+grows with the length of segments and not with T. Segments are a few blocks long, and so short a loop does not repay
+warp specialisation. A thread block is therefore a single warpgroup, and the few that fit on a multiprocessor hide each
+other's copies, softmax and epilogue.
 
 The gradient takes two kernels, one by queries (dq) and one by keys (dk, dv). They compute two of the five products
 twice, but every sum has one order: gradients are the same to the bit from run to run.
@@ -24,15 +24,17 @@ from pgolf_jax.kernels import hopper_attention as attention
 from pgolf_jax.kernels.hopper_attention import (
   BLOCK,
   COMPILER,
+  HEADS,
   LOG2E,
   STAGES,
   columns_by,
   filled,
+  from_products,
+  heads_together,
   operand,
   padded,
-  plus_product,
+  plus_products,
   positions,
-  product,
   rows_by,
 )
 from pgolf_jax.kernels.numerics import wide_product
@@ -100,12 +102,12 @@ def _keys(heads_of_a_key: int, *, without_lone: bool):
     without_lone: whether the last carry is 0 in the rows of queries that see one key.
   """
 
-  def keys(k_ref, v_ref, start_ref):
-    row, tile, head = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("head")
+  def keys(heads, k_ref, v_ref, start_ref):
+    row, tile, place = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("heads")
     first = lax.div(start_ref[row, tile * BLOCK], BLOCK)
     last_start = start_ref[row, tile * BLOCK + BLOCK - 1]
     start = hopper.load(start_ref.at[row, pl.ds(tile * BLOCK, BLOCK)], hopper.BY_ROW)
-    kv_head = lax.div(head, heads_of_a_key)
+    kv_head = lax.div(place, heads_of_a_key // heads)
 
     def walk(step, carry):
       def in_row(i, k_smem, v_smem, carry):
@@ -115,8 +117,9 @@ def _keys(heads_of_a_key: int, *, without_lone: bool):
       carry = attention.over_blocks(in_row, first, tile + 1 - first, carry, in_memory, STAGES)
       if not without_lone:
         return carry
-      within = plgpu.broadcasted_iota(jnp.int32, carry.shape, 0, layout=hopper.MATRIX)
-      return jnp.where(rows_by(start, carry.shape) == tile * BLOCK + within, 0.0, carry)
+      shape = carry[0].shape
+      position = tile * BLOCK + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.MATRIX)
+      return tuple(jnp.where(rows_by(start, shape) == position, 0.0, x) for x in carry)
 
     return walk
 
@@ -125,13 +128,14 @@ def _keys(heads_of_a_key: int, *, without_lone: bool):
 
 @jax.jit
 def _attend(q, k, v, start):
-  return attention.attend(_keys(q.shape[2] // k.shape[2], without_lone=False), q, k, v, start)
+  keys = _keys(q.shape[2] // k.shape[2], without_lone=False)
+  return attention.attend(keys, heads_together(HEADS, q, k), q, k, v, start)
 
 
 @jax.jit
 def _query_gradient(q, dy, lse, delta, k, v, start):
   keys = _keys(q.shape[2] // k.shape[2], without_lone=True)
-  return attention.query_gradient(keys, q, dy, lse, delta, k, v, start)
+  return attention.query_gradient(keys, heads_together(HEADS, q, k), q, dy, lse, delta, k, v, start)
 
 
 def _seeing_queries(start_BxT: jax.Array) -> jax.Array:
@@ -176,13 +180,11 @@ def key_gradients(q, k, v, start, dy, lse, delta):
     plgpu.barrier_wait(arrived)
 
     def step(index, q_smem, dy_smem, lse_smem, delta_smem, carry):
-      dk, dv = carry
       query_tile = tile + index[0]
       square = (BLOCK, BLOCK)
       queries, position = pl.ds(query_tile * BLOCK, BLOCK), positions(query_tile * BLOCK, 1)
-      scores = product(k_smem, q_smem.T, square)
 
-      def masked():
+      def masked(scores):
         start = hopper.load(start_ref.at[row, queries], hopper.BY_COLUMN)
         key = positions(tile * BLOCK, 0)
         visible = (key <= position) & (key >= columns_by(start, square))
@@ -193,15 +195,18 @@ def key_gradients(q, k, v, start, dy, lse, delta):
         start = hopper.load(start_ref.at[row, queries], hopper.BY_COLUMN)
         return jnp.where(columns_by(start, square) == position, 0.0, ds)
 
-      scores = lax.cond((query_tile == tile) | (query_tile >= all_seen_end), masked, lambda: scores)
-      lse = hopper.load(lse_smem, hopper.BY_COLUMN)
-      delta = hopper.load(delta_smem, hopper.BY_COLUMN)
-      plgpu.commit_smem()  # both have been read before copies may overwrite them
-      p = jnp.exp2(scores * (scale * LOG2E) - columns_by(lse, square))
-      dv = plus_product(dv, p.astype(q.dtype), dy_smem)
-      ds = p * (product(v_smem, dy_smem.T, square) - columns_by(delta, square))
-      ds = lax.cond(query_tile == tile, of_others, lambda ds: ds, ds)
-      return plus_product(dk, ds.astype(q.dtype), q_smem), dv
+      def weights_and_gradient(scores, dp):
+        lse = hopper.load(lse_smem, hopper.BY_COLUMN)
+        delta = hopper.load(delta_smem, hopper.BY_COLUMN)
+        plgpu.commit_smem()  # both have been read before copies may overwrite them
+        scores = scores()
+        scores = lax.cond((query_tile == tile) | (query_tile >= all_seen_end), masked, lambda scores: scores, scores)
+        p = jnp.exp2(scores * (scale * LOG2E) - columns_by(lse, square))
+        ds = p * (dp() - columns_by(delta, square))
+        return p.astype(q.dtype), lax.cond(query_tile == tile, of_others, lambda ds: ds, ds).astype(q.dtype)
+
+      p, ds = from_products(weights_and_gradient, (k_smem, q_smem.T), (v_smem, dy_smem.T))
+      return plus_products(carry, (ds, q_smem), (p, dy_smem))
 
     def by_head(i, j):
       return tile + i, kv_head * group + j

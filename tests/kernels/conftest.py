@@ -5,6 +5,7 @@ import dataclasses
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -77,14 +78,15 @@ def _staged_wgmma(sums, a, b):
 
 
 def _run_state(f):
-  """Does what pl.run_state does for an f that only adds products to its accumulator."""
+  """Does what pl.run_state does for an f that only adds products to its accumulators."""
 
   def run(sums):
-    def scoped(acc):
-      f(acc)
-      return acc[...]
+    def scoped(*accs):
+      f(accs)
+      return tuple(acc[...] for acc in accs)
 
-    return sums + pl.run_scoped(scoped, plgpu.ACC(sums.shape, sums.dtype))
+    added = pl.run_scoped(scoped, *(plgpu.ACC(x.shape, x.dtype) for x in sums))
+    return jax.tree.map(jnp.add, sums, added)
 
   return run
 
@@ -102,6 +104,7 @@ def _interpreted_mosaic_gpu(cores: int = 132):
       (hopper, "load", lambda ref, _: ref[...]),
       (plgpu, "broadcasted_iota", lambda dtype, shape, axis, layout: jax.lax.broadcasted_iota(dtype, shape, axis)),
       (plgpu, "wgmma", _staged_wgmma),
+      (plgpu, "wgmma_accumulator_load", lambda acc, *, wait_n: acc[...]),
       (pl, "run_state", _run_state),
       (plgpu.ACC, "init", staticmethod(lambda x: x)),
     ):

@@ -19,8 +19,8 @@ class Cases(BackendCases):
   differentiated = 4
   static = ("scale",)
   shapes = ((2, 9, 12), (1, 5, 17))
-  """B, T and D of each case. In rows of a few elements the sum can cancel, and what bfloat16 loses of it is then more than
-  the tolerance, whoever computes it."""
+  """B, T and D of each case. In rows of a few elements the sum can cancel, and what bfloat16 loses of it is then more
+  than the tolerance, whoever computes it."""
 
   @classmethod
   def draw(cls, seed, shape, has_keep):

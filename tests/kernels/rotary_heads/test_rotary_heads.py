@@ -18,7 +18,8 @@ class Cases(BackendCases):
   differentiated = 2
   static = ("kv_heads",)
   shapes = ((2, 9, 12, 2, 12, 3), (1, 17, 15, 3, 8, 4))
-  """B, T, H, K, C and R of each case. The gain's gradient is a sum per head that can cancel, but not in a dozen heads."""
+  """B, T, H, K, C and R of each case. The gain's gradient is a sum for each head, which can cancel, but not in a dozen
+  heads at once."""
 
   @classmethod
   def draw(cls, seed, b, t, h, k, c, r):

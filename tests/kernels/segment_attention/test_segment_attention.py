@@ -11,6 +11,7 @@ import pytest
 from backend_cases import BackendCases, backends_under_test, with_gradient
 from hypothesis import strategies as st
 
+from pgolf_jax.bench.gpu_day_kernels import trying
 from pgolf_jax.kernels import segment_attention
 from pgolf_jax.kernels.segment_attention import mosaic_tpu
 
@@ -94,6 +95,15 @@ class TestMosaicGpu(Cases):
 
   implementation = "mosaic_gpu"
   b, t, h, k, c = 1, 150, 2, 1, 64
+
+  def test_heads_by_themselves_give_the_same_bits(self, run, backend):
+    *arguments, dy = self.draw(4)
+    start = jnp.asarray(starts((40, 41, 100), self.t, self.longest))[None]
+    together = backend((*arguments, start), dy, max_segment=self.longest)
+    with trying("segment_attention", "mosaic_gpu", {"HEADS": 1}):
+      apart = run(with_gradient(type(self), implementation="mosaic_gpu"), self.static)
+      for a, b in zip(together, apart((*arguments, start), dy, max_segment=self.longest), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 class TestMosaicTpu(Cases):
