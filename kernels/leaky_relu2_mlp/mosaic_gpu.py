@@ -1,9 +1,10 @@
 """The LeakyReLU² MLP's two fused products for Hopper GPUs, in Pallas' Mosaic GPU.
 
 Both are persistent, warp-specialised matrix products: one warpgroup keeps copies in flight, and two multiply, each
-one half of a tile's columns. The epilogue applies the activation or its derivative to the float32 sums in registers,
-which saves a pass over [N, F] through memory. Each product has a jit around it, so that a model of many layers traces
-and lowers it once.
+one half of a tile's columns. Two thread blocks of a cluster work on the same columns at a time, so that one copy of the
+weights serves both. The epilogue applies the activation or its derivative to the float32 sums in registers, which saves
+a pass over [N, F] through memory. Each product has a jit around it, so that a model of many layers traces and lowers it
+once.
 """
 
 import functools
@@ -22,6 +23,8 @@ _TILE_N = 128
 _TILE_F = 256
 """Columns in a tile, half of them for each of the two multiplying warpgroups."""
 _HALF = _TILE_F // 2
+_CLUSTER = 2
+"""Thread blocks that work on tiles of the same columns side by side."""
 _TILE_D = 64
 """Terms summed in one step: the 16-bit numbers in one 128-byte swizzle."""
 _STAGES = 3
@@ -45,7 +48,7 @@ def obstacle(x_NxD, up_FxD, down_DxF, *, slope: float) -> str | None:
 
 @functools.partial(jax.jit, static_argnames="slope")
 def up(x_NxD: jax.Array, up_FxD: jax.Array, *, slope: float) -> tuple[jax.Array, jax.Array]:
-  """Returns u = up · x and φ(u); see `with_gradient`. Any number of tokens is padded to whole tiles of 128."""
+  """Returns u = up · x and φ(u); see `with_gradient`. Any number of tokens is padded to tiles for whole clusters."""
   n, f, dtype = x_NxD.shape[0], up_FxD.shape[0], x_NxD.dtype
 
   def epilogue(acc, rows, columns, half, refs):
@@ -109,7 +112,7 @@ def up_gradient(dy_NxD: jax.Array, down_DxF: jax.Array, u_NxF: jax.Array, *, slo
 
 
 def _whole_tiles(x: jax.Array) -> jax.Array:
-  return jnp.pad(x, ((0, -x.shape[0] % _TILE_N), (0, 0)))
+  return jnp.pad(x, ((0, -x.shape[0] % (_CLUSTER * _TILE_N)), (0, 0)))
 
 
 def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue=lambda *_: None):
@@ -125,15 +128,17 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
     prologue: (rows, columns, half, refs) → None, run before the tile's product.
   """
   n, d = a_NxD.shape
-  n_tiles, f_tiles, d_steps = n // _TILE_N, b_DxF.shape[1] // _TILE_F, d // _TILE_D
+  f_tiles, d_steps = b_DxF.shape[1] // _TILE_F, d // _TILE_D
+  turns = n // (_CLUSTER * _TILE_N) * f_tiles  # of a cluster
+  shared = ("cluster",) if _CLUSTER > 1 else ()
 
   def pipeline(step, context):
     return plgpu.emit_pipeline_warp_specialized(
       step,
       grid=(d_steps,),
       in_specs=[
-        plgpu.BlockSpec((_TILE_N, _TILE_D), lambda i: (0, i), transforms=hopper.TILED, delay_release=1),
-        plgpu.BlockSpec((_TILE_D, _TILE_F), lambda i: (i, 0), transforms=hopper.TILED, delay_release=1),
+        plgpu.BlockSpec((_TILE_N, _TILE_D), lambda i: (0, i), transforms=hopper.TILED),
+        plgpu.BlockSpec((_TILE_D, _TILE_F), lambda i: (i, 0), transforms=hopper.TILED, collective_axes=shared),
       ],
       max_concurrent_steps=_STAGES,
       num_compute_wgs=_COPYING,
@@ -143,16 +148,16 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
     )
 
   def kernel(a_ref, b_ref, *refs):
-    *refs, multiplied = refs
     half = lax.axis_index("warpgroup")
     allocations = pipeline(lambda *_: None, lambda *_: None).get_allocations(a_ref, b_ref)
 
     @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup")
     def _(allocations):
-      @plgpu.nd_loop((n_tiles * f_tiles,), collective_axes="block")
+      @plgpu.nd_loop((turns,), collective_axes="block")
       def _(loop):
-        # Columns move fastest, so that the blocks at work at one time share few rows of a and all of b in L2.
-        n_tile, f_tile = lax.div(loop.index[0], f_tiles), lax.rem(loop.index[0], f_tiles)
+        # Columns move fastest, so that the clusters at work at one time share few rows of a and all of b in L2.
+        n_tile = lax.div(loop.index[0], f_tiles) * _CLUSTER + lax.axis_index("cluster")
+        f_tile = lax.rem(loop.index[0], f_tiles)
         rows = pl.ds(n_tile * _TILE_N, _TILE_N)
         columns = pl.ds(f_tile * _TILE_F + half * _HALF, _HALF)
 
@@ -162,13 +167,11 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
           @functools.partial(pl.run_scoped, acc_ref=plgpu.ACC((_TILE_N, _HALF), jnp.float32))
           def _(acc_ref):
             run_pipeline(acc_ref)
-            acc = acc_ref[...]  # waits for the products
-            plgpu.barrier_arrive(multiplied)
-            epilogue(acc, rows, columns, half, refs)
+            epilogue(acc_ref[...], rows, columns, half, refs)
 
         def step(_, a_smem, b_smem, acc_ref):
           plgpu.wgmma(acc_ref, a_smem, b_smem.at[:, pl.ds(half * _HALF, _HALF)])
-          plgpu.wgmma_wait(1)
+          plgpu.wgmma_wait(0)  # the pipeline takes the operands' place for others; the other warpgroup goes on
           return acc_ref
 
         pipeline(step, context)(
@@ -177,20 +180,16 @@ def _fused_product(a_NxD, b_DxF, *operands, outputs, scratch, epilogue, prologue
           allocations=allocations,
         )
 
-        # With a delayed release the pipeline does not wait for a tile's last product: the next tile's copies could
-        # overwrite the operands that it is still reading.
-        @pl.when(half == _COPYING)
-        def _():
-          plgpu.barrier_wait(multiplied)
-
     plgpu.wait_smem_to_gmem(0)
 
   return plgpu.kernel(
     kernel,
     out_type=outputs,
-    scratch_types=(*scratch, plgpu.Barrier(num_arrivals=_COPYING)),
-    grid=(min(hardware.target().cores, n_tiles * f_tiles),),
+    scratch_types=scratch,
+    grid=(min(max(hardware.target().cores // _CLUSTER, 1), turns),),
     grid_names=("block",),
+    cluster=(_CLUSTER,),
+    cluster_names=("cluster",),
     num_threads=_COPYING + 1,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

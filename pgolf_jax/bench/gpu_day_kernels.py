@@ -262,7 +262,7 @@ TUNABLE: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
   ("chunk_attention", "mosaic_gpu"): {"HEADS": (2, 1), "STAGES": (2, 3, 4)},
   ("softcapped_xent", "mosaic_gpu"): {"_STAGES": (4, 2, 6)},
   ("softcapped_xent", "mosaic_tpu"): {"_ROWS": (256, 128, 512)},
-  ("leaky_relu2_mlp", "mosaic_gpu"): {"_STAGES": (3, 2)},
+  ("leaky_relu2_mlp", "mosaic_gpu"): {"_CLUSTER": (2, 1), "_STAGES": (3, 2)},
   ("leaky_relu2_mlp", "mosaic_tpu"): {"_TILE_N": (256, 128, 512)},
 }
 """(operation, backend) → sizes in its module that may be tried, the default first."""

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from pgolf_jax.kernels import hopper
+from pgolf_jax.kernels.leaky_relu2_mlp import mosaic_gpu as mlp
 from pgolf_jax.plan import hardware
 
 
@@ -31,7 +32,8 @@ def _pretend_tpu():
 
 
 _RECENT = hasattr(plgpu, "force_gpu_interpret_mode")
-"""Whether Pallas' GPU interpreter is public, as from JAX 0.11 on. It then looks for races and transposes operands."""
+"""Whether Pallas' GPU interpreter is public, as from JAX 0.11 on. It looks for races, transposes operands, and has
+clusters."""
 
 
 def _gpu_interpreter():
@@ -96,7 +98,8 @@ def _interpreted_mosaic_gpu(cores: int = 132):
   """Runs kernels that are traced inside in Pallas' Mosaic GPU interpreter, as if for a GPU of so many multiprocessors.
 
   What the interpreter lacks is replaced by its equal: layouts are dropped, operands in registers are copied to
-  shared memory, and accumulators that start from a value start from zero and have the value added.
+  shared memory, and accumulators that start from a value start from zero and have the value added. Where it has no
+  clusters, blocks work alone.
   """
   with contextlib.ExitStack() as stack:
     for module, name, substitute in (
@@ -109,6 +112,8 @@ def _interpreted_mosaic_gpu(cores: int = 132):
       (plgpu.ACC, "init", staticmethod(lambda x: x)),
     ):
       stack.enter_context(mock.patch.object(module, name, substitute))
+    if not _RECENT:
+      stack.enter_context(mock.patch.object(mlp, "_CLUSTER", 1))
     stack.enter_context(_gpu_interpreter())
     stack.enter_context(_pretend_hopper(cores))
     yield

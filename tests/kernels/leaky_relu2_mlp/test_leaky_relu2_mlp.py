@@ -7,9 +7,6 @@ import pytest
 from backend_cases import BackendCases, backends_under_test, distance, with_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import leaky_relu2_mlp
 from pgolf_jax.kernels.leaky_relu2_mlp import mosaic_gpu, mosaic_tpu, xla
@@ -51,10 +48,10 @@ class TestXlaFloat32(TestXla):
 
 
 class TestMosaicGpu(Cases):
-  """More steps than stages, and tokens that do not fill their tile."""
+  """More steps than stages, and tokens that do not fill their tiles."""
 
   implementation = "mosaic_gpu"
-  n, d, f = 100, 256, 256
+  n, d, f = 200, 256, 256
   examples = 1
 
 
@@ -79,36 +76,14 @@ def test_every_backend_is_tested():
   assert backends_under_test(Cases) | {"reference"} == set(leaky_relu2_mlp.OPERATION.backends)
 
 
-@pytest.mark.parametrize("d", [64, 256])
-def test_copies_for_the_next_tile_wait_for_the_last_product_of_this_one(interpret_gpu, monkeypatch, d):
-  """A product reads its operands until its sums are waited for, but the interpreter multiplies when it is issued. The
-  last product is therefore issued once more at the latest moment. One multiprocessor computes both tiles."""
-  build = plgpu.emit_pipeline_warp_specialized
-
-  def late(step, *, compute_context, **options):
-    def pipeline(*refs, allocations):
-      a_smem, b_smem = allocations["flat_in_smem_refs"]
-      last = (options["grid"][0] - 1) % a_smem.shape[0]
-
-      def context(run):
-        def run_and_repeat(acc):
-          run(acc)
-          plgpu.wgmma(acc, a_smem.at[last], b_smem.at[last, :, pl.ds(128 * lax.axis_index("warpgroup"), 128)])
-
-        compute_context(run_and_repeat)
-
-      build(step, compute_context=context, **options)(*refs, allocations=allocations)
-
-    pipeline.get_allocations = build(step, compute_context=compute_context, **options).get_allocations
-    return pipeline
-
-  monkeypatch.setattr(plgpu, "emit_pipeline_warp_specialized", late)
-  x, up, _, _ = draw(0, 128, d, 512, jnp.bfloat16)
-  with interpret_gpu(cores=1):
-    u, _ = jax.block_until_ready(mosaic_gpu.up(x, up, slope=0.3))
-  twice = jnp.concatenate([x, x[:, -64:]], axis=1), jnp.concatenate([up, up[:, -64:]], axis=1)
-  want, _ = xla.up(*twice, slope=0.3)
-  assert distance(u, want.astype(jnp.float32)) < 5e-3
+def test_one_cluster_computes_all_tiles_in_turn(interpret_gpu):
+  """Two tiles of columns for each of two pairs of tiles of rows, under the detector of races."""
+  x, up, down, dy = draw(0, 300, 256, 512, jnp.bfloat16)
+  with interpret_gpu(cores=mosaic_gpu._CLUSTER):
+    u, a = jax.block_until_ready(mosaic_gpu.up(x, up, slope=0.3))
+    du = jax.block_until_ready(mosaic_gpu.up_gradient(dy, down, u, slope=0.3))
+  for got, want in zip((u, a, du), (*xla.up(x, up, slope=0.3), xla.up_gradient(dy, down, u, slope=0.3)), strict=True):
+    assert distance(got, want.astype(jnp.float32)) < 5e-3
 
 
 def test_mosaic_tpu_takes_any_shape_that_it_does_not_refuse(interpret_tpu):
