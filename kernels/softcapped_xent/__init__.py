@@ -1,6 +1,7 @@
 """Softcapped cross-entropy: from logits, from logits with a hint, and fused with the head's product.
 
-The fused form takes the tokens in blocks, so that the logits of all tokens never exist at once.
+The fused form takes the tokens in blocks, so that the logits of all tokens never exist at once where they are many for
+the hardware's memory.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,18 @@ from pgolf_jax.kernels.softcapped_xent.vjp import zero_gradient
 _BLOCK_LOGITS = 2**25
 """Logits in a block: 4096 tokens of 8192."""
 _GPU_BLOCK_LOGITS = 2**28
-"""Logits in a block on GPUs: 32,768 tokens of 8192. With 64 tokens to a thread block they give each of an H100's 132
-multiprocessors four thread blocks, which hide each other's latencies; 4096 would leave half of them without work."""
+"""Logits in a block on GPUs: 32,768 tokens of 8192. 4096 would leave half of a large card's multiprocessors without
+work."""
+_HOPPER_BLOCK_LOGITS = 2**30
+"""Logits in a block on Hopper GPUs, whose memory is 80 GB or more: 131,072 tokens of 8192, 2 GiB in 16 bits, and as
+much for their gradient."""
 
 
 def block_count(tokens: int, vocabulary: int) -> int:
   """Returns the number of blocks into which the hardware of the current trace divides so many tokens."""
-  logits = _GPU_BLOCK_LOGITS if hardware.target().is_gpu else _BLOCK_LOGITS
+  target, logits = hardware.target(), _BLOCK_LOGITS
+  if target.is_gpu:
+    logits = _HOPPER_BLOCK_LOGITS if target.is_hopper else _GPU_BLOCK_LOGITS
   return -(-tokens // max(1, logits // vocabulary))
 
 
@@ -162,8 +168,8 @@ def linear_softcapped_xent(
 ) -> Float[Array, "N"]:
   """Returns `softcapped_xent` of the logits x · weightᵀ, which never exist for more than a block of tokens at a time.
 
-  The gradient computes the logits of each block again. Logits are rounded to the type of x, as if they had
-  been made by a product of their own.
+  The gradient computes the logits of each block again, unless there is one block, whose logits are held. They are
+  rounded to the type of x, as if they had been made by a product of their own.
 
   Args:
     x_NxD: N tokens, of the type of weight.
@@ -184,7 +190,8 @@ def linear_softcapped_xent(
     return OPERATION(_logits(x_BxD, weight_VxD), target_B, None, **caps, implementation=implementation)[0]
 
   blocks = block_count(x_NxD.shape[0], weight_VxD.shape[0])
-  return in_blocks(block_nll, blocks, x_NxD, weight_VxD, target_N, *_scalars(cap_pos, cap_neg).values())
+  arguments = x_NxD, weight_VxD, target_N, *_scalars(cap_pos, cap_neg).values()
+  return block_nll(*arguments) if blocks == 1 else in_blocks(block_nll, blocks, *arguments)
 
 
 def _scalars(cap_pos: Cap, cap_neg: Cap) -> dict[str, jax.Array]:

@@ -203,6 +203,12 @@ def pretend_hopper():
 
 
 @pytest.fixture
+def pretend_gpu():
+  """pretend_gpu(kind): a context in which traces take a GPU of that kind for their target."""
+  return lambda kind: _described(kind, 128, "gpu")
+
+
+@pytest.fixture
 def pretend_tpu():
   """A context in which traces take a TPU v5e for their target."""
   return _pretend_tpu

@@ -189,10 +189,19 @@ def test_every_product_of_the_linear_form_takes_its_operands_as_they_are():
   assert operands == 3 * [("bf16", "bf16")], "logits and two gradients"
 
 
-def test_blocks_of_the_linear_form_fill_a_gpu(pretend_hopper):
-  with pretend_hopper():
-    text = str(jax.make_jaxpr(gradient_of_the_head)(*RECORD))
-  assert "bf16[32768,8192]" in text and "bf16[4096,8192]" not in text
+@pytest.mark.parametrize(
+  ("kind", "tokens"), [("NVIDIA H100 80GB HBM3", 98304), ("NVIDIA GeForce RTX 4090", 24576), ("NVIDIA L4", 32768)]
+)
+def test_a_gpu_holds_the_logits_that_its_memory_has_room_for(pretend_gpu, kind, tokens):
+  """All of a micro-batch on a Hopper GPU, a quarter of it elsewhere; the head's product is then not computed again."""
+  x, weight, target = RECORD
+  with pretend_gpu(kind):
+    text = str(
+      jax.make_jaxpr(gradient_of_the_head)(x.update(shape=(tokens, 512)), weight, target.update(shape=(tokens,)))
+    )
+    blocks = xent.block_count(98304, 8192)
+  assert text.count("dot_general") == 3 and f"bf16[{tokens},8192]" in text
+  assert blocks == (1 if "H100" in kind else 3)
 
 
 def test_caps_get_no_gradient():
