@@ -171,38 +171,43 @@ def attend(keys: Callable, heads: int, q: jax.Array, *operands: jax.Array) -> tu
   )(q, *operands)
 
 
-def query_gradient(keys: Callable, heads: int, q, dy, lse, delta, *operands: jax.Array) -> jax.Array:
-  """Returns dq.
+def query_gradient(keys: Callable, heads: int, q, y, dy, lse, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns dq, and Σ y·dy of each query, [B, H, T] float32.
 
   Args:
     heads: as for `attend`.
-    lse: what `attend` returned.
-    delta: Σ y·dy of each query, [B, H, T] float32.
+    y, lse: what `attend` returned.
   """
   b, t, h, c = q.shape
   scale = 1 / math.sqrt(c)
 
-  def kernel(q_ref, dy_ref, lse_ref, delta_ref, *refs):
-    *operand_refs, dq_ref, q_smem, dy_smem, arrived = refs
+  def kernel(q_ref, y_ref, dy_ref, lse_ref, *refs):
+    *operand_refs, dq_ref, delta_ref, q_smem, dy_smem, lse_smem, delta_smem, arrived = refs
     row, queries, numbered = _place(heads)
     for i, head in numbered:
-      plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem.at[i], arrived)
-      plgpu.copy_gmem_to_smem(dy_ref.at[row, queries, head], dy_smem.at[i], arrived)
+      for ref, smem in ((q_ref, q_smem), (dy_ref, dy_smem)):
+        plgpu.copy_gmem_to_smem(ref.at[row, queries, head], smem.at[i], arrived)
+      plgpu.copy_gmem_to_smem(lse_ref.at[row, head, queries], lse_smem.at[i], arrived)
     walk = keys(heads, *operand_refs)
-    by_query = [
-      [hopper.load(x.at[row, head, queries], hopper.BY_ROW) for x in (lse_ref, delta_ref)] for _, head in numbered
-    ]
     plgpu.barrier_wait(arrived)
 
-    def step(k_smem, v_smem, confine, dq):
-      def of_scores(lse, delta, scores, dp):
-        p = jnp.exp2(confine(scores()) * (scale * LOG2E) - rows_by(lse, (BLOCK, BLOCK)))
-        return (p * (dp() - rows_by(delta, (BLOCK, BLOCK)))).astype(q.dtype)
+    for i, head in numbered:
+      y, dy = (hopper.load(x, hopper.MATRIX).astype(jnp.float32) for x in (y_ref.at[row, queries, head], dy_smem.at[i]))
+      delta_smem[i] = (y * dy).sum(axis=1)
+    plgpu.commit_smem()
+    for i, head in numbered:
+      plgpu.copy_smem_to_gmem(delta_smem.at[i], delta_ref.at[row, head, queries])
 
+    def step(k_smem, v_smem, confine, dq):
       def with_block(i, dq):
-        ds = from_products(
-          functools.partial(of_scores, *by_query[i]), (q_smem.at[i], k_smem.T), (dy_smem.at[i], v_smem.T)
-        )
+        def by_row(smem):
+          return rows_by(hopper.load(smem.at[i], hopper.BY_ROW), (BLOCK, BLOCK))
+
+        def of_scores(scores, dp):
+          p = jnp.exp2(confine(scores()) * (scale * LOG2E) - by_row(lse_smem))
+          return (p * (dp() - by_row(delta_smem))).astype(q.dtype)
+
+        ds = from_products(of_scores, (q_smem.at[i], k_smem.T), (dy_smem.at[i], v_smem.T))
         return plus_products([dq], (ds, k_smem))[0]
 
       return tuple(with_block(i, of_head) for i, of_head in enumerate(dq))
@@ -217,12 +222,16 @@ def query_gradient(keys: Callable, heads: int, q, dy, lse, delta, *operands: jax
 
   return plgpu.kernel(
     kernel,
-    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    scratch_types=(*[_operands(heads, c, q.dtype)] * 2, plgpu.Barrier(num_arrivals=2 * heads)),
+    out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)),
+    scratch_types=(
+      *[_operands(heads, c, q.dtype)] * 2,
+      *[plgpu.SMEM((heads, BLOCK), jnp.float32)] * 2,
+      plgpu.Barrier(num_arrivals=3 * heads),
+    ),
     grid=(b, t // BLOCK, h // heads),
     grid_names=("row", "tile", "heads"),
     compiler_params=COMPILER,
-  )(q, dy, lse, delta, *operands)
+  )(q, y, dy, lse, *operands)
 
 
 def _place(heads: int):

@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pgolf_jax.kernels import hopper_attention as attention
 from pgolf_jax.kernels.chunk_attention import Place, visible
 from pgolf_jax.kernels.hopper_attention import BLOCK, HEADS, STAGES, heads_together, padded, positions
-from pgolf_jax.kernels.numerics import wide_product
 from pgolf_jax.kernels.segment_attention.mosaic_gpu import key_gradients
 
 
@@ -46,8 +45,7 @@ def _forward(q, k, v, ring_k, ring_v, where):
 def _backward(residuals, dy):
   q, k, v, ring_k, ring_v, where, y, lse = residuals
   x, dy = dy.shape[1], padded(dy)
-  delta = wide_product("bxhc,bxhc->bhx", y, dy)
-  dq = _query_gradient_with_ring(q, dy, lse, delta, k, v, ring_k, ring_v, where)
+  dq, delta = _query_gradient_with_ring(q, y, dy, lse, k, v, ring_k, ring_v, where)
   before = jnp.full(q.shape[:2], -1, jnp.int32)  # no query is alone: the ring is before them all
   dk, dv = key_gradients(q, k, v, before, dy, lse, delta)
   return dq[:, :x], dk[:, :x], dv[:, :x], None, None, None
@@ -94,6 +92,6 @@ def _attend_with_ring(q, k, v, ring_k, ring_v, where):
 
 
 @jax.jit
-def _query_gradient_with_ring(q, dy, lse, delta, k, v, ring_k, ring_v, where):
+def _query_gradient_with_ring(q, y, dy, lse, k, v, ring_k, ring_v, where):
   keys, heads = _keys(q.shape[2] // k.shape[2]), heads_together(HEADS, q, k)
-  return attention.query_gradient(keys, heads, q, dy, lse, delta, k, v, ring_k, ring_v, where)
+  return attention.query_gradient(keys, heads, q, y, dy, lse, k, v, ring_k, ring_v, where)

@@ -37,7 +37,6 @@ from pgolf_jax.kernels.hopper_attention import (
   positions,
   rows_by,
 )
-from pgolf_jax.kernels.numerics import wide_product
 
 
 def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> str | None:
@@ -68,8 +67,7 @@ def _forward(q, k, v, start):
 def _backward(residuals, dy):
   q, k, v, start, y, lse = residuals
   t, dy = dy.shape[1], padded(dy)
-  delta = wide_product("bthc,bthc->bht", y, dy)
-  dq = _query_gradient(q, dy, lse, delta, k, v, start)
+  dq, delta = _query_gradient(q, y, dy, lse, k, v, start)
   dk, dv = key_gradients(q, k, v, start, dy, lse, delta)
   return dq[:, :t], dk[:, :t], dv[:, :t], None
 
@@ -133,9 +131,9 @@ def _attend(q, k, v, start):
 
 
 @jax.jit
-def _query_gradient(q, dy, lse, delta, k, v, start):
+def _query_gradient(q, y, dy, lse, k, v, start):
   keys = _keys(q.shape[2] // k.shape[2], without_lone=True)
-  return attention.query_gradient(keys, heads_together(HEADS, q, k), q, dy, lse, delta, k, v, start)
+  return attention.query_gradient(keys, heads_together(HEADS, q, k), q, y, dy, lse, k, v, start)
 
 
 def _seeing_queries(start_BxT: jax.Array) -> jax.Array:
