@@ -35,14 +35,17 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Weights(NamedTuple):
-  """A layer's matrices, out of the banks."""
+  """A layer's matrices, out of the banks.
+
+  The factor on the MLP's output is part of `down`: it and its gradient then take no pass over the tokens.
+  """
 
   q: jax.Array  # [D, D]
   k: jax.Array  # [K·C, D]
   v: jax.Array  # [K·C, D]
   o: jax.Array  # [D, D]
   up: jax.Array  # [F, D]
-  down: jax.Array  # [D, F]
+  down: jax.Array  # [D, F], row by row times mlp_scale
 
 
 class LayerUse(NamedTuple):
@@ -176,6 +179,7 @@ class Block(nnx.Module):
     B, T, D = n.shape
     up, down = w.up.astype(n.dtype), w.down.astype(n.dtype)
     out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
-    out = plus(out, use.added(n, "mlp"), "mlp")
-    use.tap("mlp", out)
-    return scaled(out, self.mlp_scale[...])
+    scale = self.mlp_scale[...]
+    out = plus(out, {kind: scaled(added, scale) for kind, added in use.added(n, "mlp").items()}, "mlp")
+    use.tap("mlp", out / scale)
+    return out

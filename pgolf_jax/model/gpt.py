@@ -96,6 +96,7 @@ class GPT(nnx.Module):
     x0 = x
     tap = context.tap or (lambda name, value: None)
     tap("embedding", x)
+    weights = functools.cache(self._weights)
     collected: dict[str, Any] = {}
     cache: list[Any] = []
     first_value: list[jax.Array] = []
@@ -123,8 +124,7 @@ class GPT(nnx.Module):
         tap(f"{position:02d}.blocks.{layer}.{name}", value)
 
       asked = observe if collect else None
-      weights, adapters_here = self._weights(layer), _at(adapters, position)
-      return LayerUse(weights, adapters_here, scale, attend, mixed_value, angles, x0, asked, tap_here)
+      return LayerUse(weights(layer), _at(adapters, position), scale, attend, mixed_value, angles, x0, asked, tap_here)
 
     encoder, decoder = layer_order(m, context.looping)
     skips: list[jax.Array] = []
@@ -197,7 +197,7 @@ class GPT(nnx.Module):
       v=self.kv_bank[L + layer],
       o=self.qo_bank[L + layer],
       up=self.mlp_up_bank[layer],
-      down=self.mlp_down_bank[layer],
+      down=self.blocks[layer].mlp_scale[...][:, None] * self.mlp_down_bank[layer],
     )
 
   def _one_lane(self, lanes: jax.Array | Lanes) -> jax.Array:
