@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from pgolf_jax.kernels.operation import Operation
 
-Heads = tuple[Float[Array, "B T H C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]
+Heads = tuple[Float[Array, "B T H C"], Float[Array, "B T K C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]
 
 
 def _check(qkv_BxTxF, gain_H, cos_TxR, sin_TxR, *, kv_heads: int) -> None:
@@ -32,10 +32,11 @@ def rotary_heads(
   kv_heads: int,
   implementation: str | None = None,
 ) -> Heads:
-  """Returns queries gain · rot(x/√(mean x² + ε)), keys rot(x/√(mean x² + ε)), and values x, each of its own head.
+  """Returns queries gain · rot(x/√(mean x² + ε)), keys rot(x/√(mean x² + ε)), and values x twice, each of its own head.
 
   rot turns the pairs (i, i + R) of a head's leading 2R numbers: (a, b) → (a·cos + b·sin, b·cos − a·sin). Sums
-  and norms are float32; results have the type of qkv. cos and sin have no gradient.
+  and norms are float32; results have the type of qkv. cos and sin have no gradient. Values are for two readers,
+  attention and XSA: what they give back is added up on its way into the gradient of qkv.
 
   Args:
     qkv_BxTxF: H query heads, then K key heads, then K value heads of C numbers, side by side.

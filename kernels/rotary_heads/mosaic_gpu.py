@@ -39,18 +39,19 @@ def obstacle(qkv_BxTxF, gain_H, cos_TxR, sin_TxR, *, kv_heads: int) -> str | Non
 
 def rotary_heads(
   qkv_BxTxF: jax.Array, gain_H: jax.Array, cos_TxR: jax.Array, sin_TxR: jax.Array, *, kv_heads: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Computes the operation."""
   return _differentiable(qkv_BxTxF, gain_H, cos_TxR, sin_TxR, kv_heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _differentiable(qkv, gain, cos, sin, kv_heads):
-  return _split(qkv, gain, cos, sin, kv_heads)
+  return _forward(qkv, gain, cos, sin, kv_heads)[0]
 
 
 def _forward(qkv, gain, cos, sin, kv_heads):
-  return _split(qkv, gain, cos, sin, kv_heads), (qkv, gain, cos, sin)
+  q, k, v = _split(qkv, gain, cos, sin, kv_heads)
+  return (q, k, v, v), (qkv, gain, cos, sin)
 
 
 def _backward(kv_heads, residuals, cotangents):
@@ -148,8 +149,8 @@ def _split(qkv, gain, cos, sin, kv_heads):
   return tuple(x.reshape(b, t, -1, width) for x in outputs)
 
 
-@functools.partial(jax.jit, static_argnums=7)
-def _join(qkv, gain, cos, sin, dq, dk, dv, kv_heads):
+@functools.partial(jax.jit, static_argnums=8)
+def _join(qkv, gain, cos, sin, dq, dk, dv, dv_too, kv_heads):
   """Returns the cotangent of qkv, and that of the gain at each position, [B, H, T] in float32.
 
   With x the numbers of a head, r = 1/√(mean x² + ε) and u the cotangent turned back, dx = gain·r·(u − x·r²·mean ux),
@@ -158,17 +159,19 @@ def _join(qkv, gain, cos, sin, dq, dk, dv, kv_heads):
   (b, t, _), h, width = qkv.shape, gain.shape[0], head_width(qkv, gain, kv_heads)
 
   def kernel(qkv_ref, gain_ref, cos_ref, sin_ref, swap_ref, *refs):
-    *d_refs, dx_ref, d_gain_ref, dx_smem, swap_smem, d_gain_smem, arrived = refs
+    dq_ref, dk_ref, dv_ref, dv_too_ref, dx_ref, d_gain_ref, dx_smem, swap_smem, d_gain_smem, arrived = refs
     row, positions = lax.axis_index("row"), pl.ds(lax.axis_index("tile") * _ROWS, _ROWS)
     plgpu.copy_gmem_to_smem(swap_ref, swap_smem, arrived)
     cos_C, sin_C = _rotation(cos_ref, sin_ref, positions, width)
     plgpu.barrier_wait(arrived)
 
-    def step(index, d_smem, *x_smem, first):
+    def step(index, d_smem, beside_smem, *, first):
       head, slot = index[0], lax.rem(first + index[0], 2)
-      dx, d_gain = d_smem[...].astype(jnp.float32), None
-      if x_smem:
-        x = x_smem[0][...].astype(jnp.float32)
+      dx, x = (smem[...].astype(jnp.float32) for smem in (d_smem, beside_smem))
+      d_gain = None
+      if first == h + kv_heads:  # values: x does not matter, and what stands beside is the other reader's
+        dx += x
+      else:
         norm = _inverse_norm(x)
         u = dx * cos_C - _others(d_smem, swap_smem) * sin_C
         along = (u * x).sum(axis=1) * norm
@@ -186,18 +189,18 @@ def _join(qkv, gain, cos, sin, dq, dk, dv, kv_heads):
         plgpu.copy_smem_to_gmem(d_gain_smem.at[slot], d_gain_ref.at[row, head, positions], commit_group=False)
       plgpu.commit_smem_to_gmem_group()
 
-    for (first, heads), d_ref in zip(_parts(h, kv_heads), d_refs, strict=True):
-      turned = first < h + kv_heads  # values are not, and so their inputs do not matter
+    inputs = (dq_ref, qkv_ref), (dk_ref, qkv_ref), (dv_ref, dv_too_ref)
+    for (first, heads), refs in zip(_parts(h, kv_heads), inputs, strict=True):
       plgpu.emit_pipeline(
         functools.partial(step, first=first),
         grid=(heads,),
-        in_specs=[_heads_from(0, width), *[_heads_from(first, width)] * turned],
+        in_specs=[_heads_from(first if ref is qkv_ref else 0, width) for ref in refs],
         max_concurrent_steps=_STAGES,
-      )(d_ref.at[row, positions], *[qkv_ref.at[row, positions]] * turned)
+      )(*(ref.at[row, positions] for ref in refs))
     plgpu.wait_smem_to_gmem(0)
 
   shapes = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)
-  cotangents = [d.reshape(b, t, -1) for d in (dq, dk, dv)]
+  cotangents = [d.reshape(b, t, -1) for d in (dq, dk, dv, dv_too)]
   return plgpu.kernel(
     kernel,
     out_type=shapes,

@@ -273,7 +273,7 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     partial(rotary.OPERATION.choose, qkv, gain, jnp.cos(angle), jnp.sin(angle), kv_heads=K),
     lambda torch, *arguments: torch.rotary_heads(*arguments, K),
     (0, 0),
-    (num_bytes, 2 * num_bytes + size * tokens * (H + K) * C),
+    (num_bytes, 2 * num_bytes + size * tokens * (H + 2 * K) * C),
     (0, 1),
   )
   q, k, v = normal(B, T, H, C), normal(B, T, K, C), normal(B, T, K, C)

@@ -125,11 +125,11 @@ def _rotate(x, cos, sin):
 
 
 def rotary_heads(qkv, gain, cos, sin, kv_heads: int):
-  """Queries, keys and values [B, T, heads, C] out of [B, T, F]."""
+  """Queries, keys, and values twice, [B, T, heads, C], out of [B, T, F]."""
   sizes = gain.shape[0], kv_heads, kv_heads
   q, k, v = qkv.unflatten(-1, (sum(sizes), -1)).split(sizes, dim=2)
   cos, sin = (x[:, None].to(qkv.dtype) for x in (cos, sin))
-  return _rotate(_norm(q), cos, sin) * gain[:, None].to(qkv.dtype), _rotate(_norm(k), cos, sin), v
+  return _rotate(_norm(q), cos, sin) * gain[:, None].to(qkv.dtype), _rotate(_norm(k), cos, sin), v, v
 
 
 def _without_own_value(y, v):

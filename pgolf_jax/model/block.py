@@ -34,6 +34,29 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
   return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
+@jax.custom_vjp
+def linear_with_gate(
+  x_BxTxD: Float[Array, "B T D"], weight_MxD: Float[Array, "M D"], gate_HxW: Float[Array, "H W"]
+) -> tuple[Float[Array, "B T M"], Float[Array, "B T H"]]:
+  """Returns `linear` of x, and of its leading W columns by the gate's weights.
+
+  The gradient adds what the gate gives x to those columns in their place, without a pass over all others.
+  """
+  return linear(x_BxTxD, weight_MxD), linear(x_BxTxD[..., : gate_HxW.shape[1]], gate_HxW)
+
+
+def _linear_with_gate_backward(saved, cotangents):
+  x, weight, gate = saved
+  dx, d_weight = jax.vjp(linear, x, weight)[1](cotangents[0])
+  d_leading, d_gate = jax.vjp(linear, x[..., : gate.shape[1]], gate)[1](cotangents[1])
+  # Read apart from where they are written, or XLA would copy all of dx.
+  leading = jax.lax.optimization_barrier(dx[..., : gate.shape[1]]) + d_leading
+  return jax.lax.dynamic_update_slice_in_dim(dx, leading, 0, axis=-1), d_weight, d_gate
+
+
+linear_with_gate.defvjp(lambda *arguments: (linear_with_gate(*arguments), arguments), _linear_with_gate_backward)
+
+
 class Weights(NamedTuple):
   """A layer's matrices, out of the banks.
 
@@ -54,7 +77,7 @@ class LayerUse(NamedTuple):
   Attributes:
     adapters: by kind, without the axis P.
     attend: (q, k, v) → y over the keys that each query may see.
-    mixed_value: what stands in for the values v that this use makes.
+    mixed_value: with value residuals, what stands in for the values v that this use makes.
     x0: [B, T, D], the normed embedding.
     observe: called with the name and the input of every matrix; None where nobody asks.
     tap: called with the name and the value of an activation of this use.
@@ -98,18 +121,22 @@ class Attention(nnx.Module):
     if use.observe:
       use.observe(f"blocks.{self.layer}.attn.c_q.weight", n)
     # One product reads n once, and its gradient is one product too.
-    qkv = linear(n, jnp.concatenate([w.q, w.k, w.v]))
+    qkv_weight, gate = jnp.concatenate([w.q, w.k, w.v]), None
+    if m.sparse_attn_gate:
+      qkv, gate = linear_with_gate(n, qkv_weight, self.attn_gate_w[...])
+    else:
+      qkv = linear(n, qkv_weight)
     if use.adapters:
       parts = zip("qkv", jnp.split(qkv, (len(w.q), len(w.q) + len(w.k)), axis=-1), strict=True)
       qkv = jnp.concatenate([plus(part, added, kind) for kind, part in parts], axis=-1)
-    q, k, v = rotary_heads(qkv, self.q_gain[...], *use.angles, kv_heads=m.num_kv_heads)
-    v = use.mixed_value(v)
+    q, k, v, v_of_xsa = rotary_heads(qkv, self.q_gain[...], *use.angles, kv_heads=m.num_kv_heads)
+    if m.value_residual:
+      v = v_of_xsa = use.mixed_value(v)
     y = use.attend(q, k, v)
     for name, value in (("q", q), ("k", k), ("v", v), ("attend", y)):
       use.tap(name, value)
-    gate = linear(n[..., : m.gate_window], self.attn_gate_w[...]) if m.sparse_attn_gate else None
     if self.layer >= m.num_layers - m.xsa_last_n:
-      y = gated_xsa(y, v, gate, scale=m.sparse_attn_gate_scale)
+      y = gated_xsa(y, v_of_xsa, gate, scale=m.sparse_attn_gate_scale)
     elif gate is not None:
       y = gated(y, gate, m.sparse_attn_gate_scale)
     y = y.reshape(B, T, m.model_dim)

@@ -114,9 +114,7 @@ class GPT(nnx.Module):
         return y
 
       def mixed_value(v):
-        """Returns, with value residuals (arXiv 2410.17897), (1 − λ)·v + λ·(the values of the first use of a layer)."""
-        if not m.value_residual:
-          return v
+        """Returns (1 − λ)·v + λ·(the values of the first use of a layer); value residuals, arXiv 2410.17897."""
         first_value.append(v)
         return v + scaled(first_value[0] - v, self.value_shares[layer])
 

@@ -13,7 +13,7 @@ from pgolf_jax.kernels.rotary_heads import reference
 
 class Cases(BackendCases):
   operation = rotary_heads.OPERATION
-  results = ("q", "k", "v", "d_qkv", "d_gain")
+  results = ("q", "k", "v", "v too", "d_qkv", "d_gain")
   float32 = ("d_gain",)
   differentiated = 2
   static = ("kv_heads",)
@@ -28,7 +28,7 @@ class Cases(BackendCases):
     angle = random.uniform(0, 2 * np.pi, (t, r))
     qkv = random.standard_normal((b, t, (h + 2 * k) * c)) * np.exp(random.standard_normal((b, t, 1)))
     gain, cos, sin = (jnp.asarray(x, jnp.float32) for x in (random.uniform(-2, 2, h), np.cos(angle), np.sin(angle)))
-    cotangents = [jnp.asarray(random.standard_normal((b, t, n, c)), cls.dtype) for n in (h, k, k)]
+    cotangents = [jnp.asarray(random.standard_normal((b, t, n, c)), cls.dtype) for n in (h, k, k, k)]
     return (jnp.asarray(qkv, cls.dtype), gain, cos, sin), tuple(cotangents), {"kv_heads": k}
 
   @classmethod
@@ -62,17 +62,17 @@ def test_the_formula_by_hand():
   """One query, key and value head of four numbers, of which the first two are turned by a right angle."""
   qkv = jnp.array([[[3.0, 4.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 5.0, 6.0, 7.0, 8.0]]])
   zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
-  q, k, v = reference.rotary_heads(qkv, jnp.array([10.0]), zero, one, kv_heads=1)
+  q, k, v, v_too = reference.rotary_heads(qkv, jnp.array([10.0]), zero, one, kv_heads=1)
   np.testing.assert_allclose(q[0, 0, 0], [16, -12, 0, 0], rtol=1e-6)
   np.testing.assert_allclose(k[0, 0, 0], [1, -1, 1, 1], rtol=1e-6)
-  np.testing.assert_allclose(v[0, 0, 0], [5, 6, 7, 8])
+  np.testing.assert_allclose([v[0, 0, 0], v_too[0, 0, 0]], [[5, 6, 7, 8]] * 2)
 
 
 def shapes(b, t, h, k, c, r, dtype=jnp.bfloat16):
   array = jax.ShapeDtypeStruct
   return (
     array((b, t, (h + 2 * k) * c), dtype), array((h,), jnp.float32), *[array((t, r), jnp.float32)] * 2,
-  ), tuple(array((b, t, n, c), dtype) for n in (h, k, k))  # fmt: skip
+  ), tuple(array((b, t, n, c), dtype) for n in (h, k, k, k))  # fmt: skip
 
 
 def both_passes(k, **chosen):
