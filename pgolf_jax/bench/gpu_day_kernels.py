@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import itertools
 import json
 import shutil
 import subprocess
@@ -289,9 +288,17 @@ def tune(day: Day) -> Iterator[Row]:
   start = segment_starts(tokens, longest)[None]
   for case in cases(start, longest, dtype, _TINY if day.tiny else RECORD):
     for backend in case.backends()[0]:
-      choices = TUNABLE.get((case.name, backend), {})
-      for values in itertools.product(*choices.values()) if choices else ():
-        yield from _tried(day, case, backend, dict(zip(choices, values, strict=True)))
+      for sizes in _one_changed(TUNABLE.get((case.name, backend), {})):
+        yield from _tried(day, case, backend, sizes)
+
+
+def _one_changed(choices: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+  """The defaults, then each other size with the rest as they are: all with all would take too long."""
+  default = {name: values[0] for name, values in choices.items()}
+  if default:
+    yield default
+  for name, values in choices.items():
+    yield from ({**default, name: value} for value in values[1:])
 
 
 def _tried(day: Day, case: Case, backend: str, sizes: dict[str, int]) -> Iterator[Row]:
