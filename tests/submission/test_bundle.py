@@ -1,5 +1,6 @@
 """The code that ships: the modules that evaluation imports and no others, and the packages that it needs."""
 
+import importlib
 import io
 import json
 import re
@@ -62,6 +63,13 @@ def test_neither_training_nor_quantising_ships(modules):
   assert not [name for name in modules if name.startswith(NOT_FOR_EVALUATION)]
   data = {name for name in modules if name.startswith("pgolf_jax.data.")}
   assert data == {"pgolf_jax.data.shards"}
+
+
+def test_references_stay_behind_as_nothing_would_reach_them(modules):
+  assert not [name for name in modules if name.endswith(".reference")]
+  for name in modules:
+    if name.endswith(".xla"):
+      assert not hasattr(importlib.import_module(name), "obstacle"), name
 
 
 def test_c_sources_lose_their_comments_and_still_compile(tmp_path):
