@@ -51,8 +51,8 @@ class TestMosaicGpu(Cases):
   """Chunks shorter than a block of queries and longer than one, wide heads, one key head for four."""
 
   implementation = "mosaic_gpu"
-  shapes = ((2, 16, 2, 2, 64, 128), (1, 80, 2, 1, 64, 128), (1, 16, 1, 1, 128, 64), (1, 16, 4, 1, 64, 64))
-  examples = 4
+  shapes = ((2, 32, 4, 2, 64, 128), (1, 80, 2, 1, 64, 192), (1, 16, 1, 1, 128, 64), (1, 16, 4, 1, 64, 64))
+  examples = 6
 
 
 def test_every_backend_is_tested():
