@@ -2,9 +2,9 @@
 
 A thread block is a single warpgroup with 64 queries, which walks over blocks of 64 keys. Where query heads share a key
 it has those of two heads, so that a block of keys and values is read once for both, and one's softmax runs beside
-the other's product. An operation says which blocks, by a function `keys`: (heads in a thread block, *references to its
-operands) → walk, where walk(step, carry) returns the last carry of step(block of keys, block of values, confine,
-carry). `confine` puts −∞ in place of scores of keys that are not visible.
+the other's product. An operation says which blocks, by a function `keys`: (*references to its operands) → walk, where
+walk(step, carry) returns the last carry of step(block of keys, block of values, confine, carry). `confine` puts −∞ in
+place of scores of keys that are not visible.
 """
 
 import functools
@@ -92,9 +92,9 @@ def filled(shape: tuple[int, ...], value: float, layout) -> jax.Array:
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def operand(width: int, dtype) -> plgpu.SMEM:
-  """Returns room in shared memory for a block that is multiplied."""
-  return plgpu.SMEM((BLOCK, width), dtype, transforms=hopper.TILED)
+def operand(width: int, dtype, *heads: int) -> plgpu.SMEM:
+  """Returns room in shared memory for a block that is multiplied, or for one of each head."""
+  return plgpu.SMEM((*heads, BLOCK, width), dtype, transforms=hopper.TILED)
 
 
 def over_blocks(step: Callable, first, count, carry, keys_and_values, stages: int):
@@ -136,7 +136,7 @@ def attend(keys: Callable, heads: int, q: jax.Array, *operands: jax.Array) -> tu
     row, queries, numbered = _place(heads)
     for i, head in numbered:
       plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_smem.at[i], arrived)
-    walk = keys(heads, *operand_refs)
+    walk = keys(*operand_refs)
     plgpu.barrier_wait(arrived)
 
     def step(k_smem, v_smem, confine, carry):
@@ -161,7 +161,7 @@ def attend(keys: Callable, heads: int, q: jax.Array, *operands: jax.Array) -> tu
     kernel,
     out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)),
     scratch_types=(
-      _operands(heads, c, q.dtype),
+      operand(c, q.dtype, heads),
       plgpu.SMEM((heads, BLOCK), jnp.float32),
       plgpu.Barrier(num_arrivals=heads),
     ),
@@ -188,7 +188,7 @@ def query_gradient(keys: Callable, heads: int, q, y, dy, lse, *operands: jax.Arr
       for ref, smem in ((q_ref, q_smem), (dy_ref, dy_smem)):
         plgpu.copy_gmem_to_smem(ref.at[row, queries, head], smem.at[i], arrived)
       plgpu.copy_gmem_to_smem(lse_ref.at[row, head, queries], lse_smem.at[i], arrived)
-    walk = keys(heads, *operand_refs)
+    walk = keys(*operand_refs)
     plgpu.barrier_wait(arrived)
 
     for i, head in numbered:
@@ -224,7 +224,7 @@ def query_gradient(keys: Callable, heads: int, q, y, dy, lse, *operands: jax.Arr
     kernel,
     out_type=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, t), jnp.float32)),
     scratch_types=(
-      *[_operands(heads, c, q.dtype)] * 2,
+      *[operand(c, q.dtype, heads)] * 2,
       *[plgpu.SMEM((heads, BLOCK), jnp.float32)] * 2,
       plgpu.Barrier(num_arrivals=3 * heads),
     ),
@@ -238,10 +238,6 @@ def _place(heads: int):
   """Returns a thread block's row, its queries in it, and its heads by their numbers in the block."""
   row, tile, first = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("heads") * heads
   return row, pl.ds(tile * BLOCK, BLOCK), [(i, first + i) for i in range(heads)]
-
-
-def _operands(heads: int, width: int, dtype) -> plgpu.SMEM:
-  return plgpu.SMEM((heads, BLOCK, width), dtype, transforms=hopper.TILED)
 
 
 def _nothing_seen(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,9 +1,9 @@
 """Attention of a chunk for Hopper GPUs, in Pallas' Mosaic GPU.
 
-A block of 64 queries walks over the blocks of 64 places of the ring that have been written, straight from
-the ring of all layers, so that nothing is copied out of it; then over the blocks of the chunk's own keys up to itself.
-As nothing is learnt through the ring, its part of the gradient is that of the queries alone: the gradient by keys and
-values is that of a segment which begins with the chunk.
+A block of 64 queries walks over the blocks of 64 places of the ring that have been written, straight from the ring of
+all layers, so that nothing is copied out of it; then over the blocks of the chunk's own keys up to itself. As nothing
+is learnt through the ring, its part of the gradient is that of the queries alone: the gradient by keys and values is
+that of a segment which begins with the chunk.
 """
 
 import jax
@@ -54,12 +54,16 @@ def _backward(residuals, dy):
 _differentiable.defvjp(_forward, _backward)
 
 
-def _keys(heads_of_a_key: int):
-  """Returns `keys` of the shared kernels: blocks of the ring that have been written, then the chunk's own."""
+def _keys(blocks_of_a_key: int):
+  """Returns `keys` of the shared kernels: blocks of the ring that have been written, then the chunk's own.
 
-  def keys(heads, k_ref, v_ref, ring_k_ref, ring_v_ref, where_ref):
+  Args:
+    blocks_of_a_key: thread blocks side by side whose query heads share a key's head.
+  """
+
+  def keys(k_ref, v_ref, ring_k_ref, ring_v_ref, where_ref):
     row, tile = lax.axis_index("row"), lax.axis_index("tile")
-    kv_head = lax.div(lax.axis_index("heads"), heads_of_a_key // heads)
+    kv_head = lax.div(lax.axis_index("heads"), blocks_of_a_key)
     place = Place(where_ref[0], where_ref[1], where_ref[2])
     length = ring_k_ref.shape[3]
     written = lax.div(lax.min(place.first, length) + BLOCK - 1, BLOCK)
@@ -87,11 +91,12 @@ def _keys(heads_of_a_key: int):
 
 @jax.jit
 def _attend_with_ring(q, k, v, ring_k, ring_v, where):
-  keys, heads = _keys(q.shape[2] // k.shape[2]), heads_together(HEADS, q, k)
-  return attention.attend(keys, heads, q, k, v, ring_k, ring_v, where)
+  heads = heads_together(HEADS, q, k)
+  return attention.attend(_keys(q.shape[2] // k.shape[2] // heads), heads, q, k, v, ring_k, ring_v, where)
 
 
 @jax.jit
 def _query_gradient_with_ring(q, y, dy, lse, k, v, ring_k, ring_v, where):
-  keys, heads = _keys(q.shape[2] // k.shape[2]), heads_together(HEADS, q, k)
+  heads = heads_together(HEADS, q, k)
+  keys = _keys(q.shape[2] // k.shape[2] // heads)
   return attention.query_gradient(keys, heads, q, y, dy, lse, k, v, ring_k, ring_v, where)

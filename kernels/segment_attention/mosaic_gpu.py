@@ -93,19 +93,20 @@ def _confined(scores, query_tile, key_tile, start, last_start):
   return lax.cond((key_tile == query_tile) | (key_tile * BLOCK < last_start), masked, lambda: scores)
 
 
-def _keys(heads_of_a_key: int, *, without_lone: bool):
+def _keys(blocks_of_a_key: int, *, without_lone: bool):
   """Returns `keys` of the shared kernels: the blocks from a block's first visible key to itself.
 
   Args:
+    blocks_of_a_key: thread blocks side by side whose query heads share a key's head.
     without_lone: whether the last carry is 0 in the rows of queries that see one key.
   """
 
-  def keys(heads, k_ref, v_ref, start_ref):
-    row, tile, place = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("heads")
+  def keys(k_ref, v_ref, start_ref):
+    row, tile, heads = lax.axis_index("row"), lax.axis_index("tile"), lax.axis_index("heads")
     first = lax.div(start_ref[row, tile * BLOCK], BLOCK)
     last_start = start_ref[row, tile * BLOCK + BLOCK - 1]
     start = hopper.load(start_ref.at[row, pl.ds(tile * BLOCK, BLOCK)], hopper.BY_ROW)
-    kv_head = lax.div(place, heads_of_a_key // heads)
+    kv_head = lax.div(heads, blocks_of_a_key)
 
     def walk(step, carry):
       def in_row(i, k_smem, v_smem, carry):
@@ -126,14 +127,15 @@ def _keys(heads_of_a_key: int, *, without_lone: bool):
 
 @jax.jit
 def _attend(q, k, v, start):
-  keys = _keys(q.shape[2] // k.shape[2], without_lone=False)
-  return attention.attend(keys, heads_together(HEADS, q, k), q, k, v, start)
+  heads = heads_together(HEADS, q, k)
+  return attention.attend(_keys(q.shape[2] // k.shape[2] // heads, without_lone=False), heads, q, k, v, start)
 
 
 @jax.jit
 def _query_gradient(q, y, dy, lse, k, v, start):
-  keys = _keys(q.shape[2] // k.shape[2], without_lone=True)
-  return attention.query_gradient(keys, heads_together(HEADS, q, k), q, y, dy, lse, k, v, start)
+  heads = heads_together(HEADS, q, k)
+  keys = _keys(q.shape[2] // k.shape[2] // heads, without_lone=True)
+  return attention.query_gradient(keys, heads, q, y, dy, lse, k, v, start)
 
 
 def _seeing_queries(start_BxT: jax.Array) -> jax.Array:

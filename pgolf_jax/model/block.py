@@ -208,5 +208,5 @@ class Block(nnx.Module):
     out = mlp_kernel.leaky_relu2_mlp(n.reshape(B * T, D), up, down, slope=slope).reshape(B, T, D)
     scale = self.mlp_scale[...]
     out = plus(out, {kind: scaled(added, scale) for kind, added in use.added(n, "mlp").items()}, "mlp")
-    use.tap("mlp", out / scale)
+    use.tap("mlp", out / scale)  # as the recipe's MLP gives it
     return out
