@@ -91,10 +91,10 @@ class TestXlaFloat32(TestXla):
 
 
 class TestMosaicGpu(Cases):
-  """Blocks that a segment leaves in the middle, crosses, or misses; a last block that is not full."""
+  """Blocks that a segment leaves in the middle, crosses, or misses; a last block that is not full; two key heads."""
 
   implementation = "mosaic_gpu"
-  b, t, h, k, c = 1, 150, 2, 1, 64
+  b, t, h, k, c = 1, 150, 4, 2, 64
 
   def test_heads_by_themselves_give_the_same_bits(self, run, backend):
     *arguments, dy = self.draw(4)
