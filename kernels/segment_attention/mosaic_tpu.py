@@ -1,94 +1,344 @@
-"""Segment-confined attention for TPUs: JAX's splash attention with segment ids, over windows of the row.
+"""Segment-confined attention for TPUs, forward and backward, in Pallas' Mosaic TPU.
 
-Splash attention skips blocks by a static mask alone. A query sees at most `max_segment` keys, so the row is cut into
-chunks of that length, and each chunk's queries get the keys of their own chunk and of the one before. The work grows
-with T · max_segment, and the static mask, which is computed when the program is traced, stays small. Segment ids then
-say which of these keys belong to the query's segment.
+A block of queries walks over the blocks of keys from itself back to its first query's segment start, so that the work
+grows with the length of segments and not with T. How far that is stands in scalars that the chip has before the blocks;
+what lies beyond is neither fetched nor computed. Kernels are compiled for the longest walk that `max_segment` allows.
+
+Heads stay side by side along lanes, [T, H·C], as the product before leaves them: an axis of 64 would fill half of each
+tile. A step takes as many key heads as fill the lanes and all query heads that they serve. Scores stand with a key in
+each row of sublanes and a query in each lane, so that a query's start, maximum and sum are rows.
+
+One kernel computes the gradient, by keys. A block of queries is complete when the walk reaches the keys at its own
+place; until then its gradient waits in VMEM, in a ring as long as the walk. Every sum has one order.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pgolf_jax.kernels.segment_attention import without_lone_queries
 
-try:
-  from jax.experimental.pallas.ops.tpu import splash_attention as splash
-except ImportError:  # a later JAX may move it: `obstacle` then refuses, and the operation takes another backend
-  splash = None
-
 _LANES = 128
-_BLOCKS = (512, 256, 128)
-"""Possible rows in a block of queries and in a block of keys; the largest that divides a chunk is taken."""
-_NOBODY = -1
-"""Segment id of keys before the row. The id of every other position is the first position of its segment."""
+_BLOCK = 256
+"""Queries, or keys, in a block; fewer where no segment is as long."""
+_VMEM_BYTES = 48 << 20
+"""VMEM that a kernel may take: all chips from v4 on have 64 MiB and more, of which XLA gives 16 unasked."""
 
 
 def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> str | None:
   """Returns why this backend cannot compute the operation for these shapes and types, or None."""
-  if splash is None:
-    return f"JAX {jax.__version__} has no jax.experimental.pallas.ops.tpu.splash_attention"
   if q_BxTxHxC.dtype not in (jnp.bfloat16, jnp.float32):
     return f"it needs bfloat16 or float32, not {q_BxTxHxC.dtype}"
-  if q_BxTxHxC.shape[3] not in (64, 128, 256):
-    return f"it needs a head width of 64, 128 or 256, not {q_BxTxHxC.shape[3]}"
+  kv_heads, width = k_BxTxKxC.shape[2:]
+  if width not in (64, 128, 256):
+    return f"it needs a head width of 64, 128 or 256, not {width}"
+  if kv_heads * width % _LANES:
+    return f"it needs key heads that fill {_LANES} lanes, not {kv_heads} of {width}"
   return None
 
 
 def segment_attention(
   q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, start_BxT: jax.Array, *, max_segment: int
 ) -> jax.Array:
-  """Computes the operation. Rows of any length are padded to whole chunks."""
+  """Computes the operation. Rows of any length are padded to whole blocks."""
   B, T, H, C = q_BxTxHxC.shape
-  size = -(-min(max_segment, T) // _LANES) * _LANES
-  padding = -T % size
+  block = min(_BLOCK, -(-min(max_segment, T) // _LANES) * _LANES)
+  padding = -T % block
   q = without_lone_queries(q_BxTxHxC, start_BxT) * C**-0.5
-  q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k_BxTxKxC, v_BxTxKxC))
+  q, k, v = (jnp.pad(x.reshape(B, T, -1), ((0, 0), (0, padding), (0, 0))) for x in (q, k_BxTxKxC, v_BxTxKxC))
   # Padded positions are segments of one token each.
-  itself = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BxT.dtype), (B, padding))
-  id_BxT = jnp.concatenate([start_BxT, itself], axis=1).astype(jnp.int32)
-
-  chunks = (T + padding) // size
-  q, k, v = (x.reshape(B, chunks, size, -1, C) for x in (q, k, v))
-  query_id = key_id = id_BxT.reshape(B, chunks, size)
-  if chunks > 1:
-    k, v = _with_chunk_before(k, 0), _with_chunk_before(v, 0)
-    key_id = _with_chunk_before(key_id, _NOBODY)
-
-  def attend(q, k, v, query_id, key_id):
-    kernel = _kernel(H, size, k.shape[0])
-    y = kernel(*(x.swapaxes(0, 1) for x in (q, k, v)), splash.SegmentIds(query_id, key_id))
-    return y.swapaxes(0, 1)
-
-  by_chunk = (x.reshape(B * chunks, *x.shape[2:]) for x in (q, k, v, query_id, key_id))
-  y = jax.vmap(attend)(*by_chunk)
-  return y.reshape(B, T + padding, H, C)[:, :T]
+  itself = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=jnp.int32), (B, padding))
+  start = jnp.concatenate([start_BxT.astype(jnp.int32), itself], axis=1)
+  start = jnp.broadcast_to(start[:, None, None], (B, k.shape[2] // max(_LANES, C), 1, T + padding))
+  walk = min(1 + -(-(max_segment - 1) // block), (T + padding) // block)
+  y = _differentiable(_Shape(block, walk, C, H // k_BxTxKxC.shape[2]), q, k, v, start)
+  return y[:, :T].reshape(q_BxTxHxC.shape)
 
 
-def _with_chunk_before(x_BxNxS: jax.Array, first: int) -> jax.Array:
-  """Puts each chunk behind the one before it, [B, N, S, …] → [B, N, 2S, …], and the first behind `first`."""
-  before = jnp.pad(x_BxNxS[:, :-1], ((0, 0), (1, 0), *[(0, 0)] * (x_BxNxS.ndim - 2)), constant_values=first)
-  return jnp.concatenate([before, x_BxNxS], axis=2)
+class _Shape(NamedTuple):
+  """What a kernel is compiled for.
+
+  Attributes:
+    block: queries, or keys, in a block.
+    walk: blocks that a walk has at most.
+    width: of a head.
+    group: query heads that share a key head.
+  """
+
+  block: int
+  walk: int
+  width: int
+  group: int
+
+  @property
+  def lanes(self) -> int:
+    """Of the key heads that a step takes."""
+    return max(_LANES, self.width)
+
+  @property
+  def heads(self) -> int:
+    """Query heads that a step takes."""
+    return self.lanes // self.width * self.group
+
+  def key_head(self, head: int) -> slice:
+    """The channels, out of `lanes`, of the key head that a query head sees."""
+    begin = head // self.group * self.width
+    return slice(begin, begin + self.width)
 
 
-@functools.lru_cache(maxsize=32)
-def _kernel(heads: int, queries: int, keys: int, interpret: bool = False):
-  """Returns splash attention for a chunk's queries, which are the last of `keys` positions.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(shape, q, k, v, start):
+  return _attention(shape, q, k, v, start)[0]
 
-  Each query sees itself and the `queries` − 1 positions before it.
+
+def _forward(shape, q, k, v, start):
+  y, lse = _attention(shape, q, k, v, start)
+  return y, (q, k, v, start, y, lse)
+
+
+def _backward(shape, residuals, dy):
+  q, k, v, start, y, lse = residuals
+  by_head = (*y.shape[:2], *lse.shape[1:3], shape.width)
+  delta = (y.astype(jnp.float32) * dy.astype(jnp.float32)).reshape(by_head).sum(-1).transpose(0, 2, 3, 1)
+  return *_attention_gradients(shape, q, k, v, start, dy, lse, delta), None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+class _Reach(NamedTuple):
+  """How far blocks see, [B, T / block] int32 each.
+
+  Attributes:
+    first: the first block of keys that a block of queries sees.
+    end: one past the last block of queries that sees a block of keys.
+    last_start: the first key that a block's last query sees; no other query's is later.
+  """
+
+  first: jax.Array
+  end: jax.Array
+  last_start: jax.Array
+
+
+def _reach(shape: _Shape, start_BxT: jax.Array) -> _Reach:
+  blocks = start_BxT.reshape(start_BxT.shape[0], -1, shape.block)
+  first = blocks[:, :, 0] // shape.block
+  # Starts never fall along a row, so the blocks of queries that see a block of keys stand together.
+  end = (first[:, None, :] <= jnp.arange(first.shape[1])[:, None]).sum(-1, dtype=jnp.int32)
+  return _Reach(first, end, blocks[:, :, -1])
+
+
+def _if_seen(shape: _Shape, reach: _Reach, at, is_seen, start_ref, step) -> None:
+  """Runs `step(confined)`, where `confined` gives hidden keys' scores [keys, queries] −∞, if there are hidden ones.
 
   Args:
-    interpret: run in Pallas' interpreter, on any device, for tests.
+    at: the row, its block of queries and its block of keys.
+    is_seen: whether any of these queries sees any of these keys; nothing is run else.
+    start_ref: the first key that each query sees, [1, queries].
   """
-  mask = splash.LocalMask((queries, keys), window_size=(queries - 1, 0), offset=keys - queries)
-  block = next(size for size in _BLOCKS if queries % size == 0)
-  names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-  with jax.ensure_compile_time_eval():  # the mask's blocks are constants that later traces use again
-    return splash.make_splash_mha(
-      splash.MultiHeadMask([mask] * heads),
-      block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-      head_shards=1,
-      q_seq_shards=1,
-      interpret=interpret,
-    )
+  row, query_block, key_block = at
+  some_hidden = (key_block == query_block) | (key_block * shape.block < reach.last_start[row, query_block])
+
+  @pl.when(is_seen & some_hidden)
+  def _():
+    square = (shape.block, shape.block)
+    key = key_block * shape.block + lax.broadcasted_iota(jnp.int32, square, 0)
+    query = query_block * shape.block + lax.broadcasted_iota(jnp.int32, square, 1)
+    visible = (key <= query) & (key >= start_ref[...])
+    step(lambda scores: jnp.where(visible, scores, -jnp.inf))
+
+  pl.when(is_seen & ~some_hidden)(lambda: step(lambda scores: scores))
+
+
+def _by_channel(shape: _Shape, x_ref, out_ref) -> None:
+  """Puts a block of queries [queries, heads · C] into [heads, lanes, queries], zero but for its key head's channels."""
+  out_ref[...] = jnp.zeros_like(out_ref)
+  for tile in range(0, x_ref.shape[1], shape.lanes):
+    x = x_ref[:, tile : tile + shape.lanes].astype(jnp.float32).T.astype(out_ref.dtype)
+    for i in range(shape.lanes // shape.width):
+      head = tile // shape.width + i
+      out_ref[head, shape.key_head(head)] = x[i * shape.width : (i + 1) * shape.width]
+
+
+def _by_query(shape: _Shape, by_head: list[jax.Array], out_ref) -> None:
+  """Writes a block of queries [queries, heads · C], given as [C, queries] float32 for each head."""
+  together = shape.lanes // shape.width
+  for tile in range(len(by_head) // together):
+    x = jnp.concatenate(by_head[tile * together : (tile + 1) * together], axis=0)
+    out_ref[:, tile * shape.lanes : (tile + 1) * shape.lanes] = x.T.astype(out_ref.dtype)
+
+
+def _product(a, b, contracted: tuple[int, int] = (1, 0)):
+  return lax.dot_general(a, b, (((contracted[0],), (contracted[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _walk(shape: _Shape, kernel, inputs, outputs, scratch):
+  """Calls `kernel(reach, refs)` for each row, group of heads, block, and step of the block's walk.
+
+  Args:
+    inputs, outputs: pairs of an array, or its shape, and a function from (reach, row, block, step) to the block of it
+      that a step takes. Arrays are [B, T, heads · C] or [B, groups, heads of a group, T]. The first has the starts.
+  """
+  start = inputs[0][0]
+  reach = _reach(shape, start[:, 0, 0])
+
+  def spec(x, place):
+    def at(row, group, block, step, *reach):
+      here = place(_Reach(*reach), row, block, step)
+      return (row, group, 0, here) if x.ndim == 4 else (row, here, group)
+
+    one = (None, x.shape[2], shape.block) if x.ndim == 4 else (shape.block, x.shape[2] // start.shape[1])
+    return pl.BlockSpec((None, *one), at)
+
+  return pl.pallas_call(
+    lambda *refs: kernel(_Reach(*refs[: len(reach)]), *refs[len(reach) :]),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(reach),
+      grid=(*start.shape[:2], start.shape[3] // shape.block, shape.walk),
+      in_specs=[spec(*pair) for pair in inputs],
+      out_specs=[spec(*pair) for pair in outputs],
+      scratch_shapes=[pltpu.VMEM(*array) for array in scratch],
+    ),
+    out_shape=[x for x, _ in outputs],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+    ),
+  )(*reach, *(x for x, _ in inputs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention(shape: _Shape, q, k, v, start):
+  """Returns y [B, T, H·C], and the log Σ exp of each query's scores [B, groups, heads of a group, T] in float32."""
+
+  def kernel(reach, start_ref, q_ref, k_ref, v_ref, y_ref, lse_ref, q_by_channel, largest, total, y_sum):
+    row, query_block, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    key_block, first = query_block - step, reach.first[row, query_block]
+
+    @pl.when(step == 0)
+    def _():
+      _by_channel(shape, q_ref, q_by_channel)
+      # A query sees itself in the first block, so that its maximum is finite from then on.
+      largest[...] = jnp.full_like(largest, -jnp.inf)
+      total[...] = jnp.zeros_like(total)
+      y_sum[...] = jnp.zeros_like(y_sum)
+
+    def attend(confined):
+      v_by_channel = v_ref[...].astype(jnp.float32).T.astype(v.dtype)
+      for head in range(shape.heads):
+        at = slice(head, head + 1)
+        scores = confined(_product(k_ref[...], q_by_channel[head]))
+        new_largest = jnp.maximum(largest[at], scores.max(axis=0, keepdims=True))
+        p, shrink = jnp.exp(scores - new_largest), jnp.exp(largest[at] - new_largest)
+        largest[at] = new_largest
+        total[at] = total[at] * shrink + p.sum(axis=0, keepdims=True)
+        y_sum[head] = y_sum[head] * shrink + _product(v_by_channel[shape.key_head(head)], p.astype(v.dtype))
+
+    _if_seen(shape, reach, (row, query_block, key_block), key_block >= first, start_ref, attend)
+
+    @pl.when(key_block == first)
+    def _():
+      _by_query(shape, [y_sum[head] / total[head : head + 1] for head in range(shape.heads)], y_ref)
+      lse_ref[...] = largest[...] + jnp.log(total[...])
+
+  def queries(reach, row, block, step):
+    return block
+
+  def keys(reach, row, block, step):
+    return jnp.maximum(block - step, reach.first[row, block])
+
+  lse = jax.ShapeDtypeStruct((*start.shape[:2], shape.heads, start.shape[3]), jnp.float32)
+  rows = ((shape.heads, shape.block), jnp.float32)
+  return _walk(
+    shape,
+    kernel,
+    ((start, queries), (q, queries), (k, keys), (v, keys)),
+    ((jax.ShapeDtypeStruct(q.shape, q.dtype), queries), (lse, queries)),
+    (
+      ((shape.heads, shape.lanes, shape.block), q.dtype),
+      rows,
+      rows,
+      ((shape.heads, shape.width, shape.block), jnp.float32),
+    ),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_gradients(shape: _Shape, q, k, v, start, dy, lse, delta):
+  """Returns dq, dk and dv.
+
+  Args:
+    delta: Σ y·dy of each query, as `lse` of `_attention`.
+  """
+  dtype = q.dtype
+
+  def kernel(reach, *refs):
+    start_ref, q_ref, dy_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:7]
+    dq_ref, dk_ref, dv_ref = refs[7:10]
+    q_by_channel, dy_by_channel, k_by_channel, dk_sum, dv_sum, waiting = refs[10:]
+    row, key_block, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    end = reach.end[row, key_block]
+    is_seen, query_block = key_block + step < end, jnp.minimum(key_block + step, end - 1)
+    slot = lax.rem(query_block, shape.walk)
+
+    @pl.when(step == 0)
+    def _():
+      k_by_channel[...] = k_ref[...].astype(jnp.float32).T.astype(dtype)
+      dk_sum[...] = jnp.zeros_like(dk_sum)
+      dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    @pl.when(is_seen & (key_block == reach.first[row, query_block]))
+    def _():
+      waiting[slot] = jnp.zeros(waiting.shape[1:], jnp.float32)
+
+    def add_gradients(confined):
+      _by_channel(shape, q_ref, q_by_channel)
+      _by_channel(shape, dy_ref, dy_by_channel)
+      for head in range(shape.heads):
+        at = slice(head, head + 1)
+        scores = confined(_product(k_ref[...], q_by_channel[head]))
+        p = jnp.exp(scores - lse_ref[at])
+        ds = p * (_product(v_ref[...], dy_by_channel[head]) - delta_ref[at])
+        p, ds = p.astype(dtype), ds.astype(dtype)
+        # The other key heads' channels of q and dy are zero.
+        dk_sum[...] += _product(ds, q_by_channel[head], (1, 1))
+        dv_sum[...] += _product(p, dy_by_channel[head], (1, 1))
+        waiting[slot, head] += _product(k_by_channel[shape.key_head(head)], ds)
+
+    _if_seen(shape, reach, (row, query_block, key_block), is_seen, start_ref, add_gradients)
+
+    @pl.when(step == 0)
+    def _():
+      _by_query(shape, [waiting[slot, head] for head in range(shape.heads)], dq_ref)
+
+    @pl.when(step == shape.walk - 1)
+    def _():
+      dk_ref[...] = dk_sum[...].astype(dtype)
+      dv_ref[...] = dv_sum[...].astype(dtype)
+
+  def queries(reach, row, block, step):
+    return jnp.minimum(block + step, reach.end[row, block] - 1)
+
+  def keys(reach, row, block, step):
+    return block
+
+  by_channel = ((shape.heads, shape.lanes, shape.block), dtype)
+  sums = ((shape.block, shape.lanes), jnp.float32)
+  return _walk(
+    shape,
+    kernel,
+    [*((x, queries) for x in (start, q, dy, lse, delta)), (k, keys), (v, keys)],
+    [(jax.ShapeDtypeStruct(x.shape, dtype), keys) for x in (q, k, v)],
+    (
+      by_channel,
+      by_channel,
+      ((shape.lanes, shape.block), dtype),
+      sums,
+      sums,
+      ((shape.walk, shape.heads, shape.width, shape.block), jnp.float32),
+    ),
+  )

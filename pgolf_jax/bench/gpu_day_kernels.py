@@ -258,6 +258,7 @@ def _times_of(day: Day, case: Case, config: str) -> Iterator[Row]:
 
 TUNABLE: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
   ("segment_attention", "mosaic_gpu"): {"HEADS": (2, 1), "STAGES": (2, 3, 4)},
+  ("segment_attention", "mosaic_tpu"): {"_BLOCK": (256, 512, 128)},
   ("chunk_attention", "mosaic_gpu"): {"HEADS": (2, 1), "STAGES": (2, 3, 4)},
   ("softcapped_xent", "mosaic_gpu"): {"_STAGES": (4, 2, 6)},
   ("softcapped_xent", "mosaic_tpu"): {"_ROWS": (256, 128, 512)},

@@ -173,7 +173,7 @@ class Profile(NamedTuple):
 
 
 _CLASSES = {
-  "attention": r"attend|attention|query_gradient|key_gradient|splash|flash",
+  "attention": r"attend|attention|query_gradient|key_gradient|flash",
   "MLP": r"mlp|up_gradient|fused_product|\bup\b",
   "cross-entropy": r"log_sum_exp|xent",
   "rows": r"\brow|norm|rotary",

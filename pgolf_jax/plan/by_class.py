@@ -29,9 +29,9 @@ _ATTENTION = 0.5
 _LINKS = 0.8
 _LEAST_S = {True: 3e-6, False: 0.3e-6}
 """Seconds from the start of a small kernel to that of the next, on a GPU and elsewhere."""
-_SPLASH_BLOCK = 512
-_DIAGONAL = 96
-"""Keys that attention kernels compute for each query in vain: blocks on the diagonal and at a segment's first key."""
+_IN_VAIN = {"gpu": 96, "tpu": 340}
+"""Keys that attention kernels compute for each query in vain: blocks, of 64 and 256, on the diagonal and at a segment's
+first key."""
 
 _MEAN_DOCUMENT, _SPREAD = 957, 0.9
 """Tokens of a document, and the deviation of their logarithm: a log-normal law, near to FineWeb's validation split."""
@@ -40,23 +40,14 @@ _MEAN_DOCUMENT, _SPREAD = 957, 0.9
 Shapes = tuple[tuple[int, ...], ...]
 
 
-def _attention(products: int) -> Callable[[Shapes, float], float]:
-  return lambda inputs, keys: products * 2.0 * math.prod(inputs[0]) * (keys + _DIAGONAL)
+def _attention(products: int, platform: str) -> Callable[[Shapes, float], float]:
+  """Of a kernel whose largest input is q."""
+  return lambda inputs, keys: products * 2.0 * max(map(math.prod, inputs)) * (keys + _IN_VAIN[platform])
 
 
 def _with_ring(products: int) -> Callable[[Shapes, float], float]:
   """Of a chunk's kernel, among whose inputs is a ring [P, K, B, S, C], all of which is seen."""
   return lambda inputs, keys: products * 2.0 * math.prod(inputs[0]) * next(x for x in inputs if len(x) == 5)[3]
-
-
-def _splash(products: int) -> Callable[[Shapes, float], float]:
-  """Of a kernel that computes all blocks of half its keys and one block more, whatever the segments are."""
-
-  def work(inputs: Shapes, keys: float) -> float:
-    q, k = [dims for dims in inputs if len(dims) == 4][:2]
-    return products * 2.0 * math.prod(q) * (k[2] / 2 + min(_SPLASH_BLOCK, k[2] / 2))
-
-  return work
 
 
 def _mlp(inputs: Shapes, keys: float) -> float:
@@ -65,14 +56,13 @@ def _mlp(inputs: Shapes, keys: float) -> float:
 
 
 FLOPS = {
-  "kernel _attend": _attention(2),
-  "kernel _query_gradient": _attention(3),
-  "kernel key_gradients": _attention(4),
+  "kernel _attend": _attention(2, "gpu"),
+  "kernel _query_gradient": _attention(3, "gpu"),
+  "kernel key_gradients": _attention(4, "gpu"),
+  "kernel _attention": _attention(2, "tpu"),
+  "kernel _attention_gradients": _attention(5, "tpu"),
   "kernel _attend_with_ring": _with_ring(2),
   "kernel _query_gradient_with_ring": _with_ring(3),
-  "kernel splash_mha_fwd_segmented_residuals": _splash(2),
-  "kernel splash_mha_dq_segmented_no_residuals": _splash(3),
-  "kernel splash_mha_dkv_segmented_no_residuals": _splash(4),
   "kernel up": _mlp,
   "kernel up_gradient": _mlp,
 }
@@ -208,13 +198,14 @@ def _notes(program: Program, conditions: Conditions) -> list[str]:
   if program.unknown_loops:
     lines.append(f"  {program.unknown_loops} loops of unknown length are counted as one turn")
   if (rates := conditions.rates) is not None:
+    in_vain = _IN_VAIN["gpu" if conditions.is_gpu else "tpu"]
     source = "read from a card" if conditions.kind in _MEASURED else f"{_OF_PEAK:.0%} of the maker's peaks"
     lines.append(
       f"  ms: at {rates.bytes_per_s / 1e12:.2f} TB/s and {rates.flops_per_s / 1e12:.0f} TFLOP/s ({source}), of which"
       f" products reach {_PRODUCTS:.0%}, the MLP's kernels {_PALLAS:.0%} and attention {_ATTENTION:.0%},"
     )
     lines.append(
-      f"      with {conditions.keys:.0f} keys a query and {_DIAGONAL} in vain; at least"
+      f"      with {conditions.keys:.0f} keys a query and {in_vain} in vain; at least"
       f" {1e6 * _LEAST_S[conditions.is_gpu]:.1f} µs a kernel; links at {_LINKS:.0%}; nothing beside anything else"
     )
     by_bytes = sorted({k.kind for k in program.kernels if k.kind.startswith("kernel ") and k.kind not in FLOPS})

@@ -131,7 +131,9 @@ def minified(text: str, name: str) -> str:
   for node in ast.walk(tree):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setting":
       node.args[3] = ast.Constant("")
-  return minify(ast.unparse(tree), filename=name, remove_literal_statements=True, remove_annotations=annotations)
+  # A literal that stands there again costs the compressed archive less than a name for it does.
+  options = {"remove_literal_statements": True, "hoist_literals": False}
+  return minify(ast.unparse(tree), filename=name, remove_annotations=annotations, **options)
 
 
 def minified_c(text: str) -> str:

@@ -135,11 +135,8 @@ _INTERPRETERS = {
 
 @pytest.fixture(scope="class")
 def run(request):
-  """run(f, static)(…): f, jitted once, with the kernels of the test class's `implementation` interpreted.
-
-  A class whose kernels need another interpreter has one: `interpreter`.
-  """
-  interpreter = getattr(request.cls, "interpreter", _INTERPRETERS[request.cls.implementation])
+  """run(f, static)(…): f, jitted once, with the kernels of the test class's `implementation` interpreted."""
+  interpreter = _INTERPRETERS[request.cls.implementation]
 
   def compiled(f, static=()):
     jitted = jax.jit(f, static_argnames=static)

@@ -3,13 +3,10 @@
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pgolf_jax.kernels import hardware, hopper
-from pgolf_jax.kernels import segment_attention as attention
-from pgolf_jax.kernels.segment_attention import mosaic_tpu
 
 
 def load_0_10(ref, idx, *, layout=None, optimized=True):
@@ -33,15 +30,6 @@ def test_pallas_load_needs_an_index_in_jax_0_10_and_refuses_one_later(load, inde
   """Without it, all kernels for Hopper GPUs fail with a TypeError when they are traced."""
   with mock.patch.object(plgpu, "load", load):
     assert hopper.load("ref", "layout") == ("ref", index, "layout", False)
-
-
-def test_without_splash_attention_tpus_take_another_backend(pretend_tpu):
-  """It is in jax.experimental: where an import at the top of the module failed, no TPU program could be traced."""
-  q, start = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 8), jnp.int32)
-  with pretend_tpu(), mock.patch.object(mosaic_tpu, "splash", None):
-    name, reason = attention.OPERATION.choose(q, q, q, start, max_segment=8)
-  assert name == "xla"
-  assert f"JAX {jax.__version__} has no jax.experimental.pallas.ops.tpu.splash_attention" in reason
 
 
 def test_a_mesh_without_a_described_device_leaves_the_default_one():

@@ -13,6 +13,7 @@ from pgolf_jax.cli import main
 from pgolf_jax.kernels.chunk_attention import mosaic_gpu as chunk_attention
 from pgolf_jax.kernels.leaky_relu2_mlp import mosaic_gpu as mlp
 from pgolf_jax.kernels.segment_attention import mosaic_gpu as attention
+from pgolf_jax.kernels.segment_attention import mosaic_tpu as attention_on_tpu
 from pgolf_jax.model import flops
 from pgolf_jax.plan import by_class, hardware, hlo
 from pgolf_jax.plan.by_class import Conditions
@@ -249,8 +250,9 @@ def test_the_table_adds_up_and_says_what_it_rests_on():
 
 
 def test_every_kernel_with_known_products_is_there():
-  names = {name.removeprefix("kernel ") for name in by_class.FLOPS if "splash" not in name}
-  assert all(any(hasattr(kernels, name) for kernels in (attention, chunk_attention, mlp)) for name in names)
+  names = {name.removeprefix("kernel ") for name in by_class.FLOPS}
+  modules = (attention, attention_on_tpu, chunk_attention, mlp)
+  assert all(any(hasattr(kernels, name) for kernels in modules) for name in names)
 
 
 def test_keys_a_query_follow_from_lengths():

@@ -1,7 +1,5 @@
 """Every backend of segment attention, forward and gradient, against the dense definition in float32."""
 
-import contextlib
-from functools import partial
 from unittest import mock
 
 import jax
@@ -107,23 +105,29 @@ class TestMosaicGpu(Cases):
 
 
 class TestMosaicTpu(Cases):
-  """Rows of three chunks, the last not full; segments are cut to the bound, and so begin in the chunk before, too."""
+  """Five blocks, the last not full, and walks of up to four; two key heads side by side."""
 
   implementation = "mosaic_tpu"
   examples = 1
-  b, t, h, k, c = 1, 290, 2, 1, 64
-  longest = 128
+  b, t, h, k, c = 1, 520, 4, 2, 64
+  longest = 300
 
-  @staticmethod
-  @contextlib.contextmanager
-  def interpreter():
-    """Splash attention under vmap is too much for the Mosaic TPU interpreter; Pallas' plain one takes it."""
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    with (
-      mock.patch.object(mosaic_tpu, "_kernel", partial(mosaic_tpu._kernel, interpret=True)),
-      jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)),
-    ):
+  @pytest.fixture(scope="class", autouse=True)
+  @classmethod
+  def small_blocks(cls):
+    with mock.patch.object(mosaic_tpu, "_BLOCK", 128):
       yield
+
+
+class TestMosaicTpuWideHeads(Cases):
+  """Two rows; heads that fill the lanes, in float32; whole blocks, though no segment is as long as one."""
+
+  implementation = "mosaic_tpu"
+  examples = 1
+  b, t, h, k, c = 2, 140, 3, 1, 128
+  longest = 60
+  dtype = jnp.float32
+  tolerance = 1e-5
 
 
 def test_every_backend_is_tested():
@@ -141,8 +145,19 @@ def test_lowers_for_hopper_with_three_kernels(hopper_kernels, b, t, h, k, c):
   assert hopper_kernels(lambda *a: f(a[:4], a[4], max_segment=t), q, kv, kv, start, q) == 3
 
 
-def obstacle(backend, width, dtype):
-  shape = jax.ShapeDtypeStruct((1, 8, 2, width), dtype)
+@pytest.mark.parametrize(
+  ("b", "t", "h", "k", "c"), [(1, 12288, 8, 4, 64), (3, 112, 8, 4, 64), (1, 300, 6, 2, 128), (2, 1000, 2, 1, 256)]
+)
+def test_compiles_for_a_tpu_with_two_kernels(tpu_kernels, b, t, h, k, c):
+  q = jax.ShapeDtypeStruct((b, t, h, c), jnp.bfloat16)
+  kv = jax.ShapeDtypeStruct((b, t, k, c), jnp.bfloat16)
+  start = jax.ShapeDtypeStruct((b, t), jnp.int32)
+  f = with_gradient(Cases, implementation="mosaic_tpu")
+  assert tpu_kernels(lambda *a: f(a[:4], a[4], max_segment=min(t, 3072)), q, kv, kv, start, q) == 2
+
+
+def obstacle(backend, width, dtype, heads=2):
+  shape = jax.ShapeDtypeStruct((1, 8, heads, width), dtype)
   start = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   return segment_attention.OPERATION.obstacle(backend, shape, shape, shape, start, max_segment=8)
 
@@ -160,6 +175,7 @@ def test_mosaic_tpu_says_what_it_cannot_do(pretend_tpu):
   with pretend_tpu():
     assert "head width of 64, 128 or 256, not 24" in obstacle("mosaic_tpu", 24, jnp.bfloat16)
     assert "not float16" in obstacle("mosaic_tpu", 64, jnp.float16)
+    assert "fill 128 lanes, not 3 of 64" in obstacle("mosaic_tpu", 64, jnp.bfloat16, heads=3)
     assert obstacle("mosaic_tpu", 64, jnp.bfloat16) is None
 
 
