@@ -36,6 +36,7 @@ from pgolf_jax.plan import memory
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
 from pgolf_jax.runtime.distributed import data_mesh, replicated, usable_devices
+from pgolf_jax.runtime.jax_setup import options_of_a_step
 from pgolf_jax.settings import Settings, check
 from pgolf_jax.settings.arguments import Overrides, Positional, with_config
 from pgolf_jax.settings.load import load
@@ -246,7 +247,8 @@ class Case:
         return TrainStep(settings, self.mesh).lower(**shape).compile(given)
       dtype = jnp.dtype(settings.train.compute_dtype)
       loss = lambda p, rows: packed_nll(bind(settings.model, p), rows, dtype=dtype, **shape).mean()  # noqa: E731
-      f = jax.jit(loss if self.passes == "forward" else jax.value_and_grad(loss))
+      f = loss if self.passes == "forward" else jax.value_and_grad(loss)
+      f = jax.jit(f, compiler_options=options_of_a_step(self.device.platform))
       return f.lower(*self._micro_batch()).compile(given)
 
   def _micro_batch(self):

@@ -27,6 +27,7 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.model.params import Params
 from pgolf_jax.runtime.distributed import AXIS, place, replicated, shardings, world_size
+from pgolf_jax.runtime.jax_setup import options_of_a_step
 from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.training import optimizer as optimizers
 from pgolf_jax.training.optimizer import Hyper, MuonState, Number
@@ -142,7 +143,8 @@ class TrainStep:
     # Every process reports the whole step, so the few metrics go to all.
     everywhere = replicated(self.mesh)
     layout = self.shardings, StepMetrics(everywhere, everywhere)
-    step = jax.jit(sharded, donate_argnums=0, out_shardings=layout)
+    options = options_of_a_step(self.mesh.devices.flat[0].platform)
+    step = jax.jit(sharded, donate_argnums=0, out_shardings=layout, compiler_options=options)
     return step.trace(self.abstract, self.abstract_inputs)
 
   def lower(self, seq_len: int, looping: bool) -> jax.stages.Lowered:

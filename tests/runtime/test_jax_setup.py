@@ -1,0 +1,32 @@
+"""What XLA is told."""
+
+import subprocess
+import sys
+
+import pytest
+from children import environment
+from jaxlib.version import __version_info__ as jaxlib_version
+
+from pgolf_jax.runtime import jax_setup
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from pgolf_jax.runtime.jax_setup import options_of_a_step
+
+x = jax.ShapeDtypeStruct((4096, 8, 64), jnp.float32)
+for options in ({}, options_of_a_step("cpu")):
+  f = jax.jit(lambda x, y: (x * y).sum(-1), compiler_options=options)
+  print("ynn" in f.lower(x, x).compile().as_text())
+"""
+
+
+@pytest.mark.skipif(jaxlib_version >= (0, 11), reason="jaxlib 0.11 sums products fast by itself")
+def test_sums_of_products_are_not_left_to_a_slow_library():
+  """Without the option jaxlib 0.10 takes 11.3 ms for this sum, with it 0.5."""
+  environ = environment() | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  done = subprocess.run([sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True, check=True)
+  assert done.stdout.split() == ["True", "False"]
+
+
+def test_a_step_elsewhere_has_no_options():
+  assert jax_setup.options_of_a_step("gpu") == jax_setup.options_of_a_step("tpu") == {}
