@@ -241,14 +241,13 @@ class Case:
   @functools.lru_cache(maxsize=2)  # noqa: B019
   def compiled(self, backend: str, options: tuple[tuple[str, Any], ...] = ()) -> jax.stages.Compiled:
     settings, shape = self.settings, {"seq_len": self.seq_len, "looping": self.looping}
-    given = dict(options) or None
+    given = options_of_a_step(self.device.platform) | dict(options)
     with kernels.prefer(*["xla"] * (backend == "xla")):
       if self.passes == "step":
         return TrainStep(settings, self.mesh).lower(**shape).compile(given)
       dtype = jnp.dtype(settings.train.compute_dtype)
       loss = lambda p, rows: packed_nll(bind(settings.model, p), rows, dtype=dtype, **shape).mean()  # noqa: E731
-      f = loss if self.passes == "forward" else jax.value_and_grad(loss)
-      f = jax.jit(f, compiler_options=options_of_a_step(self.device.platform))
+      f = jax.jit(loss if self.passes == "forward" else jax.value_and_grad(loss))
       return f.lower(*self._micro_batch()).compile(given)
 
   def _micro_batch(self):

@@ -13,7 +13,6 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 import jax
-from jaxlib.version import __version_info__ as jaxlib_version
 
 GPU_FLAGS = {
   # Off by default. Without it the scheduler may leave a gradient's reduce-scatter waiting until all gradients are
@@ -47,11 +46,11 @@ def add_gpu_flags(environ: MutableMapping[str, str]) -> None:
 def options_of_a_step(platform: str) -> dict[str, str]:
   """Returns options of XLA for the program of a training step on devices of a platform.
 
-  On CPUs jaxlib 0.10 leaves Σ xy of two arrays to a library that takes twenty times as long for it as XLA's own loop.
+  On CPUs JAX 0.10 leaves Σ xy of two arrays to a library that takes twenty times as long for it as XLA's own loop.
   With matrix products alone left to that library the demo's gradient takes a tenth less time; test-time training gains
   nothing. From 0.11 on the library is as fast as the loop.
   """
-  if platform != "cpu" or jaxlib_version >= (0, 11):
+  if platform != "cpu" or jax.__version_info__ >= (0, 11):
     return {}
   return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 

@@ -143,19 +143,19 @@ class TrainStep:
     # Every process reports the whole step, so the few metrics go to all.
     everywhere = replicated(self.mesh)
     layout = self.shardings, StepMetrics(everywhere, everywhere)
-    options = options_of_a_step(self.mesh.devices.flat[0].platform)
-    step = jax.jit(sharded, donate_argnums=0, out_shardings=layout, compiler_options=options)
+    step = jax.jit(sharded, donate_argnums=0, out_shardings=layout)
     return step.trace(self.abstract, self.abstract_inputs)
 
   def lower(self, seq_len: int, looping: bool) -> jax.stages.Lowered:
-    """Lowers what `trace` traces; `.compile()` gives the program."""
+    """Lowers what `trace` traces; `.compile(options_of_a_step(platform))` gives the program."""
     return self.trace(seq_len, looping).lower()
 
   def compiled(self, seq_len: int, looping: bool) -> jax.stages.Compiled:
     """Returns the program, which is compiled once for all runs that share it."""
     programs, shape = self.shared._programs, (seq_len, looping)
     if shape not in programs:
-      programs[shape] = self.shared.lower(*shape).compile()
+      options = options_of_a_step(self.mesh.devices.flat[0].platform)
+      programs[shape] = self.shared.lower(*shape).compile(options)
     return programs[shape]
 
   @property
