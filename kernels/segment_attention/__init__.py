@@ -64,6 +64,13 @@ def without_lone_queries(q_BxTxHxC: jax.Array, start_BxT: jax.Array) -> jax.Arra
   return jnp.where(is_alone_BxT[..., None, None], 0, q_BxTxHxC)
 
 
+def padded_starts(start_BxT: jax.Array, multiple: int) -> jax.Array:
+  """Returns starts of a row padded to a multiple, int32. A padded query sees itself: its softmax has a finite sum."""
+  B, T = start_BxT.shape
+  itself = jnp.broadcast_to(jnp.arange(T, T + -T % multiple, dtype=jnp.int32), (B, -T % multiple))
+  return jnp.concatenate([start_BxT.astype(jnp.int32), itself], axis=1)
+
+
 def segment_starts(tokens_BxT: Int[Array, "B T"], *, bos_id: int, seq_len: int) -> Int[Array, "B T"]:
   """Returns the first position of each token's segment.
 

@@ -37,6 +37,7 @@ from pgolf_jax.kernels.hopper_attention import (
   positions,
   rows_by,
 )
+from pgolf_jax.kernels.segment_attention import padded_starts
 
 
 def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> str | None:
@@ -59,7 +60,7 @@ def _differentiable(q, k, v, start):
 
 def _forward(q, k, v, start):
   t = q.shape[1]
-  whole = padded(q), padded(k), padded(v), _padded_start(start)
+  whole = padded(q), padded(k), padded(v), padded_starts(start, BLOCK)
   y, lse = _attend(*whole)
   return y[:, :t], (*whole, y, lse)
 
@@ -73,13 +74,6 @@ def _backward(residuals, dy):
 
 
 _differentiable.defvjp(_forward, _backward)
-
-
-def _padded_start(start: jax.Array) -> jax.Array:
-  """Pads starts so that a padded query sees itself alone: its softmax then has a finite sum."""
-  t = start.shape[1]
-  itself = jnp.broadcast_to(jnp.arange(t, t + -t % BLOCK, dtype=jnp.int32), (start.shape[0], -t % BLOCK))
-  return jnp.concatenate([start.astype(jnp.int32), itself], axis=1)
 
 
 def _confined(scores, query_tile, key_tile, start, last_start):

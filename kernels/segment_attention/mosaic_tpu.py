@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pgolf_jax.kernels.segment_attention import without_lone_queries
+from pgolf_jax.kernels.segment_attention import padded_starts, without_lone_queries
 
 _LANES = 128
 _BLOCK = 256
@@ -48,16 +48,13 @@ def segment_attention(
   """Computes the operation. Rows of any length are padded to whole blocks."""
   B, T, H, C = q_BxTxHxC.shape
   block = min(_BLOCK, -(-min(max_segment, T) // _LANES) * _LANES)
-  padding = -T % block
+  walk = min(1 + -(-(max_segment - 1) // block), -(-T // block))
+  shape = _Shape(block, walk, C, H // k_BxTxKxC.shape[2])
   q = without_lone_queries(q_BxTxHxC, start_BxT) * C**-0.5
-  q, k, v = (jnp.pad(x.reshape(B, T, -1), ((0, 0), (0, padding), (0, 0))) for x in (q, k_BxTxKxC, v_BxTxKxC))
-  # Padded positions are segments of one token each.
-  itself = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=jnp.int32), (B, padding))
-  start = jnp.concatenate([start_BxT.astype(jnp.int32), itself], axis=1)
-  start = jnp.broadcast_to(start[:, None, None], (B, k.shape[2] // max(_LANES, C), 1, T + padding))
-  walk = min(1 + -(-(max_segment - 1) // block), (T + padding) // block)
-  y = _differentiable(_Shape(block, walk, C, H // k_BxTxKxC.shape[2]), q, k, v, start)
-  return y[:, :T].reshape(q_BxTxHxC.shape)
+  q, k, v = (jnp.pad(x.reshape(B, T, -1), ((0, 0), (0, -T % block), (0, 0))) for x in (q, k_BxTxKxC, v_BxTxKxC))
+  start = padded_starts(start_BxT, block)[:, None, None]
+  start = jnp.broadcast_to(start, (B, k.shape[2] // shape.lanes, *start.shape[2:]))
+  return _differentiable(shape, q, k, v, start)[:, :T].reshape(q_BxTxHxC.shape)
 
 
 class _Shape(NamedTuple):
@@ -155,11 +152,15 @@ def _if_seen(shape: _Shape, reach: _Reach, at, is_seen, start_ref, step) -> None
   pl.when(is_seen & ~some_hidden)(lambda: step(lambda scores: scores))
 
 
+def _transposed(x):
+  return x.astype(jnp.float32).T.astype(x.dtype)  # through whole registers: two numbers of 16 bits share one
+
+
 def _by_channel(shape: _Shape, x_ref, out_ref) -> None:
   """Puts a block of queries [queries, heads · C] into [heads, lanes, queries], zero but for its key head's channels."""
   out_ref[...] = jnp.zeros_like(out_ref)
   for tile in range(0, x_ref.shape[1], shape.lanes):
-    x = x_ref[:, tile : tile + shape.lanes].astype(jnp.float32).T.astype(out_ref.dtype)
+    x = _transposed(x_ref[:, tile : tile + shape.lanes])
     for i in range(shape.lanes // shape.width):
       head = tile // shape.width + i
       out_ref[head, shape.key_head(head)] = x[i * shape.width : (i + 1) * shape.width]
@@ -228,7 +229,7 @@ def _attention(shape: _Shape, q, k, v, start):
       y_sum[...] = jnp.zeros_like(y_sum)
 
     def attend(confined):
-      v_by_channel = v_ref[...].astype(jnp.float32).T.astype(v.dtype)
+      v_by_channel = _transposed(v_ref[...])
       for head in range(shape.heads):
         at = slice(head, head + 1)
         scores = confined(_product(k_ref[...], q_by_channel[head]))
@@ -287,7 +288,7 @@ def _attention_gradients(shape: _Shape, q, k, v, start, dy, lse, delta):
 
     @pl.when(step == 0)
     def _():
-      k_by_channel[...] = k_ref[...].astype(jnp.float32).T.astype(dtype)
+      k_by_channel[...] = _transposed(k_ref[...])
       dk_sum[...] = jnp.zeros_like(dk_sum)
       dv_sum[...] = jnp.zeros_like(dv_sum)
 

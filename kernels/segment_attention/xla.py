@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pgolf_jax.kernels.numerics import wide_product
-from pgolf_jax.kernels.segment_attention import without_lone_queries
+from pgolf_jax.kernels.segment_attention import padded_starts, without_lone_queries
 
 _MASKED = -1e30  # finite, so that a block with no visible key leaves the running maximum defined
 
@@ -148,7 +148,5 @@ def segment_attention(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment
     q_BxTxHxC, k_BxTxKxC, v_BxTxKxC = (
       jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BxTxHxC, k_BxTxKxC, v_BxTxKxC)
     )
-    # A padded query sees itself alone.
-    itself = jnp.broadcast_to(jnp.arange(T, T + padding, dtype=start_BxT.dtype), (start_BxT.shape[0], padding))
-    start_BxT = jnp.concatenate([start_BxT, itself], axis=1)
+    start_BxT = padded_starts(start_BxT, size)
   return _attend(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, size)[:, :T]

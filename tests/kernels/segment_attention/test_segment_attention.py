@@ -134,26 +134,26 @@ def test_every_backend_is_tested():
   assert backends_under_test(Cases) | {"reference"} == set(segment_attention.OPERATION.backends)
 
 
+def shapes(b, t, h, k, c):
+  """Of q, k, v, start and dy."""
+  q, kv = (jax.ShapeDtypeStruct((b, t, heads, c), jnp.bfloat16) for heads in (h, k))
+  return q, kv, kv, jax.ShapeDtypeStruct((b, t), jnp.int32), q
+
+
 @pytest.mark.parametrize(
   ("b", "t", "h", "k", "c"), [(1, 98304, 8, 4, 64), (24, 3072, 8, 4, 64), (3, 100, 6, 2, 128), (2, 64, 4, 4, 64)]
 )
 def test_lowers_for_hopper_with_three_kernels(hopper_kernels, b, t, h, k, c):
-  q = jax.ShapeDtypeStruct((b, t, h, c), jnp.bfloat16)
-  kv = jax.ShapeDtypeStruct((b, t, k, c), jnp.bfloat16)
-  start = jax.ShapeDtypeStruct((b, t), jnp.int32)
   f = with_gradient(Cases, implementation="mosaic_gpu")
-  assert hopper_kernels(lambda *a: f(a[:4], a[4], max_segment=t), q, kv, kv, start, q) == 3
+  assert hopper_kernels(lambda *a: f(a[:4], a[4], max_segment=t), *shapes(b, t, h, k, c)) == 3
 
 
 @pytest.mark.parametrize(
   ("b", "t", "h", "k", "c"), [(1, 12288, 8, 4, 64), (3, 112, 8, 4, 64), (1, 300, 6, 2, 128), (2, 1000, 2, 1, 256)]
 )
 def test_compiles_for_a_tpu_with_two_kernels(tpu_kernels, b, t, h, k, c):
-  q = jax.ShapeDtypeStruct((b, t, h, c), jnp.bfloat16)
-  kv = jax.ShapeDtypeStruct((b, t, k, c), jnp.bfloat16)
-  start = jax.ShapeDtypeStruct((b, t), jnp.int32)
   f = with_gradient(Cases, implementation="mosaic_tpu")
-  assert tpu_kernels(lambda *a: f(a[:4], a[4], max_segment=min(t, 3072)), q, kv, kv, start, q) == 2
+  assert tpu_kernels(lambda *a: f(a[:4], a[4], max_segment=min(t, 3072)), *shapes(b, t, h, k, c)) == 2
 
 
 def obstacle(backend, width, dtype, heads=2):
