@@ -2,10 +2,9 @@
 
 A row lies in the registers of one warp, which sums over it without a barrier. Every thread keeps to its columns, so
 that the factors' gradients, sums over all rows, add up in registers as well; a thread block writes four rows of them,
-one for each warp, at its end.
+one for each warp, at its end. The norm's scale is read from memory, so that all layers share one compiled kernel.
 """
 
-import functools
 import math
 
 import jax
@@ -35,7 +34,7 @@ def residual_norm(
   """Computes the operation."""
   x, added = (a.reshape(-1, *_parts(add_D)) for a in (x_BxTxD, added_BxTxD))
   add, keep = (None if factor is None else factor.reshape(_parts(factor)) for factor in (add_D, keep_D))
-  y, n = _differentiable(x, added, add, keep, scale)
+  y, n = _differentiable(x, added, add, keep, jnp.full(1, scale, jnp.float32))
   return y.reshape(x_BxTxD.shape), n.reshape(x_BxTxD.shape)
 
 
@@ -43,23 +42,18 @@ def _parts(factor_D: jax.Array) -> tuple[int, int]:
   return factor_D.shape[0] // hopper.ROW_PART, hopper.ROW_PART
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _differentiable(x, added, add, keep, scale):
-  return _sum_and_norm(x, added, add, keep, scale)
+@jax.custom_vjp
+def _differentiable(*arguments):
+  return _sum_and_norm(*arguments)
 
 
-def _forward(x, added, add, keep, scale):
-  return _sum_and_norm(x, added, add, keep, scale), (x, added, add, keep)
-
-
-def _backward(scale, residuals, cotangents):
-  keep = residuals[3]
-  dx, d_added, *d_factors = _gradients(*residuals, *cotangents, scale)
+def _backward(residuals, cotangents):
+  dx, d_added, *d_factors = _gradients(*residuals, *cotangents)
   d_add, d_keep = (*(d.sum((0, 1)) for d in d_factors), None)[:2]
-  return dx, d_added, d_add, d_keep if keep is not None else None
+  return dx, d_added, d_add, d_keep, None
 
 
-_differentiable.defvjp(_forward, _backward)
+_differentiable.defvjp(lambda *arguments: (_sum_and_norm(*arguments), arguments), _backward)
 
 
 def _sum(x: jax.Array, added: jax.Array, add: jax.Array, keep: jax.Array | None, dtype) -> jax.Array:
@@ -85,14 +79,15 @@ def _lanes(*refs):
   return [(ref, hopper.ROWS) for ref in refs]
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _sum_and_norm(x, added, add, keep, scale):
+@jax.jit
+def _sum_and_norm(x, added, add, keep, scale_1):
   """Returns y and its norm."""
   factors, shape = _factors(add, keep), (hopper.WARPS, *x.shape[1:])
 
-  def kernel(x_ref, added_ref, *refs):
+  def kernel(x_ref, added_ref, scale_ref, *refs):
     factor_refs, out_refs, out_smems = refs[:-4], refs[-4:-2], refs[-2:]
     add_D, keep_D = _read(factor_refs, shape)
+    scale = scale_ref[0]
 
     def compute(_, x_rows, added_rows, nothing):
       y = _sum(x_rows, added_rows, add_D, keep_D, x.dtype)
@@ -102,11 +97,11 @@ def _sum_and_norm(x, added, add, keep, scale):
 
   like = jax.ShapeDtypeStruct(x.shape, x.dtype)
   scratch, grid = (hopper.leaving(x),) * 2, hopper.rows_grid(len(x))
-  return plgpu.kernel(kernel, out_type=(like, like), scratch_types=scratch, **grid)(x, added, *factors)
+  return plgpu.kernel(kernel, out_type=(like, like), scratch_types=scratch, **grid)(x, added, scale_1, *factors)
 
 
-@functools.partial(jax.jit, static_argnums=6)
-def _gradients(x, added, add, keep, dy, dn, scale):
+@jax.jit
+def _gradients(x, added, add, keep, scale_1, dy, dn):
   """Returns the cotangents of x and of what is added, and of each factor one sum for each warp of each thread block.
 
   With y the sum, r = 1/√(mean y² + ε) and u = scale · dn, the sum's cotangent is dy + r·(u − y·r²·mean uy).
@@ -114,10 +109,11 @@ def _gradients(x, added, add, keep, dy, dn, scale):
   factors, shape = _factors(add, keep), (hopper.WARPS, *x.shape[1:])
   count = len(factors)
 
-  def kernel(x_ref, added_ref, dy_ref, dn_ref, *refs):
+  def kernel(x_ref, added_ref, scale_ref, dy_ref, dn_ref, *refs):
     factor_refs, refs = refs[:count], refs[count:]
     out_refs, sum_refs, (*out_smems, sum_smem) = refs[:2], refs[2:][:count], refs[2 + count :]
     add_D, keep_D = _read(factor_refs, shape)
+    scale = scale_ref[0]
 
     def compute(_, x_rows, added_rows, dy_rows, dn_rows, sums):
       y = _sum(x_rows, added_rows, add_D, keep_D, x.dtype)
@@ -140,7 +136,7 @@ def _gradients(x, added, add, keep, dy, dn, scale):
   sums = jax.ShapeDtypeStruct((*grid["grid"], *shape), jnp.float32)
   scratch = (*[hopper.leaving(x)] * 2, plgpu.SMEM(shape, jnp.float32))
   call = plgpu.kernel(kernel, out_type=(like, like, *[sums] * count), scratch_types=scratch, **grid)
-  return call(x, added, dy, dn, *factors)
+  return call(x, added, scale_1, dy, dn, *factors)
 
 
 def _factors(add: jax.Array, keep: jax.Array | None) -> tuple[jax.Array, ...]:
