@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import PartitionSpec as P
 
 from pgolf_jax.errors import UserError
 from pgolf_jax.model import params as parameters
 from pgolf_jax.model.params import BANKS, Params
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.distributed import replicated
+from pgolf_jax.runtime.distributed import place, replicated
 from pgolf_jax.runtime.files import Damaged, is_sealed, remove, seal
 from pgolf_jax.runtime.log import log
 from pgolf_jax.training.optimizer import MuonState, pad_stack
@@ -71,10 +72,9 @@ class Checkpoints:
     """Begins to write; returns once the state has been copied to the host."""
     # Orbax would copy arrays of several devices slice by slice, with a program to compile for each shape.
     whole = jax.tree.map(np.asarray, self._stacks.unpad_compiled(state))
+    arrays = {"params": whole.params, "average": whole.average, "optimizer": whole.opt_state}
     items = ocp.args.Composite(
-      params=ocp.args.StandardSave(whole.params),
-      average=ocp.args.StandardSave(whole.average),
-      optimizer=ocp.args.StandardSave(whole.opt_state),
+      **{name: ocp.args.StandardSave(_without_empty(tree)) for name, tree in arrays.items()},
       progress=ocp.args.JsonSave(seal(progress | {_ARRAYS: _hashes(whole)})),
     )
     self._manager.save(step, args=items, force=True)
@@ -122,15 +122,9 @@ class Checkpoints:
       Damaged: it is not what was written.
       UserError: it does not fit the settings.
     """
-    items = ocp.args.Composite(
-      params=ocp.args.StandardRestore(self._abstract.params),
-      average=ocp.args.StandardRestore(self._abstract.average),
-      optimizer=ocp.args.StandardRestore(self._abstract.opt_state),
-      progress=ocp.args.JsonRestore(),
-    )
-    progress = self._progress(step)
-    restored = self._read(step, items)
-    state = TrainState(restored.params, restored.optimizer, restored.average)
+    progress, a = self._progress(step), self._abstract
+    read = self._read_arrays(step, {"params": a.params, "average": a.average, "optimizer": a.opt_state})
+    state = TrainState(read["params"], read["optimizer"], read["average"])
     self._verify(step, state, progress)
     return self._stacks.pad(state), progress
 
@@ -155,6 +149,16 @@ class Checkpoints:
       message = (str(error) or type(error).__name__).splitlines()[0]
       raise Damaged(f"The checkpoint of step {step} is damaged: {message[:200]}.") from error
 
+  def _read_arrays(self, step: int, abstract: dict) -> dict:
+    """Returns the trees of arrays of these names, each as it is declared."""
+    items = {name: ocp.args.StandardRestore(_without_empty(tree)) for name, tree in abstract.items()}
+    read = self._read(step, ocp.args.Composite(**items))
+
+    def whole(declared: jax.ShapeDtypeStruct, x):
+      return x if declared.size else place(self._step.mesh, np.zeros(declared.shape, declared.dtype), P())
+
+    return {name: jax.tree.map(whole, tree, read[name]) for name, tree in abstract.items()}
+
   def _verify(self, step: int, tree, progress: dict) -> None:
     """Compares arrays with their hashes of when they were saved."""
     for name, (_, sha256) in _hashes(tree).items():
@@ -169,8 +173,8 @@ class Checkpoints:
     """
     progress, share = self._progress(step), self._step.settings.train.average_share
     parts = {"average": self._abstract.average} | ({"params": self._abstract.params} if share < 1 else {})
-    read = self._read(step, ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in parts.items()}))
-    saved = TrainState(read.params if share < 1 else None, None, read.average)
+    read = self._read_arrays(step, parts)
+    saved = TrainState(read.get("params"), None, read["average"])
     self._verify(step, saved, progress)
     return trained(saved.params, saved.average, share)
 
@@ -219,6 +223,11 @@ def _stacks(step: TrainStep) -> _Stacks:
 
 
 _ARRAYS = "arrays"
+
+
+def _without_empty(tree):
+  """Leaves out arrays without values, which Orbax refuses: one layer has no skips."""
+  return jax.tree.map(lambda x: x if x.size else None, tree)
 
 
 def _named(tree) -> list[tuple[str, np.ndarray]]:

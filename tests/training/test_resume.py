@@ -1,5 +1,6 @@
 """A run killed at any moment continues to the same numbers, bit for bit."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -16,8 +17,12 @@ from children import environment
 
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.errors import UserError
+from pgolf_jax.model import params as parameters
+from pgolf_jax.quantize import artifact
+from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder, read_metrics
 from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.runtime.files import write_bytes
 from pgolf_jax.settings import (
   DataConfig,
   EvalConfig,
@@ -28,7 +33,9 @@ from pgolf_jax.settings import (
   Settings,
   TrainConfig,
 )
+from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.loop import Trainer
+from pgolf_jax.training.step import TrainStep
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -156,6 +163,33 @@ def test_a_checkpoint_moves_between_numbers_of_devices(tmp_path, data):
     losses[name] = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
   np.testing.assert_allclose(losses["moved"], losses["same"], atol=1e-4)
   assert len(losses["moved"]) == 20
+
+
+def test_one_layer_has_no_skips_and_is_saved_resumed_and_quantised_all_the_same(tmp_path, data):
+  model = dataclasses.replace(SETTINGS.model, num_layers=1, parallel_start_layer=0)
+  train = dataclasses.replace(ONE_LENGTH, iterations=4, checkpoint_every_steps=0, average_share=0.5)
+  settings = dataclasses.replace(SETTINGS, model=model, train=train)
+  assert parameters.shapes(model)["skip_weights"] == (0, 32)
+  mesh, finals = data_mesh(jax.devices()[:1]), []
+  for stop in (0, 2):
+    train = dataclasses.replace(train, stop_step=stop)
+    run = RunFolder(tmp_path / str(stop), dataclasses.replace(settings, train=train))
+    Trainer(run, mesh, data).train()
+    if stop:
+      config = run.path / "config.toml"
+      config.write_text(config.read_text().replace("stop_step = 2", "stop_step = 0"))
+      run = RunFolder(run.path)
+      Trainer(run, mesh, data).train()
+    finals.append(averaged(run, mesh))
+  jax.tree.map(np.testing.assert_array_equal, *finals)
+  write_bytes(tmp_path / "artifact", make(settings, finals[0], data).data)
+  read = artifact.load(tmp_path / "artifact")[1]
+  assert {name: x.shape for name, x in read.items()} == parameters.shapes(model)
+
+
+def averaged(run, mesh):
+  with contextlib.closing(Checkpoints(run.checkpoints, TrainStep(run.settings, mesh))) as checkpoints:
+    return checkpoints.restore_average(4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data):
