@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from pgolf_jax.errors import Check, UserError
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.scoring import record
 from pgolf_jax.scoring.documents import Document, find_documents
-from pgolf_jax.scoring.hints import CLASSES, SHARES, TOTALS
+from pgolf_jax.scoring.hints import CLASSES, SHARES, TOTALS, _cores
 from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores, WeightsEvent
 from pgolf_jax.scoring.strength import SHIFTS, SLOPES
 from pgolf_jax.settings import Settings
@@ -122,7 +121,7 @@ class Subject:
         mode=config.table,
         vocab_size=self.settings.model.vocab_size,
         expected=targets,
-        threads=os.cpu_count() or 1,
+        threads=_cores(),
       )
       for where, text in parts:
         if len(text) and counts.last != text[0]:
