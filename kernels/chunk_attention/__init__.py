@@ -71,7 +71,9 @@ def chunk_attention(
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
   """
-  arguments = q_BxXxHxC, k_BxXxKxC, v_BxXxKxC, ring, place
+  # A document's first query sees one key: for exact zeros as in `segment_attention.without_lone_queries`.
+  is_alone_X = (place.first == 0) & (jnp.arange(q_BxXxHxC.shape[1]) == 0)
+  arguments = jnp.where(is_alone_X[:, None, None], 0, q_BxXxHxC), k_BxXxKxC, v_BxXxKxC, ring, place
   return OPERATION(*arguments, window=window, implementation=implementation)
 
 

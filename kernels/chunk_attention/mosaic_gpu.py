@@ -46,7 +46,7 @@ def _backward(residuals, dy):
   q, k, v, ring_k, ring_v, where, y, lse = residuals
   x, dy = dy.shape[1], padded(dy)
   dq, delta = _query_gradient_with_ring(q, y, dy, lse, k, v, ring_k, ring_v, where)
-  before = jnp.full(q.shape[:2], -1, jnp.int32)  # no query is alone: the ring is before them all
+  before = jnp.full(q.shape[:2], -1, jnp.int32)  # a query that sees one key is zero already
   dk, dv = key_gradients(q, k, v, before, dy, lse, delta)
   return dq[:, :x], dk[:, :x], dv[:, :x], None, None, None
 

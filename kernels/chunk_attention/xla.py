@@ -32,10 +32,10 @@ def _by_token(x_KxBxQxC: jax.Array, X: int) -> jax.Array:
 
 def _forward(q_BxXxHxC, k_BxXxKxC, v_BxXxKxC, ring_k, ring_v, visible_S):
   X, K, C = q_BxXxHxC.shape[1], k_BxXxKxC.shape[2], q_BxXxHxC.shape[3]
-  q, k, v = (_by_head(x, K) for x in (q_BxXxHxC * C**-0.5, k_BxXxKxC, v_BxXxKxC))
+  q, k, v = (_by_head(x, K) for x in (q_BxXxHxC, k_BxXxKxC, v_BxXxKxC))
   causal_QxX = jnp.arange(q.shape[2])[:, None] // (q.shape[2] // X) >= jnp.arange(X)
   scores = [
-    jnp.where(is_seen, wide_product("kbqc,kbsc->kbqs", q, keys), -jnp.inf)
+    jnp.where(is_seen, wide_product("kbqc,kbsc->kbqs", q, keys) * C**-0.5, -jnp.inf)
     for is_seen, keys in ((visible_S, ring_k), (causal_QxX, k))
   ]
   largest = jnp.maximum(*(s.max(axis=-1, keepdims=True) for s in scores))
@@ -53,12 +53,12 @@ def _backward(residuals, dy_BxXxHxC):
   dy = _by_head(dy_BxXxHxC, K) / total
   delta, dy = jnp.sum(dy * y, axis=-1, keepdims=True), dy.astype(q.dtype)
   ds = [
-    (x * (wide_product("kbqc,kbsc->kbqs", dy, values) - delta)).astype(q.dtype)
+    (x * (wide_product("kbqc,kbsc->kbqs", dy, values) - delta) * C**-0.5).astype(q.dtype)
     for x, values in zip(p, (ring_v, v), strict=True)
   ]
   dq = sum(wide_product("kbqs,kbsc->kbqc", x, keys) for x, keys in zip(ds, (ring_k, k), strict=True))
   dk, dv = (wide_product("kbqs,kbqc->kbsc", *pair) for pair in ((ds[1], q), (p[1], dy)))
-  dq, dk, dv = (_by_token(x, X).astype(q.dtype) for x in (dq * C**-0.5, dk, dv))
+  dq, dk, dv = (_by_token(x, X).astype(q.dtype) for x in (dq, dk, dv))
   return dq, dk, dv, None, None, None
 
 

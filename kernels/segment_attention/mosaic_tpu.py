@@ -21,13 +21,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pgolf_jax.kernels import hardware
 from pgolf_jax.kernels.segment_attention import padded_starts, without_lone_queries
 
 _LANES = 128
 _BLOCK = 256
 """Queries, or keys, in a block; fewer where no segment is as long."""
-_VMEM_BYTES = 48 << 20
-"""VMEM that a kernel may take; unasked it is 16 MiB, which the ring for segments of 16,384 tokens fills."""
+
+
+def _vmem_bytes() -> int:
+  """Returns the bytes of VMEM that a kernel may take: all that a chip up to TPU v4 has, else more than 16 MiB."""
+  return (16 if hardware.target().kind.startswith(("TPU v2", "TPU v3", "TPU v4")) else 48) << 20
 
 
 def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) -> str | None:
@@ -39,6 +43,10 @@ def obstacle(q_BxTxHxC, k_BxTxKxC, v_BxTxKxC, start_BxT, *, max_segment: int) ->
     return f"it needs a head width of 64, 128 or 256, not {width}"
   if kv_heads * width % _LANES:
     return f"it needs key heads that fill {_LANES} lanes, not {kv_heads} of {width}"
+  # What is computed between loads and stores takes up to a MiB more.
+  needed = _Shape.of(q_BxTxHxC, k_BxTxKxC, max_segment).vmem_bytes(q_BxTxHxC.dtype.itemsize) + (1 << 20)
+  if needed > _vmem_bytes():
+    return f"segments of {max_segment} and these heads need {-(-needed >> 20)} MiB of VMEM, of {_vmem_bytes() >> 20}"
   return None
 
 
@@ -46,11 +54,10 @@ def segment_attention(
   q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, v_BxTxKxC: jax.Array, start_BxT: jax.Array, *, max_segment: int
 ) -> jax.Array:
   """Computes the operation. Rows of any length are padded to whole blocks."""
-  B, T, H, C = q_BxTxHxC.shape
-  block = min(_BLOCK, -(-min(max_segment, T) // _LANES) * _LANES)
-  walk = min(1 + -(-(max_segment - 1) // block), -(-T // block))
-  shape = _Shape(block, walk, C, H // k_BxTxKxC.shape[2])
-  q = without_lone_queries(q_BxTxHxC, start_BxT) * C**-0.5
+  B, T = start_BxT.shape
+  shape = _Shape.of(q_BxTxHxC, k_BxTxKxC, max_segment)
+  block = shape.block
+  q = without_lone_queries(q_BxTxHxC, start_BxT) * shape.power_of_scale
   q, k, v = (jnp.pad(x.reshape(B, T, -1), ((0, 0), (0, -T % block), (0, 0))) for x in (q, k_BxTxKxC, v_BxTxKxC))
   start = padded_starts(start_BxT, block)[:, None, None]
   start = jnp.broadcast_to(start, (B, k.shape[2] // shape.lanes, *start.shape[2:]))
@@ -71,6 +78,30 @@ class _Shape(NamedTuple):
   walk: int
   width: int
   group: int
+
+  @classmethod
+  def of(cls, q_BxTxHxC: jax.Array, k_BxTxKxC: jax.Array, max_segment: int) -> "_Shape":
+    _, T, H, C = q_BxTxHxC.shape
+    block = min(_BLOCK, -(-min(max_segment, T) // _LANES) * _LANES)
+    walk = min(1 + -(-(max_segment - 1) // block), -(-T // block))
+    return cls(block, walk, C, H // k_BxTxKxC.shape[2])
+
+  @property
+  def power_of_scale(self) -> float:
+    """The part of 1/√C that is a power of two: queries take it without rounding."""
+    return 2.0 ** -(self.width.bit_length() // 2)
+
+  def scaled(self, x: jax.Array) -> jax.Array:
+    """Returns scores, or their gradients, times what is left of 1/√C."""
+    rest = self.width**-0.5 / self.power_of_scale
+    return x if rest == 1 else x * rest
+
+  def vmem_bytes(self, itemsize: int) -> int:
+    """Returns what the gradient takes, the larger of the two kernels: blocks twice, for one is on its way."""
+    waiting = self.walk * self.heads * self.width * 4
+    by_channel = (2 * self.heads + 1) * self.lanes * itemsize + 2 * self.lanes * 4
+    blocks = 2 * (3 * self.heads * self.width + 4 * self.lanes) * itemsize
+    return (waiting + by_channel + blocks) * self.block
 
   @property
   def lanes(self) -> int:
@@ -207,7 +238,7 @@ def _walk(shape: _Shape, kernel, inputs, outputs, scratch):
     ),
     out_shape=[x for x, _ in outputs],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_vmem_bytes()
     ),
   )(*reach, *(x for x, _ in inputs))
 
@@ -232,7 +263,7 @@ def _attention(shape: _Shape, q, k, v, start):
       v_by_channel = _transposed(v_ref[...])
       for head in range(shape.heads):
         at = slice(head, head + 1)
-        scores = confined(_product(k_ref[...], q_by_channel[head]))
+        scores = confined(shape.scaled(_product(k_ref[...], q_by_channel[head])))
         new_largest = jnp.maximum(largest[at], scores.max(axis=0, keepdims=True))
         p, shrink = jnp.exp(scores - new_largest), jnp.exp(largest[at] - new_largest)
         largest[at] = new_largest
@@ -301,9 +332,9 @@ def _attention_gradients(shape: _Shape, q, k, v, start, dy, lse, delta):
       _by_channel(shape, dy_ref, dy_by_channel)
       for head in range(shape.heads):
         at = slice(head, head + 1)
-        scores = confined(_product(k_ref[...], q_by_channel[head]))
+        scores = confined(shape.scaled(_product(k_ref[...], q_by_channel[head])))
         p = jnp.exp(scores - lse_ref[at])
-        ds = p * (_product(v_ref[...], dy_by_channel[head]) - delta_ref[at])
+        ds = shape.scaled(p * (_product(v_ref[...], dy_by_channel[head]) - delta_ref[at]))
         p, ds = p.astype(dtype), ds.astype(dtype)
         # The other key heads' channels of q and dy are zero.
         dk_sum[...] += _product(ds, q_by_channel[head], (1, 1))

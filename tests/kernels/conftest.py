@@ -200,9 +200,9 @@ def pretend_hopper():
 
 
 @pytest.fixture
-def pretend_gpu():
-  """pretend_gpu(kind): a context in which traces take a GPU of that kind for their target."""
-  return lambda kind: _described(kind, 128, "gpu")
+def pretend_device():
+  """pretend_device(kind, platform): a context in which traces take a device of that kind for their target."""
+  return lambda kind, platform: _described(kind, 128, platform)
 
 
 @pytest.fixture

@@ -6,10 +6,13 @@ import pytest
 from pgolf_jax.kernels import hardware
 
 
-def test_target_is_the_described_device_then_the_default_device_then_the_first(pretend_hopper, pretend_tpu):
+def test_target_is_the_described_device_then_the_default_device_then_the_first(
+  pretend_hopper, pretend_tpu, monkeypatch
+):
   assert hardware.target().platform == "cpu" and not hardware.target().is_hopper
   with jax.default_device(jax.devices()[1]):
-    assert hardware.target() == hardware.target()._replace(platform="cpu")
+    monkeypatch.setattr(type(jax.devices()[0]), "device_kind", property(lambda device: f"chip {device.id}"))
+    assert hardware.target().kind == "chip 1"
     with pretend_hopper(cores=7):
       assert hardware.target() == hardware.Target("gpu", "NVIDIA H100 80GB HBM3", 7)
       assert hardware.target().is_gpu and hardware.target().is_hopper
@@ -52,6 +55,7 @@ def test_peaks_are_those_of_the_longest_name_that_fits():
     ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ("NVIDIA GH200 480GB", 4.0e12),
     ("NVIDIA H200", 4.8e12),
+    ("NVIDIA H100 NVL", 3.9e12),
     ("NVIDIA B200", 8.0e12),
   ],
 )

@@ -17,6 +17,7 @@ from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
 from pgolf_jax.plan import Program, compiled, examine, gpus, hardware, programs, report
 from pgolf_jax.settings import LengthStage, LoRAConfig, ModelConfig, Settings, TrainConfig, TTTConfig
+from pgolf_jax.settings.load import changed
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -235,6 +236,11 @@ def test_the_formula_counts_what_xla_counts():
   w = jax.ShapeDtypeStruct((512, 128), jnp.float32)
   counted = jax.jit(lambda x, w: x @ w.T).lower(x, w).compile().cost_analysis()["flops"]
   assert counted == pytest.approx(2 * 256 * 512 * 128, rel=0.01)
+
+
+def test_steps_beyond_the_last_coefficients_are_not_counted():
+  counted = [flops.orthogonalisation(changed(SETTINGS, {"optimizer.muon_steps": n}), 8) for n in (4, 5, 10)]
+  assert counted[1] == 1.25 * counted[0] == counted[2]
 
 
 @pytest.mark.parametrize(("name", "near"), [("v5e-2x4", "v5e:2x4"), ("rtx-4090", "rtx4090"), ("h100:x", "h100:8")])

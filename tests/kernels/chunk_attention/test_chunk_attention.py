@@ -77,6 +77,36 @@ def test_what_is_not_visible_does_not_matter():
   np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_documents_first_query_has_no_gradient_and_gives_none(dtype):
+  """It sees one key, so that rounding noise is all that there could be; a second chunk's queries see more."""
+  (q, k, v, ring, place), dy, _ = Cases.draw(1, (2, 3, 4, 2, 64, 8))
+  q, k, v, dy, *ring = (x.astype(dtype) for x in (q, k, v, dy, *ring))
+
+  def gradients(x, first):
+    at, ahead = place._replace(first=jnp.int32(first)), [a[:, :x] for a in (q, k, v)]
+    attend = lambda q, k, v: chunk_attention.chunk_attention(q, k, v, KeysValues(*ring), at, window=8)  # noqa: E731
+    y, pull = jax.vjp(attend, *ahead)
+    return y, *(np.asarray(d, np.float32) for d in pull(dy[:, :x]))
+
+  y, dq, dk, dv = gradients(1, 0)
+  assert not dq.any() and not dk.any() and dv.any()
+  np.testing.assert_array_equal(y, np.repeat(v[:, :1], 2, axis=2))
+  np.testing.assert_array_equal(gradients(3, 0)[1].any(axis=(0, 2, 3)), [False, True, True])
+  assert all(d.any() for d in gradients(1, 5)[1:])
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_scores_are_divided_in_float32(width):
+  """In bfloat16 1/√128 itself is a thousandth wrong, for all scores alike."""
+  arguments, _, options = Cases.draw(2, (2, 32, 4, 2, width, 64))
+  one, two = (
+    np.asarray(chunk_attention.OPERATION(*arguments, **options, implementation=name), np.float32)
+    for name in ("xla", "reference")
+  )
+  assert np.linalg.norm(one - two) / np.linalg.norm(two) < 0.0022
+
+
 def shapes(x=64, s=3072, c=64, dtype=jnp.bfloat16):
   struct = lambda *dims: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
   ring = KeysValues(*2 * (struct(17, 4, 24, s, c),))

@@ -179,6 +179,25 @@ def test_mosaic_tpu_says_what_it_cannot_do(pretend_tpu):
     assert obstacle("mosaic_tpu", 64, jnp.bfloat16) is None
 
 
+@pytest.mark.parametrize(
+  ("kind", "heads", "kv_heads", "longest", "why"),
+  [
+    ("TPU v4", 8, 4, 3072, None),
+    ("TPU v4", 16, 2, 3072, "need 19 MiB of VMEM, of 16"),
+    ("TPU v5 lite", 16, 2, 3072, None),
+    ("TPU v5 lite", 8, 4, 32_768, None),
+    ("TPU v5 lite", 16, 2, 16_384, "of VMEM, of 48"),
+  ],
+)
+def test_mosaic_tpu_takes_no_more_memory_than_there_is(pretend_device, kind, heads, kv_heads, longest, why):
+  """libtpu compiles, and refuses, just these."""
+  q, k = (jax.ShapeDtypeStruct((1, longest, count, 64), jnp.bfloat16) for count in (heads, kv_heads))
+  start = jax.ShapeDtypeStruct((1, longest), jnp.int32)
+  with pretend_device(kind, "tpu"):
+    said = segment_attention.OPERATION.obstacle("mosaic_tpu", q, k, k, start, max_segment=longest)
+  assert said is None if why is None else why in said
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_refuses_with_the_numbers():
   q, k, start = jnp.zeros((1, 8, 3, 4)), jnp.zeros((1, 8, 2, 4)), jnp.zeros((1, 8), jnp.int32)

@@ -192,10 +192,10 @@ def test_every_product_of_the_linear_form_takes_its_operands_as_they_are():
 @pytest.mark.parametrize(
   ("kind", "tokens"), [("NVIDIA H100 80GB HBM3", 98304), ("NVIDIA GeForce RTX 4090", 24576), ("NVIDIA L4", 32768)]
 )
-def test_a_gpu_holds_the_logits_that_its_memory_has_room_for(pretend_gpu, kind, tokens):
+def test_a_gpu_holds_the_logits_that_its_memory_has_room_for(pretend_device, kind, tokens):
   """All of a micro-batch on a Hopper GPU, a third of it elsewhere; the head's product is then not computed again."""
   x, weight, target = RECORD
-  with pretend_gpu(kind):
+  with pretend_device(kind, "gpu"):
     text = str(
       jax.make_jaxpr(gradient_of_the_head)(x.update(shape=(tokens, 512)), weight, target.update(shape=(tokens,)))
     )
