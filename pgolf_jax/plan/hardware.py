@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import re
 
@@ -142,8 +143,13 @@ def _tpu(name: str) -> Topology:
     raise UserError(f"Compiling for {name} needs libtpu, which is not installed: pip install 'pgolf_jax[tpu]'.")
   for variable, value in _LIBTPU.items():
     os.environ.setdefault(variable, value)
+  family, _, sizes = name.partition(":")
+  # A host has 2 × 2 chips unless libtpu is told otherwise, and no smaller topology can be made of such hosts.
+  options = {"chips_per_host_bounds": [*(math.gcd(2, int(n)) for n in sizes.split("x")[:2]), 1]}
+  if family == "v4":
+    options["chip_config_name"] = "megacore"  # a chip is one device, as it is where programs run, not one for each core
   try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   except Exception as e:
     raise UserError(f"libtpu does not know the topology {name}: {str(e).splitlines()[0]}") from e
   return Topology(name, Mesh(np.asarray(devices), (AXIS,)), "tpu", devices[0].device_kind)
