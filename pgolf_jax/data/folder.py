@@ -13,7 +13,7 @@ from typing import Literal
 from pgolf_jax.data import caseops
 from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import MAX_DOCUMENT_BYTES, Holdout, TextFiles, open_corpus
-from pgolf_jax.data.manifest import MANIFEST, Manifest
+from pgolf_jax.data.manifest import MANIFEST, Manifest, tokenizer_file
 from pgolf_jax.data.prepare import SHARD_TOKENS, Preparation, prepare
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
@@ -73,8 +73,8 @@ def ensure_prepared(settings: Settings) -> Path:
   The log says what was prepared. Of several processes on one run the first prepares, the others wait.
 
   Raises:
-    UserError: there is no such folder, its text was rewritten in another way than the settings say, or as
-      `ensure_default_data`.
+    UserError: there is no such folder, its text was rewritten in another way than the settings say or has another
+      vocabulary, or as `ensure_default_data`.
   """
   folder = locate(settings)
   if settings.data.path == DEFAULT:
@@ -84,12 +84,27 @@ def ensure_prepared(settings: Settings) -> Path:
       ensure_default_data(folder, settings.model.vocab_size, settings.data.markers)
   elif not folder.is_dir():
     raise UserError(missing(folder))
-  elif (manifest := Manifest.read(folder)) and manifest.markers != settings.data.markers:
+  else:
+    _check_settings(settings, folder)
+  return folder
+
+
+def _check_settings(settings: Settings, folder: Path) -> None:
+  """Raises UserError if the manifest, or else the tokenizer, says that the text is another than the settings say."""
+  manifest, tokenizer = Manifest.read(folder), tokenizer_file(settings, folder)
+  if manifest and manifest.markers != settings.data.markers:
     text, wanted = caseops.IN_WORDS[manifest.markers], caseops.IN_WORDS[settings.data.markers]
     raise UserError(
       f"The text in {folder} is {text}, the settings say {wanted}; set data.caseops and data.caseops_markers."
     )
-  return folder
+  if not manifest and not tokenizer.is_file():
+    return  # the loader looks at the tokens
+  pieces, wanted = (manifest or Tokenizer.load(tokenizer)).vocab_size, settings.model.vocab_size
+  if pieces != wanted:
+    raise UserError(
+      f"The text in {folder} is of a tokenizer of {pieces:,} pieces, the settings say model.vocab_size={wanted}; "
+      f"set it to {pieces}, or take the data of another tokenizer."
+    )
 
 
 def ensure_default_data(

@@ -7,6 +7,7 @@ from jaxtyping import UInt16
 
 from pgolf_jax.data.shards import list_shards, read_shard
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.log import log
 
 
 class Loader:
@@ -20,16 +21,26 @@ class Loader:
     world_size: number of ranks, each of which is given one span of a micro-batch.
     row_tokens: n, the number of inputs of a span.
     bos_id: the token that starts a document.
+    vocab_size: of the model, below which all tokens must be.
 
   Raises:
-    UserError: there are no shards, no document starts in a shard, or one is shorter than a micro-batch.
+    UserError: there are no shards, or one gives no micro-batch because no document starts in it or it is too short. The
+      last of several, which has what was left over, is then left out.
   """
 
-  def __init__(self, folder: str | Path, *, world_size: int, row_tokens: int, bos_id: int = 1):
+  def __init__(self, folder: str | Path, *, world_size: int, row_tokens: int, bos_id: int = 1, vocab_size: int = 2**16):
     self._paths = list_shards(Path(folder), "train")
     self.world_size = world_size
     self._span = row_tokens + 1
-    self._bos_id = bos_id
+    self._bos_id, self._vocab_size = bos_id, vocab_size
+    try:
+      for index in range(len(self._paths)):
+        self._open(index)
+    except _NoMicroBatch as fault:
+      if not 0 < index == len(self._paths) - 1:
+        raise
+      log.info("The last training shard is left out. %s", fault)
+      self._paths.pop()
     self._open(0)
 
   def _open(self, index: int) -> None:
@@ -38,9 +49,11 @@ class Loader:
     self._index = index
     self._cursor = _first(self._tokens, self._bos_id)
     if self._cursor is None:
-      raise UserError(f"{path}: no document starts in this shard (no token {self._bos_id}); prepare the data again.")
+      raise _NoMicroBatch(
+        f"{path}: no document starts in this shard (no token {self._bos_id}); prepare the data again, in larger shards."
+      )
     if self._cursor + self.world_size * self._span > len(self._tokens):
-      raise UserError(
+      raise _NoMicroBatch(
         f"{path}: {len(self._tokens)} tokens are too few for one micro-batch of {self.world_size} × {self._span}; "
         "use larger shards or a smaller train.batch_tokens."
       )
@@ -55,9 +68,18 @@ class Loader:
     return begin
 
   def micro_batch(self) -> UInt16[np.ndarray, "world span"]:
-    """Reads the next micro-batch; row r is rank r's span, its first n tokens inputs and its last n targets."""
+    """Reads the next micro-batch; row r is rank r's span, its first n tokens inputs and its last n targets.
+
+    Raises:
+      UserError: a token lies outside the vocabulary.
+    """
     begin = self._advance()
     rows = np.asarray(self._tokens[begin : begin + self.world_size * self._span])
+    if (highest := int(rows.max())) >= self._vocab_size:
+      raise UserError(
+        f"{self._paths[self._index]} holds token {highest}, but model.vocab_size={self._vocab_size}; set it to that of "
+        "the data's tokenizer."
+      )
     return rows.reshape(self.world_size, self._span)
 
   def skip(self, micro_batches: int) -> None:
@@ -89,6 +111,10 @@ class Loader:
         f"The checkpoint is at token {cursor} of {self._paths[index]}, which has {len(self._tokens)} tokens."
       )
     self._cursor = cursor
+
+
+class _NoMicroBatch(UserError):
+  """A shard from which no micro-batch can be read."""
 
 
 def _first(tokens: np.ndarray, value: int) -> int | None:

@@ -207,11 +207,18 @@ def _check_documents(data: _Folder) -> str:
       count += 1
       longest = max(longest, len(document.tokens_N))
     counted.append(f"{split}: {count:,} documents, the longest of {longest:,} tokens")
+  lengths = []
   for path in data.shards("train"):
-    if BOS not in read_shard(path):
+    starts = np.flatnonzero(read_shard(path) == BOS)
+    if not starts.size:
       raise _FailedError(
         f"{path}: no document starts in it, so a training run could not start there; use larger shards"
       )
+    lengths.append(read_count(path) - int(starts[0]))
+  least = min(lengths[:-1] or lengths)
+  counted.append(f"training can read micro-batches of up to {least:,} tokens")
+  if lengths[-1] < least:
+    counted.append(f"it leaves the last shard out where they are larger than {lengths[-1]:,}")
   return "; ".join(counted)
 
 

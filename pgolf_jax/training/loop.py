@@ -80,7 +80,10 @@ class Trainer:
     self._world = world_size(settings, mesh)
     self._row_tokens = t.batch_tokens // t.micro_batches
     self.step = TrainStep(settings, mesh)
-    self.loader = Loader(data_folder, world_size=self._world, row_tokens=self._row_tokens, bos_id=settings.model.bos_id)
+    m = settings.model
+    self.loader = Loader(
+      data_folder, world_size=self._world, row_tokens=self._row_tokens, bos_id=m.bos_id, vocab_size=m.vocab_size
+    )
     self.schedule = Schedule(settings)
     self.clock = Clock()
     self._shards = {k: v for k, v in made_from(run, "train", data_folder).items() if k.startswith("fineweb_train")}
@@ -248,9 +251,10 @@ class Trainer:
     loss = float(np.asarray(metrics.loss).mean())
     grad_norm = float(np.asarray(metrics.grad_norm).max())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+      kept = f" The newest good checkpoint is in {self.run.checkpoints}." if any(self.run.checkpoints.iterdir()) else ""
       raise UserError(
-        f"Training stopped at step {step}: loss {loss}, gradient norm {grad_norm}. The newest good checkpoint is in "
-        f"{self.run.checkpoints}; lower the learning rates and run again."
+        f"Training stopped at step {step}: loss {loss}, gradient norm {grad_norm}.{kept} Lower the learning rates and "
+        "run again."
       )
     seconds = self.clock.seconds
     before = writer.lines[-1]["seconds"] if writer.lines else 0.0

@@ -9,7 +9,7 @@ from pgolf_jax.cli import commands
 from pgolf_jax.data.folder import ensure_prepared
 from pgolf_jax.data.manifest import Manifest
 from pgolf_jax.errors import UserError
-from pgolf_jax.settings import Settings
+from pgolf_jax.settings import ModelConfig, Settings
 from pgolf_jax.settings.arguments import call
 
 TEXTS = [f"Document No. {i}: " + "congress of the States " * 20 for i in range(30)]
@@ -75,7 +75,7 @@ def test_markers_before_spaces(docs, tmp_path, capsys):
   assert "with markers before spaces" in printed and "Document No. 9: congress of the States congress" in printed
   assert run("verify", out) == 0
   data = dataclasses.replace(Settings().data, path=str(out), caseops_markers="before-space")
-  settings = dataclasses.replace(Settings(), data=data)
+  settings = dataclasses.replace(Settings(), data=data, model=ModelConfig(vocab_size=300))
   assert ensure_prepared(settings) == out
   for change in ({"caseops_markers": "published"}, {"caseops": False}):
     with pytest.raises(UserError, match=r"with markers before spaces, the settings say .*; set data.caseops and"):

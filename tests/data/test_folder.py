@@ -11,7 +11,15 @@ import pytest
 from pgolf_jax.cli import commands
 from pgolf_jax.data import caseops
 from pgolf_jax.data.corpus import Position
-from pgolf_jax.data.folder import default_corpus, ensure_default_data, ensure_prepared, locate, locate_prepared
+from pgolf_jax.data.folder import (
+  Sources,
+  default_corpus,
+  ensure_default_data,
+  ensure_prepared,
+  locate,
+  locate_prepared,
+  prepare_files,
+)
 from pgolf_jax.data.shards import iter_documents, list_shards
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.data.verify import inspect, verify
@@ -83,6 +91,22 @@ def test_locating_a_folder_prepares_nothing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
   assert locate_prepared(settings_for(str(tmp_path))) == ensure_prepared(settings_for(str(tmp_path))) == tmp_path
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_vocabulary_that_is_not_the_models_is_refused(tmp_path, write_jsonl, speeches, lossless, has_manifest):
+  folder, model = tmp_path / "data", tmp_path / "tokenizer.model"
+  model.write_bytes(lossless.model)
+  prepare_files(folder, Sources(write_jsonl("a.jsonl", speeches[:4]), val_docs=1, tokenizer=model, workers=1))
+  if not has_manifest:
+    (folder / "manifest.json").unlink()
+  assert ensure_prepared(settings_for(str(folder), vocab_size=600)) == folder
+  for size in (512, 1024):
+    with pytest.raises(UserError, match=rf"of 600 pieces, the settings say model\.vocab_size={size}; set it to 600"):
+      ensure_prepared(settings_for(str(folder), vocab_size=size))
+  (folder / "tokenizer.model").unlink()
+  if not has_manifest:  # nothing tells
+    ensure_prepared(settings_for(str(folder), vocab_size=512))
 
 
 def test_the_default_text_is_prepared_once_and_the_log_says_so(tmp_path, monkeypatch, caplog, texts):

@@ -1,5 +1,7 @@
 """The training stream: spans of the ranks, the ends of shards, skipping, and continuing at a saved place."""
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,36 @@ def test_state_continues_the_stream(folder):
   other = Loader(folder, world_size=2, row_tokens=9)
   other.restore(loader.state())
   assert all(np.array_equal(loader.micro_batch(), other.micro_batch()) for _ in range(8))
+
+
+def test_a_last_shard_that_is_too_short_is_left_out_and_the_log_says_so(folder, caplog, monkeypatch):
+  whole = Loader(folder, world_size=2, row_tokens=9)
+  monkeypatch.setattr(logging.getLogger("pgolf"), "propagate", True)
+  caplog.set_level(logging.INFO, "pgolf")
+  for rest in (np.full(20, 1), np.full(500, 7)):  # one token less than a micro-batch from its bos on, and no bos
+    rest[0] = 7
+    write_shard(shard_path(folder, "train", 3), rest)
+    loader = Loader(folder, world_size=2, row_tokens=9)
+    whole.restore({"shard": 0, "cursor": 3})
+    for _ in range(13):  # over the end of the last one
+      np.testing.assert_array_equal(loader.micro_batch(), whole.micro_batch())
+    assert "fineweb_train_000003.bin" in caplog.messages[-1] and "left out" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+  "fault, part", [(np.full(5, 1), "5 tokens are too few"), (np.full(90, 7), "no document starts")]
+)
+def test_any_other_shard_is_refused_at_once(folder, fault, part):
+  write_shard(shard_path(folder, "train", 1), fault.astype(int))
+  with pytest.raises(UserError, match=rf"fineweb_train_000001\.bin: {part}"):
+    Loader(folder, world_size=2, row_tokens=9)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(folder):
+  loader = Loader(folder, world_size=1, row_tokens=29, vocab_size=1092)
+  assert [loader.micro_batch().max() for _ in range(2)] == [1032, 1062]
+  with pytest.raises(UserError, match=r"000000\.bin holds token 1092, but model\.vocab_size=1092"):
+    loader.micro_batch()
 
 
 def test_errors_name_the_shard(folder):

@@ -63,6 +63,15 @@ def test_a_good_folder_passes_every_check(folder):
   assert all(check.passed for check in checks), checks
 
 
+def test_it_tells_how_large_a_micro_batch_can_be(folder):
+  *others, last = sorted(folder.glob("fineweb_train_*.bin"))
+  least = min(len(read_shard(path)) - np.argmax(read_shard(path) == 1) for path in others)
+  write_shard(last, np.array([9, 1, 5, 6]))
+  (check,) = verify(folder, names=["documents"])
+  assert f"training can read micro-batches of up to {least} tokens" in check.finding and 3 < least <= 200
+  assert check.passed and "leaves the last shard out where they are larger than 3" in check.finding
+
+
 def test_golden_data_pass(golden):
   checks = {check.name: check.passed for check in verify(golden("e2e") / "data", golden("e2e") / "tokenizer.model")}
   assert checks == dict.fromkeys(CHECKS, True) | {"text": None, "manifest": None}

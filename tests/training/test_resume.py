@@ -192,18 +192,18 @@ def averaged(run, mesh):
     return checkpoints.restore_average(4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data):
-
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, data, every):
   optimizer = dataclasses.replace(SETTINGS.optimizer, embed_lr=1e30, grad_clip_norm=0.0)
   settings = dataclasses.replace(
-    SETTINGS, optimizer=optimizer, train=dataclasses.replace(ONE_LENGTH, checkpoint_every_steps=1)
+    SETTINGS, optimizer=optimizer, train=dataclasses.replace(ONE_LENGTH, checkpoint_every_steps=every)
   )
   run = RunFolder(tmp_path / "run", settings)
-  with pytest.raises(UserError, match=r"stopped at step \d+: loss"):
+  with pytest.raises(UserError, match=r"stopped at step \d+: loss") as refusal:
     Trainer(run, data_mesh(jax.devices()[:1]), data).train()
   bad = 1 + max(line["step"] for line in read_metrics(run.metrics))
   saved = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
-  assert saved and max(saved) < bad
+  assert bool(saved) == bool(every) == (str(run.checkpoints) in str(refusal.value)) and max(saved, default=0) < bad
 
 
 def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
