@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pgolf_jax.errors import UserError, shown
-from pgolf_jax.settings import LengthStage, Settings, check, reference
+from pgolf_jax.settings import LengthStage, ScaleStage, Settings, builtin, check, reference
 from pgolf_jax.settings.arguments import Overrides, Positional, call, with_config
 from pgolf_jax.settings.fields import every_setting
 from pgolf_jax.settings.load import (
@@ -63,6 +63,39 @@ def test_schedules_are_tuples_in_memory_and_text_in_files():
   assert settings.ttt.eval_batches == (1, 5)
   assert to_dict(settings)["train"]["seq_schedule"] == "32@0.25,64@1"
   assert from_dict(to_dict(settings)) == settings
+
+
+@pytest.mark.parametrize("text", ["32@0.3333333333,64@1", "32@0.1000001,64@0.1000002", "1048577@1e-05"])
+def test_a_schedule_is_written_with_every_digit(text):
+  settings = from_env({"TRAIN_SEQ_SCHEDULE": text})
+  assert to_dict(settings)["train"]["seq_schedule"] == text
+  assert from_dict(to_dict(settings)) == settings
+
+
+def test_python_gives_schedules_as_tuples_of_their_stages_and_nothing_to_optional_settings_alone():
+  settings = builtin.settings
+  stages = (LengthStage(256, 0.5), LengthStage(512, 1.0))
+  assert settings("demo", train__seq_schedule=stages) == settings("demo", train__seq_schedule="256@0.5,512@1")
+  assert settings("demo", train__seq_schedule=(), ttt__eval_batches=(5, 1)).ttt.eval_batches == (1, 5)
+  assert settings("demo", ttt__short__rank=None).ttt.short.rank is None
+  for name, value, part in (
+    ("seed", None, "seed=nothing must be a whole number"),
+    ("data.caseops", None, "must be true or false"),
+    ("train.seq_schedule", None, "must be a schedule"),
+    ("train.iterations", (1, 2), "must be a whole number"),
+    ("train.seq_schedule", ((256, 0.5), (512, 1.0)), "must be a schedule, LENGTH@PROGRESS"),
+    ("train.seq_schedule", (1, 2), "must be a schedule, LENGTH@PROGRESS"),
+    ("train.seq_schedule", (ScaleStage(256, 0.5),), "must be a schedule, LENGTH@PROGRESS"),
+  ):
+    with pytest.raises(UserError, match=part):
+      settings("demo", **{name: value})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_setting_that_a_file_gives_under_both_of_its_names_is_refused(order):
+  both = dict([("lora_rank", 40), ("lora", {"rank": 80})][::order])
+  with pytest.raises(UserError, match=r"ttt\.lora\.rank.* which is set already"):
+    from_dict({"ttt": both})
 
 
 def test_settings_change_by_dotted_name():
@@ -146,6 +179,8 @@ def test_misspelt_environment_names():
     ({"train.seq_schedule": "1024"}, "LENGTH@PROGRESS"),
     ({"ttt.short.score_first_steps": "256"}, "256:16"),
     ({"ttt.eval_batches": "1,x"}, "whole number"),
+    ({"train.max_wallclock_seconds": 4.0}, "must exceed quantize.reserve_seconds=4.0"),
+    ({"train.max_wallclock_seconds": 3.0, "train.schedule_mode": "step"}, "must exceed quantize.reserve_seconds=4.0"),
     ({"model.num_heads": 7}, "must divide model.model_dim=512; 8 does"),
     ({"model.num_kv_heads": 3}, "must divide model.num_heads"),
     ({"model.loop_end": 11}, "layers from 0 to 10"),

@@ -107,9 +107,7 @@ def _check_train(settings: Settings, device_count: int | None) -> None:
       f"{_divisor_near(row, seq_len)} does.",
     )
   _require(
-    t.schedule_mode == "step"
-    or t.max_wallclock_seconds == 0
-    or t.max_wallclock_seconds > settings.quantize.reserve_seconds,
+    t.max_wallclock_seconds == 0 or t.max_wallclock_seconds > settings.quantize.reserve_seconds,
     f"train.max_wallclock_seconds={t.max_wallclock_seconds} must exceed "
     f"quantize.reserve_seconds={settings.quantize.reserve_seconds}.",
   )

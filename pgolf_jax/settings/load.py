@@ -112,8 +112,7 @@ def changed(settings: Settings, changes: Mapping[str, object]) -> Settings:
   for name, value in changes.items():
     if name not in entries:
       raise UserError(f"Unknown setting {name}{_nearest(name, list(entries))}")
-    as_it_is = isinstance(value, tuple) or value is None
-    by_path[entries[name].path] = value if as_it_is else _checked(name, value, entries[name])
+    by_path[entries[name].path] = _checked(name, value, entries[name])
   return _replaced(settings, by_path)
 
 
@@ -176,7 +175,9 @@ def _collect(section: type, table: Mapping[str, object], where: str, path: tuple
   for key, value in table.items():
     name = ".".join((*path, key))
     if key in here:
-      changes[here[key].path] = _checked(f"{where}: {name}", value, here[key])
+      if (place := here[key].path) in changes:
+        raise UserError(f"{where}: {name} is {'.'.join(place)}, which is set already; give it once.")
+      changes[place] = _checked(f"{where}: {name}", value, here[key])
     elif key not in hints:
       what = "setting" if path else "section or setting"
       below = {entry.path[-1]: entry.name for entry in entries}
@@ -255,6 +256,8 @@ def _not_none(kind):
 def _checked(where: str, value: object, entry: Entry) -> object:
   """The value in the form that its setting has in memory; raises UserError if it is no value of the setting."""
   kind = _not_none(entry.kind)
+  if value is None and kind is not entry.kind:
+    return None
   if typing.get_origin(kind) is Literal:
     choices = typing.get_args(kind)
     if not isinstance(value, str) or value not in choices:
@@ -264,9 +267,12 @@ def _checked(where: str, value: object, entry: Entry) -> object:
       )
     return value
   if typing.get_origin(kind) is tuple:
+    item = typing.get_args(kind)[0]
+    if isinstance(value, tuple) and all(type(stage) is item for stage in value):
+      value = schedules.as_text(value)
     if not isinstance(value, str):
       raise UserError(f"{where}={shown(value)} must be {describe(entry)}.")
-    return schedules.parse(where, value, typing.get_args(kind)[0], entry.within)
+    return schedules.parse(where, value, item, entry.within)
   if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
     value = float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -42,8 +42,7 @@ def as_text(stages: tuple) -> str:
 def _item_as_text(stage) -> str:
   if not isinstance(stage, tuple):
     return str(stage)
-  numbers = (f"{number:g}" if isinstance(number, float) else str(number) for number in stage)
-  return _FORMS[type(stage)].joint.join(numbers)
+  return _FORMS[type(stage)].joint.join(str(number).removesuffix(".0") for number in stage)
 
 
 def parse(name: str, text: str, kind: type, within: tuple[Range, ...]) -> tuple:
