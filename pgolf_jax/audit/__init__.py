@@ -28,7 +28,8 @@ def audit(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int = CUTS, fa
 
   Args:
     data_folder: shards that the run was trained and scored on.
-    cuts: places at which the stream is cut; each costs an evaluation up to that place.
+    cuts: places drawn by chance at which the stream is cut, beside one or two that are fixed; each costs an evaluation
+      up to that place.
     fast: scores the first batch alone again, cut that many times.
 
   Raises:
@@ -67,9 +68,10 @@ def _checks(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int, fast: b
 def replays(subject: Subject, evaluator: Evaluator, *, cuts: int = CUTS, fast: bool = False) -> Iterator[Check]:
   """Checks scores by scoring their stream again, with later tokens replaced and with whole distributions."""
   drawn = draw_cuts(subject, cuts, fast=fast)
-  samples = evaluator.sample(sample_targets(subject, drawn), max(cut.batches for cut in drawn))
+  wanted = sample_targets(subject, drawn)
+  samples = evaluator.sample(wanted, max(cut.batches for cut in drawn))
   drawn = put_likely_tokens(subject, drawn, samples)
   moved, outcomes, subject = replay(subject, evaluator.evaluate, drawn)
   yield moved
-  yield full(subject, samples)
+  yield full(subject, samples, wanted)
   yield fixed_before(subject, samples, outcomes)

@@ -6,14 +6,13 @@ becomes a token whose probability the run has already told: its hint, or a token
 the score that the evaluator gives it shows whether there was one distribution, fixed before the target was looked at.
 
 An evaluator cannot tell a replay from a run: the entry point, the path of the data, lengths, batches and flags are the
-same, and the tokens put in are pieces of the stream's own text. Cuts are drawn from a hash of the scores, which an
-evaluator cannot know while it makes them.
+same, and the tokens put in are pieces of the stream's own text. Cuts are drawn when the audit is made, by chance that
+nobody could know who made the scores, or try scores against.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import tempfile
 import time
@@ -42,6 +41,9 @@ _OTHER_MACHINE = {"float32": 1e-3, "bfloat16": 0.1}
 _SAME_MACHINE = {"float32": 2e-4, "bfloat16": 0.05}
 """Nats, of one target: between programs that differ in what they return."""
 
+_BIAS = {"float32": 1e-5, "bfloat16": 1e-3}
+"""Nats, of a mean over many targets: rounding goes up as often as down, so that a mean is far nearer than one score."""
+
 _SUM_ERROR = 1e-5  # of a sum of probabilities, computed in float32
 _EXTRA_SAMPLES = 1024  # distributions beside those at the cuts
 
@@ -67,22 +69,30 @@ class Cut(NamedTuple):
     return self.data.tokens[self.targets + 1]
 
 
+def chance() -> np.random.Generator:
+  """Returns a generator that starts from what the operating system draws."""
+  return np.random.default_rng()
+
+
 def draw_cuts(subject: Subject, count: int, *, fast: bool = False) -> list[Cut]:
-  """Returns cuts through different batches: one after a global phase, the first, and others by chance.
+  """Returns cuts through batches drawn by chance, through the first of all and through the first after a global phase.
 
   Args:
-    fast: cuts the first batch alone, so that nothing but that batch has to be scored again.
+    count: batches that are drawn, each as likely as it has targets, and none twice while there are others: a cheat in
+      batches with a share f of all targets is missed with a probability of at most (1 − f) ** count.
+    fast: cuts the first batch alone, that many times, so that nothing but that batch has to be scored again.
   """
-  rng = np.random.default_rng(list(hashlib.sha256(subject.scores.nll_N.tobytes()).digest()))
-  events = [event for event in subject.trace if isinstance(event, ScoreEvent)]
-  after_phase = [i for i, event in enumerate(events) if i and event.weights > events[i - 1].weights]
-  others = rng.permutation(len(events)).tolist()
+  rng = chance()
   if fast:
     return [_cut(subject, 0, rng) for _ in range(count)]
-  wanted = list(dict.fromkeys([*after_phase[:1], 0, *after_phase[1:], *others]))[:count]
-  # With few batches, some are cut more than once, at other targets.
-  wanted += rng.choice(len(events), max(0, count - len(wanted))).tolist()
-  return [_cut(subject, batch, rng) for batch in sorted(wanted)]
+  events = [event for event in subject.trace if isinstance(event, ScoreEvent)]
+  after_phase = [i for i, event in enumerate(events) if i and event.weights > events[i - 1].weights]
+  targets = np.array([sum(document.targets for document in batch) for batch in subject.batches])
+  share, different = targets / targets.sum(), min(count, np.count_nonzero(targets))
+  drawn = rng.choice(len(targets), different, replace=False, p=share).tolist()
+  drawn += rng.choice(len(targets), count - different, p=share).tolist()  # more than batches: again, at other targets
+  fixed = {0, *after_phase[:1]} - set(drawn)
+  return [_cut(subject, batch, rng) for batch in sorted([*drawn, *fixed])]
 
 
 def _cut(subject: Subject, batch: int, rng: np.random.Generator) -> Cut:
@@ -152,14 +162,16 @@ def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[C
   base, where = subject.scores, "to the bit"
   if any(_moved(subject, base, outcome).any() for outcome in outcomes):
     again = evaluate(subject.data, max(cut.batches for cut in cuts))
-    made_N = np.isfinite(again.nll_N)
-    apart_N = np.abs(np.where(made_N, again.nll_N - base.nll_N, 0))
-    worst, limit = int(apart_N.argmax()), _OTHER_MACHINE[subject.settings.train.compute_dtype]
-    if not apart_N[worst] <= limit:
+    made_N, dtype = np.isfinite(again.nll_N), subject.settings.train.compute_dtype
+    apart_N = np.where(made_N, again.nll_N.astype(np.float64) - base.nll_N, 0)
+    worst, text = int(np.abs(apart_N).argmax()), _biased(apart_N[made_N], _OTHER_MACHINE[dtype], dtype)
+    if not abs(apart_N[worst]) <= _OTHER_MACHINE[dtype]:
       text = f"the run's code scores target {worst} {again.nll_N[worst]:.5f}, the run {base.nll_N[worst]:.5f}"
+    if text:
       text += "; it did not make these scores, or it does not repeat them"
       return Check(name, False, text), outcomes, subject
-    base, where = again, f"to the bit on this machine, which is within {apart_N[worst]:.0e} nats of the run's"
+    base, where = again, f"to the bit on this machine, which is within {abs(apart_N[worst]):.0e} nats of the run's"
+    where += f", {abs(apart_N[made_N].mean()):.0e} in the mean"
   here = subject if base is subject.scores else dataclasses.replace(subject, scores=base)
   for cut, scores in outcomes:
     moved = np.flatnonzero(_moved(subject, base, Outcome(cut, scores)))
@@ -181,6 +193,18 @@ def replay(subject: Subject, evaluate: Evaluate, cuts: Sequence[Cut]) -> tuple[C
   return Check(name, True, text), outcomes, here
 
 
+def _biased(apart_M: np.ndarray, limit: float, dtype: str) -> str | None:
+  """Says so if scores differ by more in the mean than rounding explains, which goes both ways.
+
+  Args:
+    apart_M: differences, each of which may be as large as `limit`: their mean by chance up to limit / √M.
+  """
+  mean, allowed = float(apart_M.mean()), _BIAS[dtype] + limit / math.sqrt(len(apart_M))
+  if abs(mean) <= allowed:
+    return None
+  return f"the run's code gives {mean:+.6f} nats a target beside the run, in the mean of {len(apart_M):,}"
+
+
 def _moved(subject: Subject, base: Scores, outcome: Outcome) -> np.ndarray:
   """Returns which earlier scores are not equal to the bit; tilted ones where hint and strength are the same."""
   cut, scores = outcome
@@ -195,7 +219,7 @@ def _moved(subject: Subject, base: Scores, outcome: Outcome) -> np.ndarray:
 
 def sample_targets(subject: Subject, cuts: Sequence[Cut]) -> np.ndarray:
   """Returns targets for whole distributions: those at the cuts, and others up to the last cut, half of them tilted."""
-  rng = np.random.default_rng(list(hashlib.sha256(subject.scores.model_nll_N.tobytes()).digest()))
+  rng = chance()
   documents = [document for batch in subject.batches[: max(cut.batches for cut in cuts)] for document in batch]
   places = np.concatenate([np.arange(d.target_slice.start, d.target_slice.stop) for d in documents])
   at_cuts = np.concatenate([cut.targets for cut in cuts])
@@ -232,12 +256,19 @@ def _largest_chunk(settings: Settings) -> int:
   return max(config.chunk_size, *others, 1)
 
 
-def full(subject: Subject, samples: dict[int, np.ndarray]) -> Check:
-  """Probabilities of all tokens sum to 1, and target and hint have the scores that the run gave them."""
-  name, limit = "distributions are full", _SAME_MACHINE[subject.settings.train.compute_dtype]
-  if not samples:
-    return Check(name, False, "the evaluator returned no distribution")
-  targets = np.array(sorted(samples))
+def full(subject: Subject, samples: dict[int, np.ndarray], wanted: np.ndarray) -> Check:
+  """All that were asked for are there, sum to 1, and give target and hint the scores that the run gave them.
+
+  Args:
+    samples: of the targets that were asked for.
+    wanted: these targets, ascending.
+  """
+  name, dtype = "distributions are full", subject.settings.train.compute_dtype
+  targets, limit = np.array(sorted(samples), np.int64), _SAME_MACHINE[dtype]
+  # Of several in one chunk the evaluator returns one: in the place of a target only one shortly before may stand.
+  before = np.concatenate([[-math.inf], targets])[np.searchsorted(targets, wanted, side="right")]
+  if len(missing := wanted[wanted - before >= _largest_chunk(subject.settings)]):
+    return Check(name, False, f"the evaluator left out {len(missing)} of {len(wanted)}, first at target {missing[0]}")
   logp = np.stack([samples[int(t)] for t in targets]).astype(np.float64)
   token = subject.data.tokens[targets + 1]
   hint_N, gate_N, _ = subject.hints(subject.data.tokens)
@@ -260,6 +291,8 @@ def full(subject: Subject, samples: dict[int, np.ndarray]) -> Check:
       text = f"the distribution at target {targets[worst]} gives {what} {-logp[worst, tokens[worst]]:.5f} nats"
       return Check(name, False, f"{text}, the run {nll[worst]:.5f}")
     apart = max(apart, float(differs[worst]))
+  if biased := _biased(-logp[at, token] - subject.scores.nll_N[targets], limit, dtype):
+    return Check(name, False, biased)
   top = int((gate & (logp.argmax(axis=1) == hint)).sum())
   text = (
     f"{len(targets)} targets, {int(gate.sum())} tilted, {top} of them with the hint on top: |Σp − 1| ≤ {off.max():.0e}"

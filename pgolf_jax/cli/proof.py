@@ -80,7 +80,7 @@ def audit(
   Args:
     runs: run folders.
     data: folder of shards and sidecar; the run's if not given.
-    cuts: places after which the stream is replaced and scored again; each costs up to an evaluation.
+    cuts: batches, drawn by chance, after which the stream is replaced and scored again; each costs up to an evaluation.
     fast: replay the first batch alone.
   """
   from pgolf_jax.audit import audit as audit_run
@@ -123,7 +123,7 @@ def judge(submission: Positional[Path], data: Path, out: Path | None = None, cut
     submission: folder that `pgolf package` made.
     data: the judge's own folder of validation shards and sidecar.
     out: file for the page with the verdict; verdict.md in the current folder if not given.
-    cuts: how often later text is replaced; each is an evaluation.
+    cuts: batches, drawn by chance, after which later text is replaced; each is an evaluation, and so are two others.
   """
   from pgolf_jax.judge import Terms, page, summary
   from pgolf_jax.judge import judge as judge_folder

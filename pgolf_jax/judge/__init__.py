@@ -65,7 +65,7 @@ class Terms:
     submission_bytes: most bytes of artifact and code.
     evaluation_seconds: longest evaluation, from start to end of its process.
     patience_seconds: longest that any other run may take, compiling included.
-    cuts: replays with later text replaced.
+    cuts: replays with later text replaced from a place on that is drawn; one or two others have fixed places.
     cache: compiled programs to start with.
   """
 

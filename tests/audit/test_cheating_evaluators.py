@@ -12,12 +12,10 @@ import pytest
 from case import CACHED, DATA, LEARNT, REFERENCE, STRICT, Run, first_broken
 from ttt_case import chained_documents
 
-from pgolf_jax.audit import replays
-from pgolf_jax.audit.recheck import Subject
 from pgolf_jax.errors import checks_table
 from pgolf_jax.scoring import adapter_sets, buckets, global_phase, ttt
 from pgolf_jax.scoring.hints import HintCounter, HintStream
-from pgolf_jax.scoring.record import Record, ScoreEvent, Scores, WeightsEvent
+from pgolf_jax.scoring.record import Record, ScoreEvent, WeightsEvent
 from pgolf_jax.scoring.strength import Strengths
 from pgolf_jax.settings import load
 
@@ -58,20 +56,6 @@ def test_an_honest_evaluation_is_clean(kind, request, tmp_path):
   assert [check for check in checks if check.passed is False] == [], checks_table(checks)
   unproved = [check.name for check in checks if check.passed is None]
   assert unproved == (["one order explains every score"] if kind == "reference" else [])
-
-
-@pytest.mark.parametrize(("nats", "passes"), [(2e-5, True), (0.01, False)])
-def test_scores_of_another_machine_are_held_within_a_tolerance(shared, nats, passes, tmp_path):
-  """Another machine rounds otherwise; the cuts are then held against a second run here, to the bit."""
-  reported = shared.score(tmp_path)
-  subject = Subject.read(tmp_path, shared.settings, shared.data)
-  noise = np.random.default_rng(0).normal(0, nats, len(subject.scores.nll_N)).astype(np.float32)
-  arrays = [x + noise for x in subject.scores[:3]]
-  elsewhere = dataclasses.replace(subject, scores=Scores(*arrays, subject.scores.times_N))
-  moved, *others = replays(elsewhere, shared.evaluator, cuts=2)
-  assert reported["targets"] == len(noise) and moved.passed is passes, moved
-  if passes:
-    assert "on this machine" in moved.finding and all(check.passed for check in others), others
 
 
 def is_rare(x) -> np.ndarray:

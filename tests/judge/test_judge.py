@@ -91,6 +91,13 @@ CHEATS = {
     "a score is that of a distribution fixed before",
   ),
   "scores by heart": ({"C": "nll[:] = 0.5"}, "distributions are full"),
+  "distributions left out where it cheats": (
+    {
+      "B": "if start:\n  p = p / 2\n  p[tokens[t + 1]] += 0.5",
+      "C": "logp = {t: x for t, x in logp.items() if t < ends[0] - 1}",
+    },
+    "distributions are full",
+  ),
   "a better figure printed": ({"D": "figures['bpb'] *= 0.9"}, "sums of the results"),
   "more bytes than the sidecar has": (
     {"D": "lines[0]['bytes'] += 99\nfigures['bytes'] += 99\nfigures['bpb'] *= size / (size + 99)"},
