@@ -145,21 +145,20 @@ def examine(program: Program, topology: Topology, *, count_bytes: bool = False) 
     count_bytes: count the kernels that it starts and the bytes that they move, where it is compiled.
   """
   with progress(f"compiling {program.title}"):
-    finding, text = _examine(program, topology)
-  if not count_bytes or text is None:
+    finding, started = _examine(program, topology, count_bytes)
+  if not count_bytes or started is None:
     return finding
   link = topology.chip and topology.chip.link
   conditions = Conditions(topology.kind, topology.mesh.size, link, program.keys, program.layer_uses)
-  started = hlo.read(text, is_tpu=topology.platform == "tpu"), conditions
-  return dataclasses.replace(finding, started=started)
+  return dataclasses.replace(finding, started=(started, conditions))
 
 
-def _examine(program: Program, topology: Topology) -> tuple[Finding, str | None]:
-  """Returns the finding, and the text of the program where it was compiled."""
+def _examine(program: Program, topology: Topology, count_bytes: bool) -> tuple[Finding, hlo.Program | None]:
+  """Returns the finding, and the kernels of the program where it was compiled and they were needed."""
   began = time.perf_counter()
   traced = program.trace()
   lowered = traced.lower(lowering_platforms=(topology.platform,))
-  compiled, machine_code, failure = None, {}, None
+  compiled, machine_code, failure, started = None, {}, None, None
   if not topology.only_lowers:
     try:
       compiled, machine_code = _compile(lowered, topology)
@@ -175,7 +174,11 @@ def _examine(program: Program, topology: Topology) -> tuple[Finding, str | None]
   else:
     text, parts = compiled.as_text(), memory(compiled)
     fits = topology.chip is None or sum(parts.values()) <= topology.chip.memory
-    num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
+    is_tpu = topology.platform == "tpu"
+    if count_bytes or is_tpu:
+      started = hlo.read(text, is_tpu=is_tpu)
+    # On TPUs XLA counts what stays in the chip's own memory too, which costs no bandwidth.
+    num_bytes = _moved(started) if is_tpu else (compiled.cost_analysis() or {}).get("bytes accessed")
     traffic = in_hlo(text, topology.mesh.size)
   known_kernels = len(set(_GPU_KERNEL.findall(text))) - sum(machine_code.values()) if compiled else 0
   finding = Finding(
@@ -192,7 +195,12 @@ def _examine(program: Program, topology: Topology) -> tuple[Finding, str | None]
     known_kernels=max(0, known_kernels),
     is_estimate=topology.only_lowers is not None,
   )
-  return finding, text if compiled else None
+  return finding, started
+
+
+def _moved(started: hlo.Program) -> int:
+  """Bytes between a device's memory and its units."""
+  return sum(kernel.times * (kernel.read + kernel.written) for kernel in started.kernels)
 
 
 def _may_fit(estimated: int, topology: Topology) -> bool | None:

@@ -81,6 +81,22 @@ def test_the_step_compiles_for_a_tpu_with_kernels_inside():
   assert {"all-gather", "all-reduce"} <= found.traffic.keys()
 
 
+def test_what_stays_on_a_tpu_takes_no_bandwidth():
+  """A chain of products whose arrays fit into the chip's own memory: x and w come in, the result goes out."""
+  topology = tpu()
+  x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=NamedSharding(topology.mesh, P()))
+
+  def chain(x, w):
+    for _ in range(20):
+      x = jnp.tanh(x @ w)
+    return x
+
+  found = examine(Program("a chain", lambda: jax.jit(chain).trace(x, x), 20 * 2 * 512**3), topology)
+  assert found.started is None
+  num_bytes = found.floors["memory"] * peaks(topology.kind).bytes_per_s
+  assert num_bytes == pytest.approx(3 * 2 * 512 * 512)
+
+
 def test_the_step_compiles_for_an_h100_that_is_not_there():
   if not hardware.has_cuda():
     pytest.skip("JAX's CUDA plugin is not installed: nothing can be compiled for H100s")
