@@ -78,5 +78,5 @@ class Clock:
     return self.agreed_with(0)[0]
 
   def agreed_with(self, number: int) -> tuple[float, int]:
-    """Returns the seconds counted so far and the leader's number, the same on every process, in one exchange."""
+    """Returns the seconds counted so far and the largest number of all, the same on every process, in one exchange."""
     return distributed.leaders(self.seconds, number)

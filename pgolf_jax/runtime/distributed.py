@@ -118,7 +118,7 @@ def for_all_hosts(mesh: Mesh) -> NamedSharding | None:
 
 
 def leaders(seconds: float, number: int = 0) -> tuple[float, int]:
-  """Returns the leader's seconds and number on every process, so that all decide alike, in one exchange.
+  """Returns the leader's seconds and the largest number of all, so that every process decides alike, in one exchange.
 
   With several processes it waits for the steps that were dispatched before; the first call compiles a program.
 
@@ -128,8 +128,8 @@ def leaders(seconds: float, number: int = 0) -> tuple[float, int]:
   """
   if jax.process_count() == 1:
     return seconds, number
-  seconds, number = multihost_utils.broadcast_one_to_all(np.array([seconds, number], np.float32))
-  return float(seconds), int(number)
+  each = multihost_utils.process_allgather(np.array([seconds, number], np.float32))
+  return float(each[0, 0]), int(each[:, 1].max())
 
 
 @contextlib.contextmanager

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from children import environment
 
 from pgolf_jax.runtime.signals import Ended, ending_signals, postponed_signals
 
@@ -126,3 +128,38 @@ def test_a_stop_that_must_wait_says_for_what_and_the_next_one_ends_it():
   assert time.monotonic() - began < 5
   process.send_signal(signal.SIGINT)
   assert "stopped at once" in process.communicate(timeout=10)[1] and process.returncode == 130
+
+
+ONE_OF_TWO = """
+import os, signal, sys
+from pgolf_jax.runtime import distributed, signals
+from pgolf_jax.runtime.clock import Clock
+distributed.initialize()
+clock = Clock()
+with signals.postponed_signals() as arrived:
+  clock.start()
+  for turn in range(1, 6):
+    seconds, signum = clock.agreed_with(arrived())
+    if signum:
+      break
+    if turn == 2 and os.environ["JAX_PROCESS_ID"] == sys.argv[1]:
+      signal.raise_signal(signal.SIGTERM)
+print("stopped", turn, signum, seconds, flush=True)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_signal_to_any_of_several_processes_stops_all_at_the_same_turn(index):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  each = [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)} for i in range(2)]
+  command = [sys.executable, "-c", ONE_OF_TWO, str(index)]
+  processes = [subprocess.Popen(command, env=environment(**of), stdout=subprocess.PIPE, text=True) for of in each]
+  try:
+    said = [process.communicate(timeout=120)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  first, second = (next(line for line in text.splitlines() if "stopped" in line).split("stopped")[1] for text in said)
+  assert first == second and first.split()[:2] == ["3", str(int(signal.SIGTERM))]
