@@ -290,9 +290,11 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.suppress(OSError):  # a full disk: the lock holds, only its message is poorer
       file.write(json.dumps(holder))
       file.flush()
-    yield
-    # The file stays, empty: to remove it would let a process that has it open hold a lock that others do not see.
-    file.truncate(0)
+    try:
+      yield
+    finally:
+      # The file stays, empty: to remove it would let a process that has it open hold a lock that others do not see.
+      file.truncate(0)
 
 
 def _is_same(file: IO, path: Path) -> bool:

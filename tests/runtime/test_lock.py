@@ -47,6 +47,13 @@ def test_a_killed_process_leaves_no_lock(tmp_path, holder):
     pass
 
 
+def test_a_block_that_fails_leaves_no_holder(tmp_path):
+  with pytest.raises(ValueError, match="in the block"), locked(tmp_path):
+    assert files.is_held(tmp_path)
+    raise ValueError("in the block")
+  assert not files.is_held(tmp_path) and (tmp_path / ".lock").read_text() == ""
+
+
 def test_a_torn_lock_file_still_refuses(tmp_path, holder):
   (tmp_path / ".lock").write_text('{"pid"')
   with pytest.raises(UserError, match="another process"), locked(tmp_path):
