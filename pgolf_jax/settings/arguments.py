@@ -3,6 +3,7 @@
 Options and arguments may come in any order.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -102,8 +103,10 @@ def call(program: str, command: Callable | Defaults, args: list[str]) -> Any:
   if {*HELP, HELP_ALL} & set(words):
     values = load.flattened(Settings())
     if has_defaults:
-      path = next((Path(word) for word in words if not word.startswith("-")), None)
-      for name, part in command.read(path).items():
+      given: dict[str, Any] = {}
+      with contextlib.suppress(UserError):  # help is for those too whose other words are not right yet
+        given = options.parse([word for word in words if word not in (*HELP, HELP_ALL)])
+      for name, part in command.read(_path(parameters, given)).items():
         values = load.flattened(_whole(part, name))
     print(options.help(function.__doc__ or "", values, everything=HELP_ALL in words))
     return 0

@@ -137,6 +137,9 @@ def test_help_fits_two_screens_and_shows_a_configs_values(capsys, monkeypatch):
   assert "--train.iterations N" in text and "(ITERATIONS; 20000)" in text and "--help-all" in text
   assert main(["run", "--help", "configs/demo.toml"]) == 0
   assert "(ITERATIONS; 100000)" in capsys.readouterr().out
+  for words in (["--out", "runs/x", "--help"], ["--out", "runs/x", "configs/demo.toml", "-h"], ["--seed", "x", "-h"]):
+    assert main(["run", *words]) == 0
+    assert f"(ITERATIONS; {100000 if 'configs/demo.toml' in words else 20000})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["run", "--help-all"], ["help", "settings"]])
