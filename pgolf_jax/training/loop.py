@@ -214,6 +214,9 @@ class Trainer:
       clock.start()
       while step < last:
         elapsed, signum = clock.agreed_with(self._arrived())
+        if 2 * elapsed - shown >= schedule.time_cap:  # the step that is still running may end past the cap
+          jax.block_until_ready(state)
+          elapsed, signum = clock.agreed_with(self._arrived())
         if signum or elapsed >= schedule.time_cap:
           break
         plan = schedule.plan(step, elapsed)

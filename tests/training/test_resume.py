@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import make
 from pgolf_jax.run_folder import RunFolder, read_metrics
+from pgolf_jax.runtime import clock
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.runtime.files import write_bytes
 from pgolf_jax.settings import (
@@ -35,7 +38,7 @@ from pgolf_jax.settings import (
 )
 from pgolf_jax.training.checkpoint import Checkpoints
 from pgolf_jax.training.loop import Trainer
-from pgolf_jax.training.step import TrainStep
+from pgolf_jax.training.step import StepMetrics, TrainStep
 
 SETTINGS = Settings(
   model=ModelConfig(
@@ -204,6 +207,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
   bad = 1 + max(line["step"] for line in read_metrics(run.metrics))
   saved = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
   assert bool(saved) == bool(every) == (str(run.checkpoints) in str(refusal.value)) and max(saved, default=0) < bad
+
+
+class Devices:
+  """Steps of a second each; time passes only while the host waits for them."""
+
+  def __init__(self):
+    self.now = self.free = 0.0
+
+  def step(self, state, inputs):
+    self.free = max(self.now, self.free) + 1
+    return state, StepMetrics(Pending(self, self.free), Pending(self, self.free))
+
+
+class Pending(NamedTuple):
+  devices: Devices
+  until: float
+
+  def __array__(self, dtype=None, copy=None):
+    self.devices.now = max(self.devices.now, self.until)
+    return np.ones(1)
+
+
+@pytest.mark.parametrize("cap, steps", [(4.5, 5), (4.0, 4), (9.5, 10)])
+def test_training_stops_after_the_first_step_that_ends_past_the_cap(tmp_path, data, monkeypatch, cap, steps):
+  train = dataclasses.replace(ONE_LENGTH, max_wallclock_seconds=cap, warmup_steps=0, checkpoint_every_steps=0)
+  trainer = Trainer(
+    RunFolder(tmp_path / "run", dataclasses.replace(SETTINGS, train=train)), data_mesh(jax.devices()[:1]), data
+  )
+  devices = Devices()
+  monkeypatch.setattr(trainer, "_compile", lambda: {(16, False): devices.step})
+  monkeypatch.setattr(jax, "block_until_ready", lambda _: setattr(devices, "now", devices.free))
+  monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: devices.now))
+  assert trainer.train()[1]["steps"] == steps == devices.free
 
 
 def test_a_recompilation_inside_the_clock_is_a_fault(tmp_path, data):
