@@ -133,7 +133,7 @@ def gpu_day(
 
   The folder holds results.jsonl, the table, the tuned block sizes, the compile cache and a log. A call that finds an
   earlier one's folder goes on from it: what is measured on the same kind of device, at the same commit, is not measured
-  again.
+  again; what was never tried comes first, then what ended badly.
 
   Example: pgolf bench gpu-day A --budget 560
 
@@ -181,29 +181,29 @@ class Call:
     return {**rows[0], "commit": commit(), "tiny": self.tiny or rows[0]["platform"] == "cpu"}
 
   def run(self, items: Sequence[Item], facts: Row, title: str) -> int:
-    """Runs the items in order until the time is over, prints the table, and returns how many did not end well."""
-    path, bad = self.out / "results.jsonl", 0
+    """Runs items until the time is over, prints the table, and returns how many did not end well.
+
+    Those that were never tried come in order, then those that ended badly, the one that waits longest first.
+    """
+    bad = 0
     with tempfile.TemporaryDirectory() as cache:
       self.rows = record.take_up(self.carry, self.out, facts, Path(cache))
-      done = {row["item"] for row in self.rows if row.get("status") == "done" and record.same(row, facts)}
+      ended = [row for row in self.rows if row.get("status", record.NOT_RUN) != record.NOT_RUN]
+      status_of = {row["item"]: row["status"] for row in ended if record.same(row, facts) and not self.again}
+      tried = list(status_of)
       try:
-        for item in items:
-          if item.name in done and not self.again:
+        for item in sorted(items, key=lambda item: tried.index(item.name) if item.name in tried else -1):
+          if status_of.get(item.name) == "done":
             continue
-          left = self.ends - time.monotonic()
+          began = time.monotonic()
+          left = self.ends - began
           if left < _LEAST_S:
-            rows, status = [], "not run: the budget is spent"
+            rows, status = [], record.NOT_RUN
           else:
-            began = time.monotonic()
             rows, status = self._child(item, min(left, item.limit_s), facts, Path(cache))
-            rows = [{**row, "item": item.name} for row in rows]
-            rows.append({"item": item.name, "seconds": round(time.monotonic() - began, 1)})
-          rows = rows or [{"item": item.name}]
-          rows[-1]["status"] = status
+          end = {"item": item.name, "seconds": round(time.monotonic() - began, 1), "status": status}
+          self._enter([{**row, "item": item.name} for row in rows], end, facts)
           bad += status != "done"
-          rows = [{**row, **facts} for row in rows]
-          self.rows = [row for row in self.rows if row["item"] != item.name or not record.same(row, facts)] + rows
-          record.write_lines(path, self.rows)
       finally:
         names = {item.name for item in items}
         table = record.table(title, [r for r in self.rows if r["item"] in names and record.same(r, facts)], facts)
@@ -212,6 +212,18 @@ class Call:
         record.shorten(self.out / "log.txt")
         print(table)
     return bad
+
+  def _enter(self, rows: Sequence[Row], end: Row, facts: Row) -> None:
+    """Puts an item's rows and its end in the place of earlier ones; what an earlier try alone has measured stays."""
+    earlier = [row for row in self.rows if row["item"] == end["item"] and record.same(row, facts)]
+    others = [row for row in self.rows if row not in earlier]
+    if end["status"] == record.NOT_RUN and earlier:
+      return
+    if end["status"] != "done":
+      measured = {row.get("config") for row in rows}
+      others += [row for row in earlier if "status" not in row and row.get("config") not in measured]
+    self.rows = others + [{**row, **facts} for row in (*rows, end)]
+    record.write_lines(self.out / record.RESULTS, self.rows)
 
   def _child(self, item: Item, limit_s: float, facts: Row, cache: Path) -> tuple[list[Row], str]:
     """Runs an item in a process; returns its rows and "done", or what became of it."""
@@ -299,8 +311,9 @@ def find_rooms() -> None:
 
 
 def work(task: Row) -> None:
-  """Runs one item in this process and writes each row as soon as it is measured."""
+  """Runs one item in this process, with XLA's options of a run, and writes each row as soon as it is measured."""
   find_rooms()
+  importlib.import_module("pgolf_jax.runtime.jax_setup").set_xla_options()
   module, function = task["call"].split(":")
   day = Day(Path(task["out"]), task["tiny"], record.read_lines(Path(task["earlier"])))
   rows: Iterator[Row] = getattr(importlib.import_module(module), function)(day, **task["arguments"])
@@ -315,6 +328,8 @@ def main(words: Sequence[str]) -> int:
   if words[:1] == ["--child"]:
     work(json.loads(words[1]))
     return 0
+  # Else a call that is told to end would leave its item on the device, for an item has a session of its own.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     return call("python3 -m pgolf_jax.bench.gpu_day", gpu_day, list(words)) or 0
   except UserError as error:

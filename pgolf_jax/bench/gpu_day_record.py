@@ -19,6 +19,8 @@ Row = dict[str, Any]
 """A line of results.jsonl: item and config; ms, p10, p90, n, error; verdict or note; the device and the versions."""
 
 RESULTS, TUNED, CACHE, LOG = "results.jsonl", "tuned.json", "compile_cache.tar", "log.txt"
+NOT_RUN = "not run: the budget is spent"
+"""The end of an item that was not started."""
 MOST_CHARACTERS = 9_000
 """Of the table, since little of a card's output may come back."""
 _MOST_BYTES = 15 << 20

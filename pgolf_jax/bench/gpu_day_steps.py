@@ -67,29 +67,26 @@ def _stand_in() -> type:
   return importlib.import_module("pgolf_jax.bench.torch_stand_in").StandIn
 
 
-def ways(one: Case, by: str) -> Iterator[tuple[str, Way]]:
-  """Yields what "kernels", "xla" or "PyTorch" stands for, with a name beside it."""
+def _way(one: Case, by: str) -> Way | None:
+  """Returns what "kernels", "xla" or "PyTorch" stands for; None for PyTorch where it does not compute."""
   if by != "PyTorch":
-    yield "", one.jax_way(by)
-  elif (module := pytorch()) is not None:
-    yield "", module.way(one, compiled=target().is_gpu, kind=_stand_in())
-    if target().is_gpu:
-      yield ", plain", module.way(one, compiled=True)
+    return one.jax_way(by)
+  module = pytorch()
+  return module and module.way(one, compiled=target().is_gpu, kind=_stand_in())
 
 
 def step(day: Day, seq_len: int, looping: bool, by: str) -> Iterator[Row]:
   """One micro-batch of documents of real lengths, loss and gradient."""
   one = case(day, seq_len, looping)
-  name = f"{seq_len} {'on' if looping else 'off'}"
-  for variant, way in ways(one, by):
-    yield from timed(way, day, name + variant, by=by, tokens=one.work.amount)
+  if way := _way(one, by):
+    yield from timed(way, day, f"{seq_len} {'on' if looping else 'off'}", by=by, tokens=one.work.amount)
 
 
 def two_layers(day: Day) -> Iterator[Row]:
   """Loss and gradient of a model of two layers, which is small enough to be looked at in a trace."""
   for by in ("kernels", "xla", "PyTorch"):
-    for variant, way in ways(case(day, 2048, False, layers=2), by):
-      yield from timed(way, day, f"two layers, {by}{variant}", by=by)
+    if way := _way(case(day, 2048, False, layers=2), by):
+      yield from timed(way, day, f"two layers, {by}", by=by)
 
 
 def optimizer(day: Day) -> Iterator[Row]:
@@ -216,7 +213,7 @@ def _covered(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 _OPTIONS: dict[str, Mapping[str, Any]] = {
-  "as it is": {},
+  "as it is": {},  # as a run has it: what `jax_setup.GPU_FLAGS` turns on is on
   "no Triton products": {"xla_gpu_enable_triton_gemm": False},
   "all tilings": {"xla_gpu_exhaustive_tiling_search": True},
   "no latency hiding": {"xla_gpu_enable_latency_hiding_scheduler": False},
@@ -242,7 +239,7 @@ def options(day: Day) -> Iterator[Row]:
   first, best = usable[0], min(usable, key=lambda row: row["ms"])
   gain = first["ms"] - best["ms"]
   if gain < 0.01 * first["ms"] or gain < best["p90"] - best["p10"]:
-    yield {"config": "verdict", "note": "no option gains 1 % and more than its noise: XLA's defaults stay"}
+    yield {"config": "verdict", "note": "no option gains 1 % and more than its noise: those of a run stay"}
     return
   whole = case(day, 2048, True)
   for given in ({}, best["options"]):

@@ -11,9 +11,15 @@ def measures(day, amount: float = 1.0):
   yield {"config": "second", "note": f"tiny {day.tiny}, {len(day.rows)} rows before"}
 
 
+def tells(day, names: list[str]):
+  """Yields what these variables of the environment are while it measures."""
+  yield {"config": "environment", "values": [os.environ.get(name) for name in names]}
+
+
 def hangs(day):
-  """Yields a row and never ends, as a kernel that deadlocks; it does not heed a request to end."""
+  """Logs its number, yields a row and never ends, as a kernel that deadlocks; it does not heed a request to end."""
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  print(f"process {os.getpid()} hangs")
   yield {"config": "before it hangs", "ms": 1.0, "verdict": "ok"}
   time.sleep(600)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,7 @@ from pgolf_jax.bench.gpu_day import Call, Day, Item, items_of
 from pgolf_jax.bench.gpu_day_kernels import device, sanitize
 from pgolf_jax.bench.kernels import Operation
 from pgolf_jax.errors import UserError
+from pgolf_jax.runtime import jax_setup
 
 HERE = Path(__file__).parent
 FACTS = {"device": "card", "platform": "cpu", "commit": "abc", "tiny": True}
@@ -82,6 +84,58 @@ def test_the_next_call_goes_on_where_the_last_one_stopped(tmp_path):
   rows = run(third, item("measures", amount=3.0), carry=second, facts={**FACTS, "commit": "def"})
   assert [row["ms"] for row in rows if "ms" in row] == [2.0, 3.0], "another commit is measured anew"
   assert "3" in (third / "table.txt").read_text() and "measures  first" in (third / "table.txt").read_text()
+
+
+def test_what_was_measured_stays_when_the_time_is_over(tmp_path):
+  first = run(tmp_path, item("crashes"))
+  assert run(tmp_path, item("crashes"), item("measures"), budget=gpu_day._LEAST_S - 1)[:-1] == first
+  rows = run(tmp_path, item("raises")._replace(name="crashes"))
+  assert [row["config"] for row in rows if "config" in row] == ["before it crashes"], "another try measured less"
+  assert statuses(rows) == {"measures": gpu_day_record.NOT_RUN, "crashes": "failed: ValueError: no such luck"}
+
+
+def test_a_call_begins_with_what_was_never_tried_and_then_what_waits_longest(tmp_path):
+  run(tmp_path, item("crashes"))
+  for _ in range(2):
+    run(tmp_path, item("crashes"), item("raises"), item("measures"))
+  order = re.findall("==== (.*)", (tmp_path / "log.txt").read_text())
+  assert order == ["crashes", *("raises", "measures", "crashes"), *("raises", "crashes")]
+
+
+def test_items_have_the_options_of_a_run(tmp_path, monkeypatch):
+  names = ["PJRT_NPROC", "XLA_FLAGS"]
+  for name in names:
+    monkeypatch.delenv(name, raising=False)
+  expected: dict[str, str] = {}
+  jax_setup.set_xla_options(expected)
+  (row,) = (row for row in run(tmp_path, item("tells", names=names)) if "config" in row)
+  assert row["values"] == [expected.get(name) for name in names] and row["values"][0]
+  for options in gpu_day_steps._OPTIONS.values():
+    same = [name for name, value in options.items() if jax_setup.GPU_FLAGS.get(f"--{name}") == str(value).lower()]
+    assert not same, "what a run has already is compared with itself"
+
+
+_HANGS = """
+import json, sys
+from pgolf_jax.bench import gpu_day
+gpu_day.Call.look = lambda self: json.loads(sys.argv[1])
+gpu_day.items_of = lambda plan: [gpu_day.Item("hangs", "gpu_day_items:hangs", 250.0)]
+sys.exit(gpu_day.main(["A", "--out", sys.argv[2]]))
+"""
+
+
+def test_a_call_that_is_told_to_end_leaves_nothing_on_the_device(tmp_path):
+  log = tmp_path / "log.txt"
+  with subprocess.Popen([sys.executable, "-c", _HANGS, json.dumps(FACTS), str(tmp_path)]) as call:
+    ends = time.monotonic() + 240
+    while not (found := log.exists() and re.search(r"process (\d+) hangs\n", log.read_text())):
+      assert time.monotonic() < ends and call.poll() is None
+      time.sleep(0.1)
+    call.terminate()
+    assert call.wait(60) == 128 + signal.SIGTERM
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(found[1]), 0)
+  assert (tmp_path / "table.txt").exists()
 
 
 def test_kinds_of_device_never_mix(tmp_path):
