@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from pgolf_jax.nvidia import Card, last_line, miscompiles, nvidia_cards
+from pgolf_jax.runtime.memory import cores
 from pgolf_jax.runtime.versions import installed
 
 GB = 10**9
@@ -304,8 +305,7 @@ _LEAST_MEMORY, _LEAST_DISK, _RECORD_DATA = 3 * GB, 2 * GB, 16 * GB
 
 def machine() -> Iterator[Finding]:
   """Yields processor cores, memory, and room on the disks of this folder and of the cache."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  yield Finding("machine", "CPU cores", "ok", str(cores))
+  yield Finding("machine", "CPU cores", "ok", str(cores()))
   with contextlib.suppress(ValueError, OSError, AttributeError):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     short = memory < _LEAST_MEMORY

@@ -34,6 +34,7 @@ from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime.files import remove_partials, replacing
 from pgolf_jax.runtime.log import log, progress
+from pgolf_jax.runtime.memory import cores
 
 SHARD_TOKENS = 100_000_000  # as published
 TOKENIZER_BYTES = 100_000_000  # of text to train a tokenizer on; more text changes few pieces
@@ -120,7 +121,7 @@ def prepare(folder: Path, preparation: Preparation, workers: int | None = None) 
     modified = max(corpus.modified() for corpus in (preparation.train, preparation.held_out_from))
     journal = Journal.open(folder, settings, modified)
     try:
-      return _prepare(folder, preparation, journal, workers or len(os.sched_getaffinity(0)))
+      return _prepare(folder, preparation, journal, workers or cores())
     except Exception:
       journal.discard()  # so that the corrected command finds nothing in its way
       with contextlib.suppress(OSError):  # something is in it

@@ -10,6 +10,7 @@ from collections import defaultdict
 import jax
 
 from pgolf_jax.parity.check import Column, Distributions, Report, Row
+from pgolf_jax.runtime.memory import cores
 from pgolf_jax.runtime.versions import installed
 
 _WIDEST = 80
@@ -30,7 +31,7 @@ def environment() -> dict:
       "platform": device.platform,
       "kind": device.device_kind,
       "count": jax.device_count(),
-      "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+      "cores": cores(),
       "system": f"{platform.system()} {platform.machine()}",
       "runtime": getattr(device.client, "platform_version", "").splitlines()[0:1],
     },

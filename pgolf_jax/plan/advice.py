@@ -1,6 +1,5 @@
 """Whether the hardware that is here can do a config: one sentence before a run, with the config to take instead."""
 
-import os
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -9,6 +8,7 @@ from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.model import flops
 from pgolf_jax.plan import estimate
 from pgolf_jax.plan.hardware import CHIPS, GIB
+from pgolf_jax.runtime.memory import cores
 from pgolf_jax.settings import Settings
 from pgolf_jax.training import Schedule
 from pgolf_jax.training.step import TrainStep
@@ -68,13 +68,12 @@ def _slow(settings: Settings, mesh: Mesh, instead: str) -> str | None:
   """The warning where a step takes minutes on this machine's cores."""
   seq_len, looping = Schedule(settings).shapes()[-1]
   work = mesh.size * flops.train_step(settings, mesh.size, seq_len, looping=looping)
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  seconds = work / (_CORE_FLOPS_PER_S * cores)
+  seconds = work / (_CORE_FLOPS_PER_S * cores())
   if seconds < _LONG_STEP:
     return None
   took = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
   return (
-    f"One training step of this config is {work / 1e12:.0f} TFLOP, about {took} on the {cores} CPU cores here: "
+    f"One training step of this config is {work / 1e12:.0f} TFLOP, about {took} on the {cores()} CPU cores here: "
     f"{instead}."
   )
 

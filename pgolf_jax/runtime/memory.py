@@ -1,4 +1,4 @@
-"""Memory of a process that computes on a CPU: how the C library gives it, how much the process holds.
+"""Memory of a process that computes on a CPU: how the C library gives it, how much the process holds. And its cores.
 
 XLA asks for the temporaries of a program, hundreds of megabytes, anew at every call. By default glibc takes them from
 the kernel and gives them back each time, and the kernel clears them in pages of 4 KiB: a sixth of a training step.
@@ -57,6 +57,11 @@ def peak_bytes() -> int:
     return process_bytes("VmHWM")  # getrusage would count the process that started this one, where that was larger
   except OSError:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def cores() -> int:
+  """Returns how many cores this process may use; where the system does not say, as on macOS, how many there are."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_glibc() -> bool:

@@ -50,6 +50,12 @@ def contents(folder: Path) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_a_system_that_does_not_say_which_cores_may_be_used_prepares_too(docs, lossless, tmp_path, monkeypatch):
+  monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+  monkeypatch.setattr(os, "cpu_count", lambda: 1)
+  assert prepare(tmp_path / "out", plan(docs, lossless)).val.documents == 5
+
+
 def test_first_documents_are_held_out(docs, lossless, tmp_path):
   manifest = prepare(tmp_path / "out", plan(docs, lossless), workers=1)
   assert texts_in(tmp_path / "out", "val", lossless) == TEXTS[:5]

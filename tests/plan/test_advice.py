@@ -36,7 +36,7 @@ V5E = Device("tpu", "TPU v5 lite", 16 * 2**30, 1)
   ],
 )
 def test_the_sentence_names_what_is_missing_and_the_config_to_take(config, device, gib, words, monkeypatch):
-  monkeypatch.setattr(advice.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+  monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
   monkeypatch.setattr(advice, "_step_bytes", lambda settings, mesh: gib * 2**30)
   if device is not None:
     monkeypatch.setattr(Device, "of", lambda mesh: device)
