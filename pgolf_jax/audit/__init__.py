@@ -12,7 +12,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from pgolf_jax.audit import evidence
-from pgolf_jax.audit.recheck import Subject, printed, recheck
+from pgolf_jax.audit.recheck import Subject, as_scored, printed, recheck
 from pgolf_jax.audit.replay import Evaluator, draw_cuts, fixed_before, full, put_likely_tokens, replay, sample_targets
 from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import Check, UserError
@@ -61,7 +61,11 @@ def _checks(run: RunFolder, data_folder: Path, mesh: Mesh, *, cuts: int, fast: b
     yield evidence.first_step(run, data_folder, mesh)
     yield evidence.later_steps(run, data_folder, mesh)
   if checks[0].passed:  # cuts are drawn among scores that are there
-    evaluator = Evaluator(settings, artifact.load(run.artifact)[1], mesh, data)
+    try:
+      evaluator = Evaluator(as_scored(settings, run.scores), artifact.load(run.artifact)[1], mesh, data)
+    except UserError as error:
+      yield Check("later tokens change no score", False, str(error))
+      return
     yield from replays(subject, evaluator, cuts=cuts, fast=fast)
 
 

@@ -16,20 +16,23 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf_jax.data.shards import ValidationData
-from pgolf_jax.errors import Check, UserError
+from pgolf_jax.errors import Check, UserError, shown
 from pgolf_jax.kernels.ngram import NgramState
+from pgolf_jax.runtime.files import read_json
 from pgolf_jax.scoring import record
 from pgolf_jax.scoring.documents import Document, find_documents
 from pgolf_jax.scoring.hints import CLASSES, SHARES, TOTALS, _cores
 from pgolf_jax.scoring.record import Event, HintsEvent, ScoreEvent, Scores, WeightsEvent
 from pgolf_jax.scoring.strength import SHIFTS, SLOPES
 from pgolf_jax.settings import Settings
+from pgolf_jax.settings.load import changed
 
 _TILT_ERROR = 5e-5  # nats; scores are float32 numbers of up to some tens of nats
 _PROBABILITY_ERROR = 1e-4
 _SUM_ERROR = 1e-9  # of a sum, relative; both are float64 sums of the same numbers
 _PRINTED_ERROR = 5.1e-6  # bits per byte, of a figure printed with five digits
 _BLOCK = 1 << 16  # targets whose strengths are computed at once
+_MOST_RANKS = 1 << 10
 _KEPT = 8  # results about streams that a subject remembers: those of the run and of a few cuts
 
 
@@ -178,6 +181,22 @@ class Subject:
     if not all(0 <= index < len(self.documents) for index in event.documents):
       raise UserError(f"The trace names documents up to {max(event.documents)}; there are {len(self.documents)}.")
     return [self.documents[index] for index in event.documents]
+
+
+def as_scored(settings: Settings, folder: Path) -> Settings:
+  """Returns settings with the ranks and chains of an evaluation in a folder: 0 leaves them to the number of devices.
+
+  Raises:
+    UserError: the settings leave them open, and what the evaluation wrote of them is missing or damaged.
+  """
+  if settings.train.world_size:
+    return settings
+  identity = read_json(folder / "identity.json")
+  chains = settings.ttt.chains or identity.get("chains")
+  ranks = identity.get("ranks of a global phase") if settings.ttt.phase.prefix_docs > 0 else chains
+  if not all(type(count) is int and 0 < count <= _MOST_RANKS for count in (ranks, chains)):
+    raise UserError(f"{folder / 'identity.json'} is damaged ({shown(chains)} chains, {shown(ranks)} ranks).")
+  return changed(settings, {"train.world_size": ranks, "ttt.chains": chains})
 
 
 def recheck(subject: Subject, folder: Path, reported: dict | None) -> Iterator[Check]:

@@ -40,17 +40,17 @@ def evaluate(
   from pgolf_jax import stages
   from pgolf_jax.api import Subject
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.distributed import data_mesh
+  from pgolf_jax.runtime.distributed import data_mesh, usable_devices
   from pgolf_jax.runtime.files import locked
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
   from pgolf_jax.settings.load import changed, from_env
 
   distributed.start()
-  mesh = data_mesh()
   subject = Subject.read(target, weights)
   settings, params = subject.settings, subject.params
   settings = from_env(os.environ, base=settings)
+  mesh = data_mesh(usable_devices(settings.train.micro_batches))
   choices = {"ttt.order": order, "ttt.method": method}
   settings = changed(settings, {name: value for name, value in choices.items() if value is not None})
   check.check(settings)
@@ -90,15 +90,15 @@ def audit(
   from pgolf_jax.errors import UserError, checks_table
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.distributed import data_mesh
+  from pgolf_jax.runtime.distributed import data_mesh, usable_devices
 
   if cuts < 1:
     raise UserError(f"--cuts {cuts}: at least one cut is needed to prove anything.")
   distributed.start()
-  mesh = data_mesh()
   folders = [RunFolder(path) for path in runs]
   made = []
   for run in folders:
+    mesh = data_mesh(usable_devices(run.settings.train.micro_batches))
     checks = list(audit_run(run, data or locate_prepared(run.settings), mesh, cuts=cuts, fast=fast))
     print(f"{run.path}\n{checks_table(checks)}")
     made += checks

@@ -3,12 +3,18 @@
 import dataclasses
 import os
 
+import jax
 import numpy as np
 import pytest
 from case import DATA, STRICT, Run
+from ttt_case import random_params
 
 from pgolf_jax.audit import replays
-from pgolf_jax.audit.recheck import Subject
+from pgolf_jax.audit.recheck import Subject, as_scored
+from pgolf_jax.audit.replay import Evaluator
+from pgolf_jax.errors import UserError
+from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.scoring import ttt
 from pgolf_jax.scoring.record import HintsEvent, Scores
 from pgolf_jax.settings.load import changed
 
@@ -54,3 +60,22 @@ def test_scores_of_another_machine_differ_both_ways(scored, noises, lower, passe
     assert "on this machine" in moved.finding and all(check.passed for check in others), others
   elif lower:
     assert "in the mean of" in moved.finding
+
+
+def test_ranks_of_a_run_are_those_that_it_had(tmp_path):
+  """Settings that leave the ranks to the number of devices mean another evaluation on other devices."""
+  settings = changed(STRICT, {"train.world_size": 0, "train.micro_batches": 2})
+  ttt.evaluate(settings, random_params(), DATA, data_mesh(jax.devices()[:2]), ttt.Options(folder=tmp_path))
+  here = as_scored(settings, tmp_path)
+  assert (here.train.world_size, here.ttt.chains) == (2, 2)
+  subject = Subject.read(tmp_path, settings, DATA)
+  checks = list(replays(subject, Evaluator(here, random_params(), data_mesh(jax.devices()[:1]), DATA), cuts=1))
+  assert [check.passed for check in checks] == [True] * 3, checks
+  assert as_scored(STRICT, tmp_path / "nowhere") == STRICT  # they say it themselves
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"chains": 1e9}', '{"chains": true}', '{"chains": -1}', "["])
+def test_damaged_ranks_are_refused(text, tmp_path):
+  (tmp_path / "identity.json").write_text(text)
+  with pytest.raises(UserError, match="identity"):
+    as_scored(changed(STRICT, {"train.world_size": 0, "ttt.phase.prefix_docs": 0}), tmp_path)
