@@ -91,7 +91,8 @@ def ceilings(day: Day) -> Iterator[Row]:
   x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32).astype(dtype)
   copy = jax.jit(lambda x: x + jnp.ones((), x.dtype))  # XLA gives a mere copy back as its own argument
   work = Work(num_bytes=2 * x.nbytes, peaks=peaks(target().kind))
-  yield from timed(Way({"by": "JAX"}, lambda: functools.partial(copy, x), work), day, f"copy {x.nbytes >> 20} MiB, JAX")
+  way = Way({"by": "JAX"}, lambda: functools.partial(copy, x), work)
+  yield from timed(way, day, f"copy {x.nbytes >> 20} MiB, JAX", by="JAX")
   del x
   n = 64 if day.tiny else 98_304
   large = 64 if day.tiny else 8192
@@ -111,15 +112,14 @@ def ceilings(day: Day) -> Iterator[Row]:
       jax.random.normal(jax.random.key(i), s).astype(dtype) for i, s in ((1, (rows, inner)), (2, (inner, columns)))
     )
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
-    yield from timed(
-      Way({"by": "JAX"}, lambda f=product, a=a, b=b: functools.partial(f, a, b), work), day, f"{config}, JAX"
-    )
+    way = Way({"by": "JAX"}, lambda f=product, a=a, b=b: functools.partial(f, a, b), work)
+    yield from timed(way, day, f"{config}, JAX", by="JAX")
     if (module := pytorch()) is not None:
       platform = target().platform
       tensors = [module.tensor(x, platform) for x in (a, b)]
       prepare = lambda m=module, t=tensors: functools.partial(m.torch.matmul, *t)  # noqa: E731
       way = Way({"by": "PyTorch"}, prepare, work, wait=lambda _, m=module, p=platform: m.synchronize(p))
-      yield from timed(way, day, f"{config}, PyTorch")
+      yield from timed(way, day, f"{config}, PyTorch", by="PyTorch")
 
 
 def right(day: Day, operation: str) -> Iterator[Row]:
@@ -183,15 +183,13 @@ def check(case: Case, backend: str, gradient: bool, expected: Sequence[jax.Array
   """Returns the relative error of a backend and a verdict.
 
   NOT WRITTEN: a result is not finite, as it would be where memory that was filled with NaN is handed back. WRONG: the
-  error is beyond the limit. RACE: a repetition differs in a bit.
+  error is beyond the limit, or what is expected is not finite, which says nothing. RACE: a repetition differs in a bit.
   """
   program, weights = jax.jit(_weighted(case, backend, gradient)), _weights(case)
   run = functools.partial(program, weights, *case.arguments)
   first = jax.tree.leaves(jax.block_until_ready(run()))
-  worst, is_finite = 0.0, True
-  for got, want in zip(first, expected, strict=True):
-    is_finite &= bool(jnp.isfinite(got).all())
-    worst = max(worst, float(_distance(got, want)))
+  is_finite = all(bool(jnp.isfinite(x).all()) for x in first)
+  worst = float(np.max([_distance(got, want) for got, want in zip(first, expected, strict=True)]))  # NaN if one is
   different = 0
   for _ in range(repeats):
     poison(first)
@@ -202,7 +200,9 @@ def check(case: Case, backend: str, gradient: bool, expected: Sequence[jax.Array
   row = {"error": worst, "limit": limits[gradient], "repeats": repeats}
   if not is_finite:
     return {**row, "verdict": "NOT WRITTEN", "note": "not finite, where memory held NaN before"}
-  if worst > limits[gradient] and backend != "xla":
+  if not all(bool(jnp.isfinite(x).all()) for x in expected):
+    return {**row, "verdict": "WRONG", "note": "what is expected is not finite"}
+  if not worst <= limits[gradient] and backend != "xla":
     return {**row, "verdict": "WRONG", "note": f"error {worst:.2g} > {limits[gradient]:g}"}
   if different:
     return {**row, "verdict": "RACE", "note": f"{different} of {repeats} repetitions differ"}
@@ -321,25 +321,33 @@ def _tried(day: Day, case: Case, backend: str, sizes: dict[str, int]) -> Iterato
       yield row
 
 
+def _suspects(rows: Sequence[Row]) -> Iterator[str]:
+  """Operations with a kernel that came out badly; one that crashed or hung has no row but the end of its item."""
+  for row in rows:
+    if record.is_bad(row) and row.get("status") != record.NOT_RUN and row.get("by") != "xla":
+      kind, _, name = row.get("item", "").partition(": ")
+      yield from filter(None, [row.get("operation") or (name if kind == "right" else "")])
+
+
 def sanitize(day: Day) -> Iterator[Row]:
-  """compute-sanitizer on one small case of each operation that came out wrong or different."""
-  bad = {row["operation"] for row in day.rows if row.get("operation") and record.is_bad(row) and row.get("by") != "xla"}
+  """compute-sanitizer on small cases of each operation that came out wrong or different, crashed or hung."""
+  bad = set(_suspects(day.rows))
   program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
   if not bad or program is None:
     yield {"config": "nothing failed" if not bad else "no compute-sanitizer here", "verdict": "ok"}
     return
+  out = day.out.resolve()  # the program runs in another folder
   for operation in sorted(bad):
-    task = {"call": f"{__name__}:right", "arguments": {"operation": operation}, "tiny": True, "out": str(day.out)}
+    task = {"call": f"{__name__}:right", "arguments": {"operation": operation}, "tiny": True, "out": str(out)}
     for tool in ("memcheck", "racecheck"):
-      lines = day.out / f"sanitizer-{operation}.part"
+      lines = out / f"sanitizer-{operation}.part"
       given = json.dumps({**task, "lines": str(lines), "earlier": str(lines)})
       command = [program, "--tool", tool, "--print-limit", "5", sys.executable, "-m", "pgolf_jax.bench.gpu_day"]
       done = subprocess.run([*command, "--child", given], capture_output=True, text=True, cwd=ROOT)
       lines.unlink(missing_ok=True)
       said = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=========")]
       print(done.stdout[-20_000:], done.stderr[-5_000:])
-      yield {
-        "config": f"{operation}, {tool}",
-        "verdict": said[-1] if said else "said nothing",
-        "note": " | ".join(said[:3]),
-      }
+      row = {"config": f"{operation}, {tool}", "verdict": said[-1] if said else "said nothing"}
+      if done.returncode:  # what did not run to its end is not without errors
+        said, row["verdict"] = [f"exit status {done.returncode}", *said[-1:], *said], "failed"
+      yield {**row, "note": " | ".join(said[:3])}

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf_jax.bench import gpu_day, gpu_day_record, gpu_day_steps
+from pgolf_jax.bench import gpu_day, gpu_day_kernels, gpu_day_record, gpu_day_steps
 from pgolf_jax.bench.gpu_day import Call, Day, Item, items_of
 from pgolf_jax.bench.gpu_day_kernels import device, sanitize
 from pgolf_jax.bench.kernels import Operation
@@ -288,6 +288,28 @@ def test_what_failed_goes_through_the_sanitizer(tmp_path, monkeypatch):
   rows = list(sanitize(Day(tmp_path, tiny=True, rows=bad)))
   assert [row["config"] for row in rows] == ["xent, memcheck", "xent, racecheck"]
   assert rows[0]["verdict"] == "RACECHECK SUMMARY: 1 hazard" and "Race reported" in rows[0]["note"]
+
+
+def test_what_crashed_hung_or_was_stopped_goes_through_the_sanitizer(tmp_path, monkeypatch):
+  """From a folder that is not the checkout; what does not run to its end there is not without errors."""
+  program = tmp_path / "compute-sanitizer"
+  program.write_text("#!/bin/sh\necho ========= ERROR SUMMARY: 0 errors\necho $* > said\nexit 3\n")
+  program.chmod(0o755)
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  monkeypatch.setattr(gpu_day_kernels, "ROOT", tmp_path)
+  monkeypatch.chdir(tmp_path.parent)
+  ends = {"right: mlp": "ended by SIGSEGV", "right: xent": "done", "time: rows": "ended by SIGSEGV"}
+  ends["right: attention"] = gpu_day_record.NOT_RUN
+  rows = list(sanitize(Day(Path("out"), tiny=True, rows=[{"item": k, "status": v} for k, v in ends.items()])))
+  assert [row["config"] for row in rows] == ["mlp, memcheck", "mlp, racecheck"]
+  assert all(gpu_day_record.is_bad(row) and row["note"].startswith("exit status 3 | ERROR SUM") for row in rows)
+  task = json.loads((tmp_path / "said").read_text().partition("--child ")[2])
+  assert all(Path(task[name]).is_absolute() for name in ("out", "lines", "earlier"))
+
+
+def test_ceilings_say_whose_they_are(tmp_path):
+  rows = list(gpu_day_kernels.ceilings(Day(tmp_path, tiny=True)))
+  assert {row["by"] for row in rows} >= {"JAX"} and all(row["config"].endswith(f", {row['by']}") for row in rows)
 
 
 def test_names_of_items_are_unique():

@@ -47,6 +47,21 @@ def test_a_result_that_is_not_written_is_seen():
   assert day.check(holes, "a kernel", False, expected(one), repeats=2)["verdict"] == "NOT WRITTEN"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nothing_is_right_beside_a_reference_that_is_not_finite(value):
+  one = case()
+  (whole,) = expected(one)
+  for backend in ("a kernel", "xla"):
+    row = day.check(
+      dataclasses.replace(one, call=lambda *x, implementation: one.call(*x, implementation="xla")),
+      backend,
+      False,
+      [whole.at[0, 0].set(value)],
+      repeats=1,
+    )
+    assert row["verdict"] == "WRONG" and "not finite" in row["note"]
+
+
 def test_a_result_that_changes_in_one_bit_is_a_race():
   one, counter = case(), itertools.count()
 
