@@ -13,6 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float16, Int8, Int32
 
+from pgolf_jax.errors import UserError
+
+NO_FACTOR = np.int8(-128)
+"""In the place of an integer; no grid reaches as far."""
+
 
 class Grids(NamedTuple):
   """The grids of a stack of matrices: integers −levels … levels times a step per row, a finer one in some columns."""
@@ -37,7 +42,8 @@ def gptq(
 
   Columns are taken in order of falling Hessian diagonal. With U from `inverse_factor` of the damped Hessian, column j
   becomes q = clip(round(w/s), −r, r); its error e = (w − q·s)/U_jj is then taken out of later columns, w_k −= e·U_jk.
-  Inputs that never fired (H_jj = 0) get the column 0.
+  Inputs that never fired (H_jj = 0) get the column 0. Where the damped Hessian has no factor all integers are
+  `NO_FACTOR`.
 
   Args:
     weight_QxMxN: fp32 matrices that act as y = x Wᵀ.
@@ -50,6 +56,15 @@ def gptq(
     step_QxM=grids.step_QxM.astype(jnp.float32), fine_step_QxM=grids.fine_step_QxM.astype(jnp.float32)
   )
   return jax.vmap(functools.partial(_quantize_matrix, damping=damping, block=block))(weight_QxMxN, hessian_QxNxN, grids)
+
+
+def require_factor(name: str, is_finite: bool, damping: float) -> None:
+  """Raises UserError if the damped Hessian of a matrix had no finite factor."""
+  if not is_finite:
+    raise UserError(
+      f"The Hessian of {name} has no factor with quantize.damping = {damping:g}; take more damping (the recipe has "
+      "0.01) or more calibration batches."
+    )
 
 
 def row_step(weight_MxN: np.ndarray, clip_sigmas: float, levels: int) -> np.ndarray:
@@ -151,4 +166,5 @@ def _quantize_matrix(weight_MxN, hessian_NxN, grids: Grids, *, damping, block):
 
   work_NxM = jnp.where(dead_N[:, None], 0.0, weight_MxN.T)[order_N]
   q_NxM = round_columns(work_NxM, factor_NxN, round_column, block=block)
-  return q_NxM[jnp.argsort(order_N)].T.astype(jnp.int8)
+  q_MxN = q_NxM[jnp.argsort(order_N)].T.astype(jnp.int8)
+  return jnp.where(jnp.isfinite(factor_NxN).all(), q_MxN, NO_FACTOR)

@@ -22,7 +22,7 @@ from pgolf_jax.quantize.artifact import writer
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, Quantized, Rows, multiplies, unbank
 from pgolf_jax.quantize.calibrate import Calibration, calibrate, calibration_rows
 from pgolf_jax.quantize.corrections import add_low_rank, choose_groups
-from pgolf_jax.quantize.gptq import Grids, gptq, row_step
+from pgolf_jax.quantize.gptq import NO_FACTOR, Grids, gptq, require_factor, row_step
 from pgolf_jax.quantize.provenance import origin_of, tokenizer_to_embed
 from pgolf_jax.quantize.tuning import Tuner
 from pgolf_jax.runtime.log import progress
@@ -102,6 +102,7 @@ def _grids(large: Mapping[str, np.ndarray], calibration: Calibration, config: Qu
         block=config.block_size,
       )
       for name, q_MxN in zip(names, np.asarray(q_QxMxN), strict=True):
+        require_factor(name, (q_MxN != NO_FACTOR).all(), config.damping)
         groups = (tuple(fine_starts[name]), config.awq_group_size, fine_step[name]) if name in fine_starts else ()
         grids[name] = Grid(q_MxN, step[name], *groups)
       bar.advance(len(names))
@@ -145,6 +146,8 @@ def _levels(bits: int) -> int:
 
 _CLOSE = 0.0005  # share of the budget that may stay unused
 _TRIES = 12
+_DIGITS = 1e-4  # octaves within which multipliers are the same, as their products have six digits
+_NEAR = 1.0  # octaves: as near to a step that is too fine the search ends
 
 
 class _Scale(NamedTuple):
@@ -157,7 +160,7 @@ class _Scale(NamedTuple):
 
 SCALES = {
   "gptq": _Scale(("matrix_clip_sigmas", "attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas"), 0.2, 8.0),
-  "rate": _Scale(("step",), 2.0**-14, 2.0**14),
+  "rate": _Scale(("step",), 2.0**-10, 2.0**14),  # finer ones take bytes and give nothing
 }
 """By `quantize.method`: clips, or the step that all others are multiples of."""
 
@@ -230,10 +233,11 @@ class Maker:
 
     Tuning takes long and hardly changes the bytes, so that the step is first sought without.
     """
+    start = 1.0
     if config.tune_steps and config.method == "rate":
       untuned, _ = self.fit(dataclasses.replace(config, tune_steps=0), budget)
-      config = dataclasses.replace(untuned, tune_steps=config.tune_steps)
-    return fit(config, self.artifact, budget, self._parameters)
+      start = untuned.step / config.step
+    return fit(config, self.artifact, budget, self._parameters, start=start)
 
 
 def _rounder(
@@ -263,18 +267,25 @@ def scaled(config: QuantizeConfig, multiplier: float) -> QuantizeConfig:
 
 
 def fit(
-  config: QuantizeConfig, attempt: Callable[[QuantizeConfig], bytes], budget: int, parameters: int
+  config: QuantizeConfig,
+  attempt: Callable[[QuantizeConfig], bytes],
+  budget: int,
+  parameters: int,
+  *,
+  start: float = 1.0,
 ) -> tuple[QuantizeConfig, bytes]:
   """Finds the finest grids whose artifact has at most `budget` bytes, by one multiplier of all clips or of the step.
 
-  Halving a grid's step costs every value one bit: bytes ≈ b − parameters/8 · log2(multiplier). Each attempt corrects b;
-  once one attempt is too large and another is not, the next lies between them.
+  Doubling a grid's step saves a bit of every value that is quantised, so that bytes are nearly a straight line over
+  log2(multiplier). Its slope is at first that of `parameters` values, and then that between the last two attempts. Once
+  one attempt is too large and another is not, the next lies between them.
 
   Args:
     config: with the clips or the step that multiplier 1 stands for.
-    attempt: makes the artifact of a config.
+    attempt: makes the artifact of a config; may raise `rate.TooFine`.
     budget: bytes.
     parameters: of the model.
+    start: the first multiplier.
 
   Returns:
     The config with its clips or step, and the artifact's bytes.
@@ -282,29 +293,46 @@ def fit(
   Raises:
     UserError: even the coarsest grids are too large.
   """
-  _, least, most = SCALES[config.method]
-  low, high = least, most  # the multiplier sought lies between them
-  multiplier, best = 1.0, None
-  for _ in range(_TRIES):
-    tried = scaled(config, multiplier)
-    data = attempt(tried)
-    if len(data) <= budget:
-      if best is None or len(data) > len(best[1]):
+  names, least, most = SCALES[config.method]
+  least, most, octave = (math.log2(multiplier) for multiplier in (least, most, start))
+  finest, low, high = least + _DIGITS, -math.inf, math.inf  # what is sought lies between low and high
+  aim, saved = budget * (1 - _CLOSE / 2), parameters / 8  # bytes, and bytes an octave
+  best, before = None, None
+  for tries_left in reversed(range(_TRIES)):
+    tried = scaled(config, 2**octave)
+    try:
+      size = len(data := attempt(tried))
+    except rate.TooFine:
+      if not tries_left:
+        raise
+      low, finest = octave, octave + _NEAR
+      if high <= finest:
+        break
+      octave, before = (octave + min(high, most)) / 2, None
+      continue
+    if size <= budget:
+      if best is None or size > len(best[1]):
         best = tried, data
-      if len(data) >= budget * (1 - _CLOSE) or multiplier <= least:
+      high = min(high, octave)
+      if size >= budget * (1 - _CLOSE) or high <= finest:
         break
-      high = min(high, multiplier)
+    elif octave >= most:
+      break
     else:
-      if multiplier >= most:
-        break
-      low = max(low, multiplier)
-    aim = budget * (1 - _CLOSE / 2)
-    guess = multiplier * 2 ** ((len(data) - aim) * 8 / parameters)
-    bracketed = low > least and high < most
-    multiplier = guess if low < guess < high else math.sqrt(low * high) if bracketed else min(max(guess, low), high)
+      low = max(low, octave)
+    if before is not None:
+      # Between attempts that are near to each other the bytes of single streams make any slope.
+      slope = (before[1] - size) / (octave - before[0])
+      saved = min(max(slope, saved / 4), parameters / 8)
+    before = octave, size
+    octave = min(max(octave + (size - aim) / saved, least), most)
+    if math.isfinite(high - low) and not low < octave < high:
+      octave = (low + high) / 2
+    if best is None and tries_left == 1:
+      octave = most
   if best is None:
     raise UserError(
-      f"No {' or '.join(SCALES[config.method].names)} up to {most:g} times the configured brings the artifact below "
-      f"{budget:,} bytes (the last try took {len(data):,}); train a smaller model."
+      f"No {' or '.join(names)} up to {2**most:g} times the configured brings the artifact below {budget:,} bytes (the "
+      f"last try took {size:,}); train a smaller model."
     )
   return best

@@ -25,11 +25,11 @@ from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT
 from pgolf_jax.quantize.artifact.tensors import MAX_STEP, OCTAVE, Even, Half, LogGrid, Quantized, log_step
 from pgolf_jax.quantize.fisher import Statistics
-from pgolf_jax.quantize.gptq import column_order, round_columns
+from pgolf_jax.quantize.gptq import column_order, require_factor, round_columns
 from pgolf_jax.runtime.log import Progress, progress
 from pgolf_jax.settings import QuantizeConfig
 
-_LARGEST = 2**24 - 1  # of an integer, which fp32 holds exactly
+_LARGEST = 2**24 - 2  # of an integer: an artifact holds one more, to which a trellis may round
 _NORMAL_BITS = 2.05  # of a normal value in steps of its standard deviation
 _TRELLIS_BITS = 1.0  # a value; where it takes fewer, most are 0, which only half of a trellis's states can take
 _MOST_RIDGE = 1.0  # of the mean diagonal
@@ -37,11 +37,16 @@ _COARSEST = 1 / 8  # step of a small parameter over its root mean square
 _FLOOR = 2.0**-60  # of a curvature: that of a parameter which nothing reads
 
 
+class TooFine(UserError):
+  """A step that makes integers larger than an artifact can hold."""
+
+
 class _Batch(NamedTuple):
   """Matrices of one shape that are rounded together, and their curvatures."""
 
   names: list[str]
-  hessian_QxNxN: Float[Array, "Q N N"]
+  hessian_QxNxN: Float[Array, "Q N N"]  # on whose diagonal inputs that never fire have the mean of those that do
+  fires_QxN: Bool[np.ndarray, "Q N"]  # whether an input ever does
   row_QxM: Float[np.ndarray, "Q M"]  # log2 √d_i
 
 
@@ -79,8 +84,14 @@ class Solver:
     self._batches = []
     for names in together.values():
       hessian_QxNxN = np.stack([statistics.matrices[n].hessian_NxN for n in names]).astype(np.float32)
+      diagonal_QxN = np.diagonal(hessian_QxNxN, axis1=1, axis2=2).copy()
+      fires_QxN = diagonal_QxN != 0
+      # Damping and ridge are shares of the mean diagonal, which inputs that never fire must not change.
+      mean_Q = diagonal_QxN.sum(axis=1) / np.maximum(fires_QxN.sum(axis=1), 1)
+      matrix, column = np.nonzero(~fires_QxN)
+      hessian_QxNxN[matrix, column, column] = mean_Q[matrix]
       row_QxM = 0.5 * np.log2(np.maximum([statistics.matrices[n].row_M for n in names], _FLOOR))
-      self._batches.append(_Batch(names, jnp.asarray(hessian_QxNxN), row_QxM))
+      self._batches.append(_Batch(names, jnp.asarray(hessian_QxNxN), fires_QxN, row_QxM))
 
   def solve(self, step: float, tuner: Tuner | None = None, *, tune_steps: int = 0) -> dict[str, Quantized]:
     """Returns every parameter in its stored form, with c = `step`.
@@ -88,6 +99,9 @@ class Solver:
     With `tune_steps`, `STAGES` are rounded one after another, and after each the tuner is given what all parameters are
     then and the root mean square of what rounding will do to those that are still free. The stage that costs most
     comes first, as most weights are left to make up for it.
+
+    Raises:
+      TooFine: integers would be larger than an artifact can hold.
     """
     with progress("quantising", total=len(self._weights), unit="parameters") as bar:
       rounded = self._rounded(self._weights, range(len(STAGES)), step, bar)
@@ -139,7 +153,10 @@ class Solver:
     worth_Q = 2 * np.mean(batch.row_QxM + spread_QxM, axis=1)
     ridge_Q = np.minimum(columns / 12 * np.exp2(2 * log2_step - worth_Q), _MOST_RIDGE)
     damping_Q = (self._config.damping + ridge_Q).astype(np.float32)
+    weight_QxMxN = np.where(batch.fires_QxN[:, None], weight_QxMxN, 0)
     work_QxNxM, factor_QxNxN, order_QxN = _prepare(weight_QxMxN, batch.hessian_QxNxN, damping_Q)
+    for name, factor_NxN in zip(batch.names, np.asarray(factor_QxNxN), strict=True):
+      require_factor(name, np.isfinite(factor_NxN).all(), self._config.damping)
     pivot_QxN = np.log2(np.diagonal(np.asarray(factor_QxNxN, np.float64), axis1=1, axis2=2))
     row_QxM, column_QxN = (np.clip(_classes(x), -MAX_STEP, MAX_STEP) for x in (log2_step - batch.row_QxM, pivot_QxN))
     trellis = np.zeros(row_QxM.shape, bool), np.zeros(column_QxN.shape, bool)
@@ -148,9 +165,15 @@ class Solver:
     classes, has_trellis = (row_QxM, column_QxN), trellis[1].any()
     work = work_QxNxM, factor_QxNxN, order_QxN
     q_QxMxN = _round(*work, classes, trellis if has_trellis else None, block=self._config.block_size)
+    q_QxMxN = np.asarray(q_QxMxN)
+    if np.abs(q_QxMxN).max() >= _LARGEST:
+      raise TooFine(
+        f"With quantize.step = {2**log2_step:g} integers of {batch.names[0]} are larger than the {_LARGEST:,} that an "
+        "artifact can hold; take a larger step."
+      )
     back_QxN = np.argsort(np.asarray(order_QxN), axis=1)
     column_QxN, trellis_QxN = (np.take_along_axis(x, back_QxN, axis=1) for x in (column_QxN, trellis[1]))
-    each = zip(batch.names, np.asarray(q_QxMxN), row_QxM, column_QxN, trellis_QxN, trellis[0], strict=True)
+    each = zip(batch.names, q_QxMxN, row_QxM, column_QxN, trellis_QxN, trellis[0], strict=True)
     return {
       name: LogGrid(q_MxN, row_M, column_N, *((trellis_N, trellis_M) if trellis_N.any() else ()))
       for name, q_MxN, row_M, column_N, trellis_N, trellis_M in each
@@ -201,8 +224,8 @@ def _prepare(weight_QxMxN, hessian_QxNxN, damping_Q):
   """The transposed matrices with columns in order, U, and the order."""
 
   def prepare(weight_MxN, hessian_NxN, damping):
-    order_N, factor_NxN, dead_N = column_order(hessian_NxN, damping)
-    return jnp.where(dead_N[:, None], 0.0, weight_MxN.T)[order_N], factor_NxN, order_N
+    order_N, factor_NxN, _ = column_order(hessian_NxN, damping)
+    return weight_MxN.T[order_N], factor_NxN, order_N
 
   return jax.vmap(prepare)(weight_QxMxN, hessian_QxNxN, damping_Q)
 

@@ -1,6 +1,7 @@
 """Which matrices are quantised; the search for clips, which fills the budget in few attempts."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from pgolf_jax.model import params as parameters
 from pgolf_jax.quantize.artifact import load
 from pgolf_jax.quantize.artifact.tensors import Grid, Half, Rows
 from pgolf_jax.quantize.calibrate import Calibration
+from pgolf_jax.quantize.fisher import Curvature, Statistics
 from pgolf_jax.quantize.make import fit, make, quantize
+from pgolf_jax.quantize.rate import Solver, TooFine
 from pgolf_jax.settings import ModelConfig, QuantizeConfig
 
 
@@ -44,6 +47,44 @@ def test_fit_takes_the_finest_grids_where_all_fit_and_refuses_where_none_does():
     fit(QuantizeConfig(), attempt, 50_000, 800_000)
 
 
+@pytest.mark.parametrize("octaves", [2.5, 1.0, -1.0])
+def test_fit_learns_how_few_values_are_quantised(octaves):
+  """An eighth of the parameters: the rest stays fp16, and takes most of the bytes."""
+  attempt, tried = sized(1_500_000, 125_000)
+  _, data = fit(QuantizeConfig(), attempt, budget := int(1_500_000 - 0.9 * 125_000 / 8 * octaves), 1_000_000)
+  assert 0.9995 * budget <= len(data) <= budget
+  assert len(tried) <= 5
+
+
+def test_fit_refuses_only_after_the_coarsest_grids():
+  """Bytes that hardly fall before the coarsest grids: the last attempt is of those."""
+  tried = []
+
+  def attempt(config: QuantizeConfig) -> bytes:
+    tried.append(config.mlp_clip_sigmas / QuantizeConfig().mlp_clip_sigmas)
+    return bytes(400_500 - int(tried[-1]) if tried[-1] < 7.999 else 300_000)
+
+  config, data = fit(QuantizeConfig(), attempt, 400_480, 8_000_000)
+  assert len(data) == 300_000 and config.mlp_clip_sigmas == pytest.approx(8 * QuantizeConfig().mlp_clip_sigmas)
+
+
+def test_fit_takes_the_finest_step_whose_integers_can_be_held():
+  tried = []
+
+  def attempt(config: QuantizeConfig) -> bytes:
+    tried.append(np.log2(config.step / 0.001))
+    if tried[-1] < -6.3:
+      raise TooFine("cut off")
+    return bytes(int(100_000 * (4 - tried[-1])))
+
+  config, data = fit(QuantizeConfig(method="rate", step=0.001), attempt, 10**8, 800_000)
+  assert -6.3 <= np.log2(config.step / 0.001) < -5.3
+  assert len(data) == max(int(100_000 * (4 - x)) for x in tried if x >= -6.3)
+  assert len(tried) <= 6
+  with pytest.raises(TooFine):
+    fit(QuantizeConfig(method="rate", step=1e-12), attempt, 10**8, 800_000)
+
+
 NARROW = ModelConfig(
   vocab_size=64, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, num_loops=0, parallel_start_layer=1
 )
@@ -70,6 +111,27 @@ def test_matrices_above_the_limit_are_quantised_and_nothing_else():
       named = {name for name in tensors if name.endswith(suffix)}
       assert named and (named <= grids if size > limit else not named & grids), (limit, suffix)
     assert all(isinstance(tensors[n], Half | Rows) for n in tensors if "attn_gate" in n or "scale" in n or "skip" in n)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rate"])
+def test_a_hessian_without_a_factor_is_refused(method):
+  """More inputs than positions, and no damping: the factor is not a number, of which integers would be zeros."""
+  rng = np.random.default_rng(0)
+  weight, inputs = rng.standard_normal((40, 64)).astype(np.float32), rng.standard_normal((20, 64))
+  hessian = (inputs.T @ inputs / np.square(inputs).sum()).astype(np.float32)
+  for damping in (0.0, 0.01):
+    config = QuantizeConfig(method=method, damping=damping, fp16_up_to=0, lqer=False)
+    if method == "gptq":
+      calibration = Calibration({"tok_emb.weight": hessian}, {"tok_emb.weight": np.ones(64, np.float32)})
+      run = functools.partial(quantize, {"tok_emb.weight": weight}, calibration, config)
+    else:
+      curvature = Curvature(hessian, np.ones(40))
+      run = functools.partial(Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), config).solve, 1e-6)
+    if damping:
+      assert all(stored.q_MxN.any() for stored in run().values())
+    else:
+      with pytest.raises(UserError, match=r"has no factor with quantize\.damping = 0;"):
+        run()
 
 
 def test_the_limit_is_the_recipes_unless_set():

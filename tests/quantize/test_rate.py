@@ -15,7 +15,7 @@ from pgolf_jax.quantize.artifact.codecs.trellis import NEXT, PARITY, SEGMENT, pa
 from pgolf_jax.quantize.artifact.tensors import OCTAVE, Even, Half, LogGrid, unbank
 from pgolf_jax.quantize.fisher import Curvature, Statistics
 from pgolf_jax.quantize.make import make
-from pgolf_jax.quantize.rate import Solver, on_trellis
+from pgolf_jax.quantize.rate import Solver, TooFine, on_trellis
 from pgolf_jax.settings import QuantizeConfig
 
 CONFIG = QuantizeConfig(method="rate", trellis=False, block_size=16)
@@ -155,6 +155,37 @@ def test_inputs_that_never_fire_get_no_integers():
   made = Solver({"w": weight}, Statistics({"w": Curvature(hessian, curvature.row_M)}, {}, 0.0, 0), CONFIG).solve(0.1)
   assert not made["w"].q_MxN[:, 3].any()
   assert made["w"].q_MxN.any(axis=0).sum() == 23
+
+
+def test_inputs_that_never_fire_change_nothing_for_the_others():
+  """Damping and ridge are as large as without them: a trace of 1 over fewer inputs."""
+  weight, curvature = problem(24, 40)
+  live = np.flatnonzero(np.arange(40) % 3)
+  hessian = np.zeros((40, 40))
+  part = curvature.hessian_NxN[np.ix_(live, live)]
+  hessian[np.ix_(live, live)] = part / np.trace(part)
+  damped = dataclasses.replace(CONFIG, damping=0.3)  # so that a wrong mean would show
+
+  def grid(weight_MxN, hessian_NxN):
+    matrices = {"w": Curvature(hessian_NxN, curvature.row_M)}
+    # The ridge is a share of the weights' mean square, which has to be the same with and without the others.
+    return Solver({"w": weight_MxN}, Statistics(matrices, {}, 0.0, 0), damped).solve(0.003)["w"]
+
+  with_dead, alone = grid(weight, hessian), grid(weight[:, live], part / np.trace(part))
+  np.testing.assert_array_equal(with_dead.column_N[live], alone.column_N)
+  assert np.mean(with_dead.q_MxN[:, live] == alone.q_MxN) > 0.98  # ties, and what follows from them
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_steps_whose_integers_an_artifact_cannot_hold_are_refused(trellis):
+  weight, curvature = problem(150, 48)
+  config = dataclasses.replace(CONFIG, trellis=trellis)
+  solver = Solver({"w": weight}, Statistics({"w": curvature}, {}, 0.0, 0), config)
+  made = solver.solve(1e-5)["w"]
+  assert np.abs(read(writer.write({}, {"w": made})).tensors["w"].dequantize() - weight).max() < 1e-4
+  for step in (1e-8, 1e-12):
+    with pytest.raises(TooFine, match=f"quantize.step = {step:g} .* take a larger step"):
+      solver.solve(step)
 
 
 def test_small_parameters_get_one_step_or_stay_fp16():

@@ -149,3 +149,7 @@ def test_the_step_is_sought_before_anything_is_tuned(data, monkeypatch):
   steps = [config.tune_steps for config in tried]
   assert steps == sorted(steps)
   assert steps.count(7) <= 2
+  tried.clear()
+  made, _ = maker.fit(config, 10**9)  # more than the finest step takes
+  assert min(each.step for each in tried) == made.step == pytest.approx(config.step * make.SCALES["rate"].least)
+  assert [each.tune_steps for each in tried].count(7) == 1
