@@ -521,3 +521,11 @@ def test_a_tensor_without_values_comes_back():
   tensors = {"skip_weights": Half(np.zeros((0, 8), np.float16)), "x": Half(np.ones(3, np.float16))}
   for codec in NAMES:
     assert read(write({}, tensors, codec)).params()["skip_weights"].shape == (0, 8)
+
+
+@both_codecs
+@pytest.mark.parametrize("tensor", [0, 1])
+@pytest.mark.parametrize("shape", [[0, 1 << 28, 1 << 28, 1 << 28], [1 << 28, 0, 1 << 28, 1 << 28]])
+def test_a_tensor_without_values_may_not_have_sides_that_numpy_refuses(name, tensor, shape):
+  tensors = {"x": Half(np.zeros((0, 8), np.float16)), "y": Even(np.zeros((0, 8), np.int32), 0)}
+  refused(with_header(write({}, tensors, name), edit(["tensors", tensor, 2], shape)), "impossible shape")

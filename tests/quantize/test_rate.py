@@ -168,7 +168,6 @@ def test_inputs_that_never_fire_change_nothing_for_the_others():
 
   def grid(weight_MxN, hessian_NxN):
     matrices = {"w": Curvature(hessian_NxN, curvature.row_M)}
-    # The ridge is a share of the weights' mean square, which has to be the same with and without the others.
     return Solver({"w": weight_MxN}, Statistics(matrices, {}, 0.0, 0), damped).solve(0.003)["w"]
 
   with_dead, alone = grid(weight, hessian), grid(weight[:, live], part / np.trace(part))

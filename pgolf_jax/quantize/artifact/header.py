@@ -236,6 +236,8 @@ def check_entry(entry: object) -> None:
   require(isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS, f"an impossible shape for {name}")
   least = 0 if form in ("half", "even") else 1  # a model of one layer has no skips, and [0, D] of their weights
   require(all(number(size, least, MAX_PARAMETERS) for size in shape), f"an impossible shape for {name}")
+  # An array without values must be one that NumPy can make; others are bounded by their number.
+  require(all(shape) or math.prod(filter(None, shape)) <= MAX_PARAMETERS, f"an impossible shape for {name}")
   if form == "half":
     require(not more, f"too many fields for {name}")
     return
