@@ -23,6 +23,8 @@ from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import Artifact, read, writer
 from pgolf_jax.quantize.artifact.header import describe, split
+from pgolf_jax.quantize.artifact.tensors import Grid, LogGrid
+from pgolf_jax.quantize.make import SCALES, scaled
 from pgolf_jax.quantize.provenance import require_tokenizer
 from pgolf_jax.runtime.files import remove, write_bytes, write_json, write_text
 from pgolf_jax.runtime.log import progress
@@ -183,16 +185,26 @@ def require_fit(account: Account, data: bytes) -> None:
     again = writer.write(artifact.config, artifact.tensors, "entropy", artifact.origin, artifact.tokenizer)
     saved = len(data) - len(again)
     ways.append(f"quantize.codec='entropy' saves {saved:,} bytes" + ("" if saved >= account.over else ", too few"))
-  # Each doubling of the grids' steps saves one bit a value.
-  values = sum(tensor.q_MxN.size for tensor in artifact.tensors.values() if hasattr(tensor, "q_MxN"))
-  multiplier = 2 ** (8 * account.over / max(values, 1))
-  config = from_dict(artifact.config, where="the artifact's config").quantize
-  names = ("attn_clip_sigmas", "mlp_clip_sigmas", "embed_clip_sigmas")
-  clips = ", ".join(f"quantize.{name}={getattr(config, name) * multiplier:.2f}" for name in names)
-  ways.append(f"clips {multiplier:.3f} times as wide would fit ({clips})")
+  ways.append(_coarser(account.over, artifact))
   raise UserError(
     f"The submission takes {account.total:,} bytes, {account.over:,} over the budget of {account.budget:,}: "
-    f"{'; '.join(ways)}; `pgolf quantize RUN --fit` finds the finest clips that do."
+    f"{'; '.join(ways)}."
+  )
+
+
+def _coarser(over: int, artifact: Artifact) -> str:
+  """How much coarser grids would save so many bytes."""
+  config = from_dict(artifact.config, where="the artifact's config").quantize
+  scale = SCALES[config.method]
+  # Each doubling of the grids' steps saves one bit a value.
+  values = sum(tensor.q_MxN.size for tensor in artifact.tensors.values() if isinstance(tensor, Grid | LogGrid))
+  if 8 * over > values * math.log2(scale.most):
+    return f"train a smaller model, for even grids {scale.most:g} times as coarse would not fit"
+  multiplier = 2 ** (8 * over / values)
+  coarser, what = scaled(config, multiplier), "clips" if len(scale.names) > 1 else "a step"
+  named = ", ".join(f"quantize.{name}={getattr(coarser, name):.4g}" for name in scale.names)
+  return (
+    f"{what} {multiplier:.3f} times as wide would fit ({named}); `pgolf quantize RUN --fit` finds the finest that does"
   )
 
 

@@ -15,7 +15,8 @@ from pgolf_jax import cli
 from pgolf_jax.errors import UserError
 from pgolf_jax.model.gpt import bind, packed_nll
 from pgolf_jax.quantize.artifact import load, read, writer
-from pgolf_jax.quantize.make import make, scaled
+from pgolf_jax.quantize.artifact.tensors import Grid, Half, LogGrid, Rows
+from pgolf_jax.quantize.make import make, portable, scaled
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.load import from_dict
@@ -103,6 +104,34 @@ def test_suggested_clips_do_fit(artifact, data):
   multiplier = float(str(refused.value).split("clips ")[1].split(" times")[0])
   again = make(with_quantize(**vars(scaled(SETTINGS.quantize, multiplier))), random_params(), data)
   assert len(again.data) == pytest.approx(budget, rel=0.01)
+
+
+def over_by(number: int, tensors: dict, method: str) -> str:
+  """What is said of an artifact that is over its budget by so many bytes."""
+  data = writer.write(portable(with_quantize(method=method)), tensors)
+  account = package.count(data, code(), budget=len(data) - number)
+  with pytest.raises(UserError) as refused:
+    package.require_fit(account, data)
+  return str(refused.value)
+
+
+def test_what_would_fit_is_named_by_the_settings_of_the_method():
+  zeros = np.zeros(128, np.int32)
+  q = np.rint(3 * np.random.default_rng(0).standard_normal((128, 128))).astype(np.int32)
+  said = over_by(1000, {"tok_emb.weight": LogGrid(q, zeros - 30, zeros)}, "rate")
+  step = SETTINGS.quantize.step * 2 ** (8000 / q.size)
+  assert f"a step 1.403 times as wide would fit (quantize.step={step:.4g})" in said and "clip" not in said
+  said = over_by(1000, {"tok_emb.weight": Grid(q.astype(np.int8), np.ones(128, np.float16))}, "gptq")
+  assert "clips 1.403 times" in said and "quantize.matrix_clip_sigmas=" in said and "quantize.step" not in said
+
+
+@pytest.mark.parametrize("over", [500, 10_000])
+def test_where_grids_cannot_save_enough_a_smaller_model_is_asked_for(over):
+  """All matrices are fp16, and the gates' integers have steps that no setting makes coarser."""
+  values = np.random.default_rng(0).standard_normal((1024, 64)).astype(np.float16)
+  gate = Rows(np.ones((4, 12), np.int8), np.ones(4, np.float16))
+  said = over_by(over, {"tok_emb.weight": Half(values), "blocks.0.attn.attn_gate_w": gate}, "gptq")
+  assert f"{over:,} over the budget" in said and "train a smaller model" in said and "--fit" not in said
 
 
 def test_folder_scores_from_itself_alone(artifact, data, scored, tmp_path):
