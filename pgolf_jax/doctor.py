@@ -180,7 +180,8 @@ def _assembler(plugins: Mapping[int, str], cards: list[Card]) -> Iterator[Findin
     yield Finding("drivers", "jax on GPUs", "warn", finding, mend)
 
 
-# Asked of JAX in another process: its devices, and a masked product that is known.
+# Asked of JAX in another process: its devices, and a masked product that is known. Scores are small, so that a place
+# attends to all that it may see: a wrong mask then changes the result.
 _PROBE = """
 import json
 import jax, jax.numpy as jnp, numpy as np
@@ -193,11 +194,11 @@ except Exception:
 x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
 def attend(x):
   places = jnp.arange(64)
-  scores = jnp.where(places[:, None] >= places[None, :], x @ x.T, -jnp.inf)
+  scores = jnp.where(places[:, None] >= places[None, :], x @ x.T / 64, -jnp.inf)
   return jax.nn.softmax(scores, axis=-1) @ x
 with jax.default_matmul_precision("highest"):
   ours = np.asarray(jax.jit(attend)(x))
-scores = np.where(np.tri(64, dtype=bool), x.astype(np.float64) @ x.T.astype(np.float64), -np.inf)
+scores = np.where(np.tri(64, dtype=bool), x.astype(np.float64) @ x.T.astype(np.float64) / 64, -np.inf)
 weights = np.exp(scores - scores.max(-1, keepdims=True))
 said["error"] = float(np.abs(ours - weights / weights.sum(-1, keepdims=True) @ x).max())
 print("PGOLF " + json.dumps(said))

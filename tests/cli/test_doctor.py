@@ -72,7 +72,26 @@ def test_the_table_fits_the_terminal(columns, capsys, monkeypatch):
 
 
 def test_a_real_device_is_shown():
-  assert doctor.probe(120.0).items() >= {"platform": "cpu"}.items()
+  said = doctor.probe(120.0)
+  assert said["platform"] == "cpu" and said["error"] < 0.01 * doctor._LARGEST_ERROR
+
+
+@pytest.mark.parametrize(
+  "mask",
+  [
+    "places[:, None] >= -1",
+    "places[:, None] > places[None, :] - 2",
+    "(places[:, None] >= places[None, :]) & (places[:, None] < places[None, :] + 32)",
+    "(places[:, None] >= places[None, :]) & ((places[None, :] // 16 != 1) | (places[:, None] < 40))",
+    "(places[:, None] >= places[None, :]) | (places[:, None] >= 32)",
+  ],
+)
+def test_a_mask_that_a_compiler_gets_wrong_is_found(mask):
+  right = "places[:, None] >= places[None, :]"
+  assert doctor._PROBE.count(right) == 1
+  said = doctor.probe(120.0, doctor._PROBE.replace(right, mask))
+  assert said["error"] > 10 * doctor._LARGEST_ERROR
+  assert states(doctor.devices(said, None, 120.0))["a causal mask"] == "fail"
 
 
 def test_a_device_that_hangs_costs_its_seconds_and_leaves_no_process():
