@@ -244,18 +244,21 @@ def stages(runs: Runs) -> Plot:
       style.legend_above(axes, columns=2)
     return drawing
 
-  means = {name: float(np.mean([ladder[name] for ladder in scores.values() if name in ladder])) for name in rungs}
-  parts = []
-  if {"plain", "artifact"} <= means.keys():
-    parts.append(f"quantising costs {style.signed(means['artifact'] - means['plain'])}")
-  if {"artifact", "untilted"} <= means.keys():
-    parts.append(f"learning at test time brings {style.signed(means['untilted'] - means['artifact'])}")
-  if {"untilted", "ttt"} <= means.keys():
-    parts.append(f"hints {style.signed(means['ttt'] - means['untilted'])}")
-  said = (", ".join(parts) + " bits per byte.") if parts else f"{means[rungs[0]]:.4f} bits per byte so far."
+  steps = (("quantising costs", "plain", "artifact"), ("learning at test time brings", "artifact", "untilted"),
+           ("hints", "untilted", "ttt"))  # fmt: skip
+  gaps = [(words, gap(shown, before, after)) for words, before, after in steps]
+  parts = [f"{words} {style.signed(apart)}" for words, apart in gaps if apart is not None]
+  so_far = float(np.mean([ladder[rungs[0]] for ladder in scores.values() if rungs[0] in ladder]))
+  said = (", ".join(parts) + " bits per byte.") if parts else f"{so_far:.4f} bits per byte so far."
   rows = [(run.name, *(scores[run.name].get(name) for name in rungs)) for run in shown]
   head = ("run", *(names[name].replace("\n", " ") for name in rungs))
   return Plot("stages", said[0].upper() + said[1:], draw, Table(head, rows))
+
+
+def gap(runs: Runs, before: str, after: str) -> float | None:
+  """Returns the mean difference between two rungs over the runs that have both; None if none has."""
+  both = [ladder for run in runs if {before, after} <= (ladder := _ladder(run)).keys()]
+  return float(np.mean([ladder[after] - ladder[before] for ladder in both])) if both else None
 
 
 def _ladder(run: RunData) -> dict[str, float]:

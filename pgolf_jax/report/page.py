@@ -291,9 +291,8 @@ def facts(runs: Sequence[RunData]) -> list[Fact]:
     found.append(
       Fact("evaluation", style.duration(seconds), f"{100 * share:.0f} % of {limits.evaluation_seconds:.0f} s", share)
     )
-  before, after = mean("artifact", "bpb"), mean("ttt", "bpb")
-  if before and after:
-    found.append(Fact("test-time training", style.signed(after - before), "bits per byte against the artifact"))
+  if (gap := figures.gap(runs, "artifact", "ttt")) is not None:
+    found.append(Fact("test-time training", style.signed(gap), "bits per byte against the artifact"))
   if loss := mean("ttt", "loss") or mean("artifact", "loss") or mean("plain", "loss"):
     found.append(Fact("validation loss", f"{loss:.4f}", "nats per token"))
   return found

@@ -190,6 +190,21 @@ def test_numbers_of_time_and_bytes(data):
   assert rows["grid/mlp.fc.weight"][1] == 2 * 64 * 32 and rows["code"] == (777, 0)
 
 
+def test_what_a_stage_brings_is_a_difference_within_runs(data):
+  """A run that has only its artifact moves no difference to a later stage."""
+  run = data("seed42")[0]
+  worse = {stage: run.results[stage] | {"bpb": run.results[stage]["bpb"] + 0.3} for stage in ("plain", "artifact")}
+  early = dataclasses.replace(run, name="early", results=worse)
+  assert figures.stages([run, early]).caption == figures.stages([run]).caption
+
+  def said(*runs):
+    return next(fact.value for fact in page.facts(runs) if fact.label == "test-time training")
+
+  assert said(run, early) == said(run)
+  assert not any(fact.label == "test-time training" for fact in page.facts([early]))
+  assert figures.gap([early], "artifact", "ttt") is None
+
+
 def test_numbers_by_document(data):
   run = data("seed42")[0]
   held = run.documents
