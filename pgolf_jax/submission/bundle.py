@@ -115,7 +115,7 @@ def archive(modules: Iterable[str]) -> tuple[bytes, int]:
 
 
 def minified(text: str, name: str) -> str:
-  """Returns Python source without docstrings, with short local names, and with annotations of class fields only.
+  """Returns Python source without docstrings, with short local and private names, and annotations of class fields only.
 
   Settings are read by the annotations of their dataclasses; what is told of each to a reader of help stays behind.
   """
@@ -133,7 +133,23 @@ def minified(text: str, name: str) -> str:
       node.args[3] = ast.Constant("")
   # A literal that stands there again costs the compressed archive less than a name for it does.
   options = {"remove_literal_statements": True, "hoist_literals": False}
+  # No module takes a private name from another.
+  public = sorted(name for name in _names(tree) if not name.startswith("_") or name.startswith("__"))
+  options |= {"rename_globals": True, "preserve_globals": public}
   return minify(ast.unparse(tree), filename=name, remove_annotations=annotations, **options)
+
+
+def _names(tree: ast.Module) -> set[str]:
+  """Every name that a module binds, imports or uses."""
+  names = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Name):
+      names.add(node.id)
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+      names.add(node.name)
+    elif isinstance(node, ast.alias):
+      names.add(node.asname or node.name.partition(".")[0])
+  return names
 
 
 def minified_c(text: str) -> str:

@@ -1,6 +1,7 @@
 """The code that ships: the modules that evaluation imports and no others, and the packages that it needs."""
 
-import importlib
+import ast
+import importlib.util
 import io
 import json
 import re
@@ -70,6 +71,22 @@ def test_references_stay_behind_as_nothing_would_reach_them(modules):
   for name in modules:
     if name.endswith(".xla"):
       assert not hasattr(importlib.import_module(name), "obstacle"), name
+
+
+def test_no_module_takes_a_private_name_of_another(modules):
+  """They are given other names."""
+  for name in modules:
+    tree = ast.parse(Path(importlib.util.find_spec(name).origin).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = [node for node in imports if isinstance(node, ast.ImportFrom) and node.module.startswith("pgolf_jax")]
+    taken = {alias.name for node in ours for alias in node.names} - {"_ngram"}  # a module
+    bound = {alias.asname or alias.name for node in ours for alias in node.names}
+    taken |= {
+      node.attr
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound
+    } - {"_fields"}  # of a class
+    assert not [each for each in taken if each.startswith("_") and not each.startswith("__")], name
 
 
 def test_c_sources_lose_their_comments_and_still_compile(tmp_path):
