@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
   Attributes:
     bpb: over all bytes.
-    documents: paired, document by document, in bits per byte; None without scores of the same documents.
+    documents: the same stage's, paired, document by document, in bits per byte; None without scores of the same ones.
     seeds: paired over the seeds that both groups have; None for fewer than two.
     welch: of the runs' bits per byte; its p is None where a group has one run.
     rules: of a new record; None where a group has one run.
@@ -154,7 +154,7 @@ def _pair(first: Group, second: Group, stage: str, notes: list[str]) -> Pair:
   a, b = first.values(stage, "bpb"), second.values(stage, "bpb")
   documents = None
   try:
-    documents = statistics.paired(*document_scores(first, second))
+    documents = statistics.paired(*document_scores(first, second, stage))
   except Absent as reason:
     if stage == "ttt":
       notes.append(f"{second.label} against {first.label}: {reason}")
@@ -173,11 +173,15 @@ def _pair(first: Group, second: Group, stage: str, notes: list[str]) -> Pair:
   )
 
 
-def document_scores(first: Group, second: Group) -> tuple[np.ndarray, np.ndarray]:
-  """Returns bits per byte by document, means over each group's runs, in the first run's order.
+_NATS = {"ttt": "nats", "artifact": "nats_plain"}
+"""Stage → its scores by document."""
+
+
+def document_scores(first: Group, second: Group, stage: str = "ttt") -> tuple[np.ndarray, np.ndarray]:
+  """Returns a stage's bits per byte by document, means over each group's runs, in the first run's order.
 
   Raises:
-    Absent: a run has no scores by document, or they are of other documents.
+    Absent: a run has no such scores by document, or they are of other documents.
   """
   base = first.runs[0].need("documents")
   means = []
@@ -185,7 +189,10 @@ def document_scores(first: Group, second: Group) -> tuple[np.ndarray, np.ndarray
     columns = [in_order_of(run.need("documents"), base.index) for run in group.runs]
     if any(c is None or not np.array_equal(c.text_bytes, base.text_bytes) for c in columns):
       raise Absent("they scored different documents, which cannot be paired.")
-    means.append(np.mean([c.bpb(c.nats) for c in columns], axis=0))
+    nats = [getattr(c, _NATS.get(stage, ""), None) for c in columns]
+    if any(x is None for x in nats):
+      raise Absent(f"the scores of the stage “{stage}” are not kept by document.")
+    means.append(np.mean([c.bpb(x) for c, x in zip(columns, nats, strict=True)], axis=0))
   return means[0], means[1]
 
 

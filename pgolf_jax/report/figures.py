@@ -157,7 +157,8 @@ def throughput(runs: Runs) -> Plot:
     # A mean of times, not of rates: the tokens of the piece over its seconds.
     time = _binned(seconds, pieces)
     rate = run.settings.train.batch_tokens / time
-    lines[run.name] = (_binned(run.curves.step, pieces), rate, _binned(step_flops(run) / seconds, pieces))
+    work = _binned(np.where(np.isfinite(seconds), step_flops(run), np.nan), pieces)
+    lines[run.name] = (_binned(run.curves.step, pieces), rate, work / time)
     rows += [(run.name, int(s), float(r), float(f)) for s, r, f in zip(*lines[run.name], strict=True)]
   peak = shown[0].peaks if len({run.device for run in shown}) == 1 else None
   unit = peak.flops_per_s if peak else 1.0

@@ -85,6 +85,7 @@ class RunData:
   Attributes:
     name: in the report.
     results: stage → what it reported.
+    device, devices: kind and number of what trains it; None where that is not known.
     curves, documents, position, streams: the parts that may be missing.
     absent: part → why it is missing.
     stale: sentences on results that belong to other files than the folder has now.
@@ -96,6 +97,7 @@ class RunData:
   settings: Settings
   results: dict[str, dict]
   device: str | None
+  devices: int | None
   curves: Curves | None
   documents: Documents | None
   position: Position | None
@@ -175,12 +177,14 @@ def gather(run: RunFolder, name: str | None = None) -> RunData:
     return None
 
   documents = part("documents", _documents, run, results)
+  device, devices = _devices(run, results)
   return RunData(
     name=name or run.path.resolve().name,
     path=run.path,
     settings=run.settings,
     results=results,
-    device=_device(run, results),
+    device=device,
+    devices=devices,
     curves=part("curves", _curves, run, results),
     documents=documents,
     position=part("position", _position, run, documents, absent),
@@ -191,16 +195,19 @@ def gather(run: RunFolder, name: str | None = None) -> RunData:
   )
 
 
-def _device(run: RunFolder, results: dict) -> str | None:
-  """Returns the kind of device that trained; from the log where the results of an older run do not say it."""
-  if kind := results.get("train", {}).get("device"):
-    return kind
-  try:
-    with run.log.open(encoding="utf-8", errors="replace") as file:
-      found = re.search(r"run folder .*, \d+ × (.+?)(?: of \d+, .*)?$", file.read(1 << 16), re.MULTILINE)
-  except OSError:
-    return None
-  return found[1].strip() if found else None
+def _devices(run: RunFolder, results: dict) -> tuple[str | None, int | None]:
+  """Returns the kind of the devices that train and their number; from the log where the results do not say it."""
+  train = results.get("train", {})
+  kind, count = train.get("device"), train.get("devices")
+  if kind is None or count is None:
+    try:
+      with run.log.open(encoding="utf-8", errors="replace") as file:
+        found = re.search(r"run folder .*, (\d+) × (.+?)(?: of \d+, .*)?$", file.read(1 << 16), re.MULTILINE)
+    except OSError:
+      found = None
+    if found:
+      kind, count = kind or found[2].strip(), count or int(found[1])
+  return kind, count
 
 
 def _curves(run: RunFolder, results: dict) -> Curves:
@@ -310,8 +317,7 @@ def step_seconds(curves: Curves) -> np.ndarray:
 def step_flops(run: RunData) -> np.ndarray:
   """Returns the model's operations of one device for each step: three forward passes of its share of the batch."""
   curves, train = run.need("curves"), run.settings.train
-  devices = run.results.get("train", {}).get("devices", 1)
-  model, tokens = run.settings.model, train.batch_tokens / devices
+  model, tokens = run.settings.model, train.batch_tokens / (run.devices or 1)
   by_shape = {
     (length, looping): flops.forward_and_gradient(model, tokens, length, looping=bool(looping))
     for length, looping in {*zip(curves.seq_len, curves.looping, strict=True)}

@@ -226,7 +226,7 @@ def lead(runs: Sequence[RunData]) -> str:
   if source := train.get("converted_from"):
     parts.append(f"converted from {source}")
   elif train:
-    devices = f"{train.get('devices', 1)} × {run.device}" if run.device else f"{train.get('devices', 1)} devices"
+    devices = f"{run.devices or 1} × {run.device}" if run.device else f"{run.devices or 1} devices"
     parts.append(f"trained {train['steps']:,} steps in {style.duration(train['seconds'])} on {devices}")
   elif run.curves is not None:
     cap, step = run.settings.train.max_wallclock_seconds, int(run.curves.step[-1])
@@ -324,7 +324,7 @@ def _origin(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     ("seed", [str(run.settings.seed) for run in runs]),
     (
       "devices",
-      [f"{run.results.get('train', {}).get('devices', '?')} × {run.device}" if run.device else "—" for run in runs],
+      [f"{run.devices or '?'} × {run.device}" if run.device else "—" for run in runs],
     ),
     ("settings, SHA-256", [made(run, "train", "made_from", "config") for run in runs]),
     ("data manifest, SHA-256", [made(run, "train", "made_from", "manifest.json") for run in runs]),

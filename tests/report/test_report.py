@@ -180,6 +180,31 @@ def test_numbers_of_training(data):
   assert "the peak rate of cpu is not known" in figures.throughput([unknown]).caption
 
 
+def test_rates_are_work_over_time(data):
+  """Every other step takes nine times as long, as on a machine that others use, and the clock stood still once."""
+  run = data("seed42")[0]
+  run = dataclasses.replace(run, curves=run.curves._replace(seconds=np.cumsum(np.arange(40) % 2 * 0.8 + 0.1)))
+  run.curves.seconds[20] = run.curves.seconds[19]
+  seconds = np.where(np.arange(40) == 20, np.nan, np.diff(run.curves.seconds, prepend=0.0))
+  rows = figures.throughput([run]).table.rows
+  work = step_flops(run)
+  for row, piece in zip(rows, np.array_split(np.arange(40), len(rows)), strict=True):
+    known = piece[piece != 20]
+    assert row[2] == pytest.approx(1024 * len(known) / seconds[known].sum())
+    assert row[3] == pytest.approx(work[known].sum() / seconds[known].sum())
+
+
+def test_a_run_in_training_shares_its_work_among_the_devices_that_its_log_names(folder, data, tmp_path):
+  done = data("seed42")[0]
+  for count, devices in ((2, "NVIDIA H100 80GB HBM3"), (4, "TPU v5e of 8, as many as share train.micro_batches=4")):
+    run = report_case.write_run(tmp_path / str(count), done.settings, until="none")
+    run.log.write_text(f"2026-01-01T00:00:00Z run folder runs/a, {count} × {devices}\n")
+    found = gather(run)
+    assert found.devices == count
+    assert step_flops(found) * count == pytest.approx(step_flops(done) * 2)
+  assert dict(page._origin([found]))["devices"] == ["4 × TPU v5e"]
+
+
 def test_numbers_of_time_and_bytes(data):
   run = data("seed42")[0]
   clocks = {name: (seconds, clock) for name, seconds, clock in figures.periods(run)}
@@ -336,6 +361,23 @@ def test_sets_are_compared(data):
   alone = compare.compare(runs[:3])
   assert [(pair.baseline, pair.challenger) for pair in alone.pairs] == [("seed42", "seed0"), ("seed42", "seed314")]
   assert all(pair.rules is None and pair.documents.p is not None for pair in alone.pairs)
+
+
+def test_documents_are_paired_at_the_stage_that_is_compared(data):
+  """One run has no test-time training, so that artifacts are compared, by document where that is known."""
+  first, second = data("seed42", "seed0")
+  shifted = first.documents._replace(nats_plain=first.documents.nats_plain + 1.0)
+  second = dataclasses.replace(second, documents=shifted)
+  last = {stage: first.results[stage] for stage in ("train", "plain", "artifact")}
+  third = dataclasses.replace(first, name="third", results=last, documents=None, absent={"documents": "no ttt"})
+  found = compare.compare([first, second, third])
+  assert found.stage == "artifact"
+  expected = np.mean(1 / np.log(2) / first.documents.text_bytes)
+  assert found.pairs[0].documents.mean == pytest.approx(expected) and found.pairs[1].documents is None
+  unkept = dataclasses.replace(second, documents=shifted._replace(nats_plain=None))
+  assert compare.compare([first, unkept, third]).pairs[0].documents is None
+  averaged = [dataclasses.replace(run, results={"plain": run.results["plain"]}) for run in (first, second)]
+  assert compare.compare(averaged).pairs[0].documents is None
 
 
 def test_documents_are_paired_by_their_index(data, folder, tmp_path):
