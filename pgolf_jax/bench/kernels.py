@@ -114,7 +114,8 @@ class Case:
     choose: (implementation) → Choice; raises ValueError where it is not possible.
     torch: (module torch_gpt, *arguments as tensors) → result.
     flops, num_bytes: of the forward pass, and of forward and gradient: products that the operation needs, whose
-      repetitions within an implementation do not count, and arrays that it must read or write.
+      repetitions within an implementation (scores that a gradient computes anew) do not count, and arrays that it must
+      read or write.
     differentiated: positions of the arguments that get a gradient.
   """
 
@@ -166,27 +167,47 @@ class Case:
   def _labels(self, gradient: bool, by: str) -> dict[str, str]:
     return {"operation": self.name, "pass": "forward + gradient" if gradient else "forward", "by": by}
 
-  def jax_call(self, implementation: str, gradient: bool) -> Callable[[], jax.Array]:
-    """A call of one backend, or of the gradient of the result's sum."""
+  def jax_call(self, implementation: str, gradient: bool) -> Callable[[], Any]:
+    """A call of one backend: its result, or its result and the gradients from `cotangents`.
 
-    def total(*arguments):
-      results = jax.tree.leaves(self.call(*arguments, implementation=implementation))
-      return sum(x.astype(jnp.float32).sum() for x in results)
-
+    Both are handed back, and what the gradients begin with is an argument: else XLA would leave out the forward pass
+    as far as no gradient needs it, and compute with the constants of a sum.
+    """
     forward = partial(self.call, implementation=implementation)
-    return partial(jax.jit(jax.grad(total, self.differentiated) if gradient else forward), *self.arguments)
+    if not gradient:
+      return partial(jax.jit(forward), *self.arguments)
+
+    def both(cotangents, *arguments):
+      def of_inputs(*inputs):
+        given = dict(zip(self.differentiated, inputs, strict=True))
+        return forward(*(given.get(i, x) for i, x in enumerate(arguments)))
+
+      result, backward = jax.vjp(of_inputs, *(arguments[i] for i in self.differentiated))
+      return result, backward(cotangents)
+
+    return partial(jax.jit(both), self.cotangents(), *self.arguments)
+
+  def cotangents(self) -> Any:
+    """Random arrays of the result's shapes and types, which gradients begin with."""
+    results = jax.eval_shape(partial(self.call, implementation="xla"), *self.arguments)
+    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape, x.dtype), results)
 
   def torch_call(self, pytorch: ModuleType, platform: str, gradient: bool) -> Callable[[], Any]:
     """The same in PyTorch."""
     tensors = [pytorch.tensor(x, platform) for x in self.arguments]
     inputs = [tensors[i].requires_grad_(gradient) for i in self.differentiated]
     forward = partial(self.torch, pytorch, *tensors)
+    if not gradient:
+      return forward
+    with pytorch.torch.no_grad():  # for shapes and types, in which PyTorch's results may differ
+      pairs = zip(jax.tree.leaves(forward()), jax.tree.leaves(self.cotangents()), strict=True)
+      cotangents = [pytorch.tensor(x, platform).reshape(like.shape).to(like.dtype) for like, x in pairs]
 
-    def total():
-      results = forward()
-      return sum(x.sum() for x in (results if isinstance(results, tuple) else (results,)))
+    def both():
+      result = forward()
+      return result, pytorch.torch.autograd.grad(result, inputs, cotangents)
 
-    return (lambda: pytorch.torch.autograd.grad(total(), inputs)) if gradient else forward
+    return both
 
 
 def document_lengths(tokens: int, seed: int = 0) -> np.ndarray:
@@ -287,7 +308,7 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     partial(attention.segment_attention, max_segment=max_segment),
     partial(attention.OPERATION.choose, q, k, v, start, max_segment=max_segment),
     lambda torch, q, k, v, start: torch.segment_attention(*(x.flatten(0, 1) for x in (q, k, v)), lengths),
-    (4 * pairs * H * C, 14 * pairs * H * C),
+    (4 * pairs * H * C, 12 * pairs * H * C),
     (num_bytes, 3 * num_bytes),
     (0, 1, 2),
   )
@@ -304,7 +325,6 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     (0, 1, 2),
   )
   x, up, down = normal(tokens, D), normal(F, D, scale=D**-0.5), normal(D, F, scale=F**-0.5)
-  num_bytes = size * (2 * tokens * D + 2 * D * F)
   yield Case(
     "leaky_relu2_mlp",
     (x, up, down),
@@ -312,7 +332,7 @@ def cases(start_BxT: np.ndarray, max_segment: int, dtype, sizes: Sizes = RECORD)
     partial(mlp.OPERATION.choose, x, up, down, slope=SLOPE),
     lambda torch, *arguments: torch.leaky_relu2_mlp(*arguments, SLOPE),
     (4 * tokens * D * F, 12 * tokens * D * F),
-    (num_bytes, 3 * num_bytes),
+    (size * (2 * tokens * D + 2 * D * F), size * (5 * tokens * D + 6 * D * F)),
     (0, 1, 2),
   )
   z, y_N = normal(tokens, V, scale=5.0), jax.random.randint(next(keys), (tokens,), 0, V)
@@ -371,7 +391,7 @@ def _chunk_attention(normal: Callable[..., jax.Array], documents: int, window: i
     lambda *x, **options: chunk.chunk_attention(*to_arguments(*x), window=S, **options),
     partial(chunk.OPERATION.choose, *to_arguments(*arrays), window=S),
     lambda torch, *tensors: torch.chunk_attention(*tensors),
-    (4 * (earlier + own) * H * C, (10 * earlier + 14 * own) * H * C),
+    (4 * (earlier + own) * H * C, (8 * earlier + 12 * own) * H * C),
     (ring_bytes + chunk_bytes, 2 * ring_bytes + 3 * chunk_bytes),
     (0, 1, 2),
   )

@@ -1,10 +1,12 @@
 """The kernels' benchmark measures what it says."""
 
+import jax
 import numpy as np
 import pytest
 
-from pgolf_jax.bench.kernels import RECORD, cases, document_lengths, measure, segment_starts
+from pgolf_jax.bench.kernels import RECORD, Sizes, cases, document_lengths, measure, segment_starts
 from pgolf_jax.kernels.hardware import peaks
+from pgolf_jax.plan import hlo
 
 
 def test_measures_every_pass_of_every_possible_implementation():
@@ -26,9 +28,32 @@ def test_every_operation_is_the_same_in_pytorch():
     for gradient in (False, True) if case.differentiated else (False,):
       expected = case.jax_call("xla", gradient)()
       actual = case.torch_call(pytorch, "cpu", gradient)()
-      for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (actual, expected)), strict=True):
+      for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         scale = np.abs(b).max()
         np.testing.assert_allclose(a.detach().numpy().reshape(b.shape), b, atol=1e-4 * scale, err_msg=case.name)
+
+
+def test_what_is_timed_computes_the_operations_that_are_counted():
+  """Result and gradients both. Attention over all pairs computes more than it needs, in equal parts of both passes."""
+  start_BxT = segment_starts(128, 128, [128])[None]
+  for case in cases(start_BxT, 128, np.float32, Sizes(D=64, F=128, V=256, H=4, K=2, C=16, matrices=1)):
+    ratios = []
+    for gradient in case.passes if case.flops[0] else ():
+      # The reference's gradient of a chunk multiplies by keys and values of the ring, which get none.
+      call = case.jax_call("xla" if case.name == "chunk_attention" else "reference", gradient)
+      kernels = hlo.read(call.func.lower(*call.args).compile().as_text()).kernels
+      ratios.append(sum(k.times * k.flops for k in kernels) / case.flops[gradient])
+    every_pair = 128**2 / (128 * 129 / 2) if "attention" in case.name else 1.0
+    assert ratios == pytest.approx([every_pair] * len(ratios), rel=0.01), case.name
+
+
+def test_gradients_are_timed_with_the_result_and_from_random_arrays():
+  start_BxT = segment_starts(32, 16)[None]
+  (case,) = (c for c in cases(start_BxT, 16, np.float32, RECORD) if c.name == "softcapped_xent")
+  result, (dz,) = case.jax_call("xla", True)()
+  np.testing.assert_allclose(result, case.jax_call("xla", False)(), rtol=1e-6)
+  from_ones = jax.grad(lambda z: case.call(z, case.arguments[1], implementation="xla").sum())(case.arguments[0])
+  np.testing.assert_allclose(dz, from_ones * case.cotangents()[:, None], rtol=1e-5, atol=1e-6)
 
 
 def test_segments_are_as_long_as_documents_and_never_longer_than_allowed():
