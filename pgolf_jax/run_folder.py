@@ -263,9 +263,8 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
   """
   if stage == "train" and (run.path / CONVERTED).is_file():
     return _hashes(run.path, [run.path / CONVERTED])
-  data_folder = Path(data_folder)
+  data_folder, shards = Path(data_folder), shards_of(run, stage, data_folder)
   tokenizer = tokenizer_file(run.settings, data_folder)
-  shards = [path for split in _SPLITS[stage] for path in list_shards(data_folder, split)]
   hashes = {"config": json_hash(to_dict(run.given))}
   hashes |= _hashes(data_folder, [data_folder / MANIFEST, tokenizer, *shards])
   if stage in ("plain", "artifact"):
@@ -276,6 +275,16 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
     hashes |= _hashes(run.path, [run.metrics, *(run.scores / name for name in SCORES)])
     hashes["results"] = json_hash({name: result for name, result in run.results().items() if name != "audit"})
   return hashes
+
+
+def shards_of(run: RunFolder, stage: str, data_folder: Path) -> list[Path]:
+  """Returns the shards that a stage of this run reads.
+
+  Raises:
+    UserError: the data folder does not exist, or lacks them.
+  """
+  splits = [] if stage == "train" and (run.path / CONVERTED).is_file() else _SPLITS[stage]
+  return [path for split in splits for path in list_shards(data_folder, split)]
 
 
 def _hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:

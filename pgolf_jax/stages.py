@@ -21,7 +21,7 @@ from pgolf_jax.model.params import Params
 from pgolf_jax.plan import advice
 from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import Made, make
-from pgolf_jax.run_folder import RunFolder, made_from
+from pgolf_jax.run_folder import RunFolder, made_from, shards_of
 from pgolf_jax.runtime import distributed, events
 from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
 from pgolf_jax.runtime.files import json_hash, locked, remove, write_bytes, write_npy
@@ -253,8 +253,10 @@ def _run_stages(run: RunFolder, names: list[str], mesh: Mesh) -> int:
   log.info("with %s%s", ", ".join(map(" ".join, versions().items())), source)
   if differing := departures(settings):
     log.info("differs from the record (its value in brackets): %s", "; ".join(differing))
-  for name in filter(partial(_wanted, settings), names):
-    data_folder = ensure_prepared(settings)
+  data_folder, wanted = ensure_prepared(settings), list(filter(partial(_wanted, settings), names))
+  for name in wanted:
+    shards_of(run, name, data_folder)  # what a later stage lacks is refused before the first one
+  for name in wanted:
     inputs = made_from(run, name, data_folder)
     if _is_complete(run, name, inputs):
       log.info("%s: already complete", name)

@@ -15,6 +15,7 @@ import huggingface_hub
 
 from pgolf_jax.data.manifest import TOKENIZER
 from pgolf_jax.data.shards import list_shards, read_count
+from pgolf_jax.data.sidecar import write_sidecar
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.data.tokenizer_model import MAX_BYTES
 from pgolf_jax.errors import UserError
@@ -82,7 +83,8 @@ Listing = Mapping[str, Remote]
 def download(name: str, folder: Path, train_shards: int = ALL_SHARDS) -> list[Path]:
   """Fetches the data set `name` into `folder`, except for complete files that are there already.
 
-  Shards retain their names, the tokenizer becomes `tokenizer.model`. An interrupted download continues where it was.
+  Shards retain their names, the tokenizer becomes `tokenizer.model`, and a sidecar that is missing is made from it. An
+  interrupted download continues where it was.
 
   Args:
     name: a key of `PUBLISHED`.
@@ -109,6 +111,8 @@ def download(name: str, folder: Path, train_shards: int = ALL_SHARDS) -> list[Pa
       bar.advance()
   if published.shards is not None:
     _compare_with_manifest(published, remote, folder, complete=train_shards == _count(published, remote, "train"))
+    if not published.has_sidecar:
+      write_sidecar(folder, Tokenizer.load(folder / TOKENIZER))
   shutil.rmtree(folder / _PARTS, ignore_errors=True)
   return [folder / target for target in sorted(wanted)]
 

@@ -15,6 +15,7 @@ from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import MAX_DOCUMENT_BYTES, Holdout, TextFiles, open_corpus
 from pgolf_jax.data.manifest import MANIFEST, Manifest, tokenizer_file
 from pgolf_jax.data.prepare import SHARD_TOKENS, Preparation, prepare
+from pgolf_jax.data.sidecar import write_sidecar
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import distributed, jax_setup
@@ -70,7 +71,8 @@ _PUBLISHED = {"caseops": "lossless_caps_caseops", "sp1024": "fineweb10B_sp1024"}
 def ensure_prepared(settings: Settings) -> Path:
   """Returns the path of a run's data folder, after preparing the default text there if the run uses it.
 
-  The log says what was prepared. Of several processes on one run the first prepares, the others wait.
+  Text without CaseOps that has no byte sidecar is given one. The log says what was prepared. Of several processes on
+  one run the first prepares, the others wait.
 
   Raises:
     UserError: there is no such folder, its text was rewritten in another way than the settings say or has another
@@ -86,6 +88,8 @@ def ensure_prepared(settings: Settings) -> Path:
     raise UserError(missing(folder))
   else:
     _check_settings(settings, folder)
+    with distributed.leader_first("sidecar"):
+      _complete(settings, folder)
   return folder
 
 
@@ -105,6 +109,17 @@ def _check_settings(settings: Settings, folder: Path) -> None:
       f"The text in {folder} is of a tokenizer of {pieces:,} pieces, the settings say model.vocab_size={wanted}; "
       f"set it to {pieces}, or take the data of another tokenizer."
     )
+
+
+def _complete(settings: Settings, folder: Path) -> None:
+  """Writes the sidecar that data which others published lack, if their text is without CaseOps."""
+  has_val, has_bytes = (any(folder.glob(f"fineweb_{split}_[0-9]*.bin")) for split in ("val", "val_bytes"))
+  path = tokenizer_file(settings, folder)
+  if has_bytes or not has_val or settings.data.caseops or Manifest.read(folder) or not path.is_file():
+    return
+  if not (tokenizer := Tokenizer.load(path)).has_caseops:
+    log.info("%s has no byte sidecar: it is made from the pieces of %s", folder, path)
+    write_sidecar(folder, tokenizer)
 
 
 def ensure_default_data(

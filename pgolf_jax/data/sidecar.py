@@ -1,17 +1,20 @@
 """How many bytes a token can stand for, from its piece alone, and what the official validation split adds up to.
 
+Where text is published without a sidecar, what its pieces spell makes one, as in the challenge's own script.
+
 A lossless tokenizer's token stands for the bytes of its piece. A normalising one's may stand for more, since it dropped
 or shortened characters (white space, full-width letters); how much is natural was measured on web pages.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 from sentencepiece import sentencepiece_model_pb2
 
 from pgolf_jax.data import caseops
-from pgolf_jax.data.shards import BOS
+from pgolf_jax.data.shards import BOS, iter_documents, list_shards, read_count, shard_path, write_shard
 from pgolf_jax.data.tokenizer import SPACE, Tokenizer
 from pgolf_jax.errors import UserError
 
@@ -100,7 +103,9 @@ class PieceBytes:
   """
 
   def __init__(self, tokenizer: Tokenizer, *, is_caseops: bool):
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model).pieces
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    pieces, self._has_prefix = model.pieces, model.normalizer_spec.add_dummy_prefix
+    self._unknown = [i for i, p in enumerate(pieces) if p.type == p.UNKNOWN]
     self._bytes_V = np.array([_spelt(piece) for piece in pieces], np.int64)
     self._byte_V = np.array([int(p.piece[1:-1], 16) if p.type == p.BYTE else -1 for p in pieces])
     self._has_space_V = np.array([SPACE in p.piece or p.type == p.UNKNOWN for p in pieces])
@@ -136,9 +141,30 @@ class PieceBytes:
     result_N[np.append(starts[1:], len(tokens_N)) - 1] = sums
     return result_N
 
+  def counted(self, tokens_N: Integer[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+    """Returns the bytes of text under each token as far as it spells them, without a space that was put in front."""
+    bytes_N = np.where(np.isin(tokens_N, self._unknown), 0, self.spelt(tokens_N))
+    if self._has_prefix and len(tokens_N) > 1 and bytes_N[1]:
+      bytes_N[1] -= self._has_space_V[tokens_N[1]]
+    return bytes_N
+
   def has_space(self, tokens_N: Integer[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
     """Tells of each token whether white space may have been dropped under it."""
     return self._has_space_V[tokens_N]
+
+
+def write_sidecar(folder: Path, tokenizer: Tokenizer) -> None:
+  """Writes the sidecar of validation shards whose text is without CaseOps, from their pieces.
+
+  Raises:
+    UserError: there are no validation shards, one is damaged, or a token lies outside the vocabulary.
+  """
+  pieces, paths, at = PieceBytes(tokenizer, is_caseops=False), list_shards(folder, "val"), 0
+  bytes_N = np.concatenate([pieces.counted(document.tokens_N) for document in iter_documents(paths)])
+  for path in paths:
+    count = read_count(path)
+    write_shard(shard_path(folder, "val_bytes", int(path.stem.rpartition("_")[2])), bytes_N[at : at + count])
+    at += count
 
 
 def _spelt(piece: sentencepiece_model_pb2.ModelProto.SentencePiece) -> int:

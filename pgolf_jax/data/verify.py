@@ -160,7 +160,7 @@ class _Folder:
   def sidecar(self) -> list[Path]:
     """Returns the files of the sidecar, which data without a manifest and without CaseOps may lack."""
     if not any(self.path.glob("fineweb_val_bytes_*.bin")) and not self.manifest and not self.tokenizer.has_caseops:
-      raise _NotApplicableError("no sidecar, and text without CaseOps needs none")
+      raise _NotApplicableError("no sidecar; of text without CaseOps a run makes it from the tokenizer")
     return self.shards("val_bytes")
 
   def documents(self, split: str) -> Iterator[TokenizedDocument]:

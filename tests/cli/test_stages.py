@@ -8,6 +8,7 @@ import pytest
 from tiny_model import SETTINGS, write_data
 
 from pgolf_jax import stages
+from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.make import Made
 from pgolf_jax.run_folder import RunFolder, made_from
 from pgolf_jax.runtime import files
@@ -52,6 +53,21 @@ def made(tmp_path, monkeypatch):
 
   assert again() == list(writes)
   return RunFolder(tmp_path / "run"), again
+
+
+def test_shards_that_a_later_stage_lacks_are_refused_before_the_first(tmp_path, monkeypatch):
+  write_data(tmp_path / "data")
+  (tmp_path / "data/fineweb_val_bytes_000000.bin").unlink()
+  settings = dataclasses.replace(SETTINGS, data=DataConfig(path=str(tmp_path / "data")))
+  ran = []
+  monkeypatch.setattr(
+    stages, "STAGES", {"train": lambda run, mesh: ran.append("train") or {"weights": "w", "steps": 0}}
+  )
+  monkeypatch.setattr(stages, "table", lambda run: "")
+  with pytest.raises(UserError, match="no fineweb_val_bytes_"):
+    stages.run(settings, tmp_path / "run", ["train", "plain"])
+  assert not ran and not (tmp_path / "run").exists()
+  assert stages.run(settings, tmp_path / "run", ["train"]) == 0 and ran == ["train"]
 
 
 def test_complete_stages_are_skipped_and_stale_ones_done_again(made, tmp_path):

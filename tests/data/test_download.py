@@ -1,5 +1,6 @@
 """Downloading a published data set from a folder that stands in for the hub."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -61,6 +62,13 @@ def hub(tmp_path, monkeypatch, lossless):
   monkeypatch.setattr(huggingface_hub, "list_repo_tree", hub.list_repo_tree)
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.hf_hub_download)
   return hub
+
+
+def test_a_sidecar_that_is_not_published_is_made(hub, tmp_path, monkeypatch):
+  monkeypatch.setitem(PUBLISHED, "caseops", dataclasses.replace(PUBLISHED["caseops"], has_sidecar=False))
+  download("caseops", tmp_path / "out", train_shards=1)
+  # Pad, bos, eos and unknowns stand for nothing; the rest are CaseOps' markers, of three bytes where they are text.
+  assert read_shard(tmp_path / "out/fineweb_val_bytes_000000.bin").tolist() == [0, 0, 0, 0, 3, 3, 3]
 
 
 def test_everything_that_training_needs_comes_in_one_folder(hub, tmp_path, lossless):

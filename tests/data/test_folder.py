@@ -109,6 +109,24 @@ def test_a_vocabulary_that_is_not_the_models_is_refused(tmp_path, write_jsonl, s
     ensure_prepared(settings_for(str(folder), vocab_size=512))
 
 
+@pytest.mark.parametrize("caseops", [False, True])
+def test_plain_text_without_a_sidecar_is_given_one(tmp_path, write_jsonl, speeches, caseops):
+  source = Sources(write_jsonl("a.jsonl", speeches[:4]), val_docs=1, vocab_size=400, caseops=caseops, workers=1)
+  folder = tmp_path / "data"
+  prepare_files(folder, source)
+  path = folder / "fineweb_val_bytes_000000.bin"
+  before = path.read_bytes()
+  path.unlink()
+  settings = settings_for(str(folder), vocab_size=400, caseops=caseops)
+  ensure_prepared(settings)
+  assert not path.exists()  # of what is prepared here nothing is made up
+  (folder / "manifest.json").unlink()
+  for said in (settings, settings_for(str(folder), vocab_size=400, caseops=False)):
+    assert ensure_prepared(said) == folder
+    assert path.exists() is not caseops
+  assert caseops or path.read_bytes() == before
+
+
 def test_the_default_text_is_prepared_once_and_the_log_says_so(tmp_path, monkeypatch, caplog, texts):
   by_name, held_out = texts
   monkeypatch.setenv("PGOLF_CACHE", str(tmp_path))

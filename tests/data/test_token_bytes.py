@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from pgolf_jax.data import caseops
 from pgolf_jax.data.encode import token_bytes
-from pgolf_jax.data.tokenizer import Tokenizer
+from pgolf_jax.data.shards import BOS, load_validation, shard_path, write_shard
+from pgolf_jax.data.sidecar import write_sidecar
+from pgolf_jax.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf_jax.errors import UserError
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -90,3 +92,24 @@ def test_a_token_of_too_many_bytes_is_refused(normalising):
   text = "a" + " " * 70_000 + "b"
   with pytest.raises(UserError, match=r"70001 bytes.*65535"):
     token_bytes(normalising, text, normalising.encode(text))
+
+
+@pytest.mark.parametrize("kind", ["lossless", "published", "with a space in front"])
+def test_a_sidecar_of_plain_text_comes_from_its_pieces(tmp_path, train_other, speeches, kind):
+  """The text has nothing to normalise, so that the recipe's bytes are those of the pieces."""
+  if kind == "lossless":
+    tokenizer = train_tokenizer(speeches, 600, is_caseops=False)
+  else:
+    tokenizer = train_other(model_type="bpe", byte_fallback=True, add_dummy_prefix=kind != "published")
+  texts = ["The USA's law: naive, 漢字 and 🙂 end.", "of 1,000 men", "漢 is first", " led by a space"]
+  texts = texts[: 4 if kind == "lossless" else 3]  # the others drop it
+  tokens = [tokenizer.encode(text) for text in texts]
+  expected = [
+    np.append([0], token_bytes(tokenizer, text, of, is_caseops=False)) for text, of in zip(texts, tokens, strict=True)
+  ]
+  stream, bytes_N = np.concatenate([np.append([BOS], of) for of in tokens]), np.concatenate(expected)
+  for index, part in enumerate(np.split(stream, [len(tokens[0]) // 2])):  # a document goes on in the next shard
+    write_shard(shard_path(tmp_path, "val", index), part)
+  write_sidecar(tmp_path, tokenizer)
+  np.testing.assert_array_equal(load_validation(tmp_path).token_bytes, bytes_N)
+  assert bytes_N.sum() == sum(len(text.encode()) for text in texts)
