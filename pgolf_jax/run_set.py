@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pgolf_jax.errors import Stopped, UserError
+from pgolf_jax.report import set_members
 from pgolf_jax.report.statistics import paired
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
@@ -159,7 +160,7 @@ def run(folder: Path, made: Sequence[Member], one: Callable[[Settings, Path], in
       continue
     if status:
       failed[member.name] = "its audit found a broken rule"
-  found = summary(folder)
+  found = summary(folder, [member.name for member in made])
   found["failed"] = failed
   if distributed.is_leader():
     write_json(folder / "set.json", found)
@@ -167,20 +168,23 @@ def run(folder: Path, made: Sequence[Member], one: Callable[[Settings, Path], in
   return 1 if failed else 0
 
 
-def summary(folder: Path) -> dict:
+def summary(folder: Path, given: Sequence[str] = ()) -> dict:
   """Returns the results of a set: every run, and for each configuration n, mean, deviation and best of each score.
 
   A configuration is all settings but the seed; it is named by the settings in which the set's runs differ. Deviations
   are those of samples, None for one run; scores are bits per byte. Differences are those from the first configuration,
   paired by seed: mean, standard error, number of seeds and Student's two-sided p.
+
+  Args:
+    folder: of the set.
+    given: names of the runs that come first; others follow as `set_members` has them.
   """
   found = {}
-  for path in sorted(folder.iterdir()):
-    if (path / "config.toml").is_file():
-      try:
-        found[path.name] = RunFolder(path)
-      except UserError as error:
-        log.warning("%s is left out: %s", path, error)
+  for path in set_members(folder, given):
+    try:
+      found[path.name] = RunFolder(path)
+    except UserError as error:
+      log.warning("%s is left out: %s", path, error)
   texts = {name: written(run.settings) for name, run in found.items()}
   names = list(dict.fromkeys(name for values in texts.values() for name in values if name != "seed"))
   varied = [name for name in names if len({values.get(name) for values in texts.values()}) > 1]

@@ -14,6 +14,7 @@ from pathlib import Path
 from pgolf_jax.errors import UserError
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import jax_setup
+from pgolf_jax.runtime.files import read_json
 from pgolf_jax.runtime.log import log
 
 FOLDER = "report"
@@ -86,10 +87,20 @@ def after_run(run: RunFolder) -> Path | None:
 
 
 def _members(folder: Path) -> list[Path]:
-  """Returns the run folders of a set, sorted by name, or the folder of one run."""
+  """Returns the run folders of a set, or the folder of one run."""
   if (folder / "config.toml").exists() or not folder.is_dir():
     return [folder]
-  return sorted(path for path in folder.iterdir() if (path / "config.toml").is_file()) or [folder]
+  return set_members(folder) or [folder]
+
+
+def set_members(folder: Path, given: Sequence[str] = ()) -> list[Path]:
+  """Returns the run folders of a set: those given first, then in the order of its set.json, all others by name."""
+  order = list(given)
+  with contextlib.suppress(UserError, KeyError, TypeError):
+    order += [row["run"] for row in read_json(folder / "set.json")["runs"]]
+  place = {name: number for number, name in reversed(list(enumerate(order)))}
+  found = sorted(path for path in folder.iterdir() if (path / "config.toml").is_file())
+  return sorted(found, key=lambda path: place.get(path.name, len(order)))
 
 
 def _names(places: Sequence[Path]) -> list[str]:

@@ -8,7 +8,7 @@ import tomli_w
 from tensorboardX.proto.event_pb2 import Event
 from tiny_model import SETTINGS, write_data
 
-from pgolf_jax import run_set, run_table, stages
+from pgolf_jax import report, run_set, run_table, stages
 from pgolf_jax.cli import main
 from pgolf_jax.errors import Stopped, UserError
 from pgolf_jax.run_folder import RunFolder, read_metrics
@@ -109,6 +109,28 @@ def test_a_set_keeps_what_succeeds_and_goes_on_where_it_failed(config, tmp_path,
   for width in (40, 80, 200):
     lines = run_table.text(run_table.chosen(found, "", "name"), width).splitlines()
     assert max(map(len, lines)) <= width and sum("seed=" in line for line in lines) == 4
+
+
+def test_the_first_configuration_is_the_first_given(tmp_path):
+  """In a set's figures and in its report, also where names sort otherwise and more runs come later."""
+  folder, bpb = tmp_path / "set", {}
+
+  def one(settings, path):
+    score = {"bpb": bpb.setdefault(path.name, 2.0 - 0.1 * len(bpb)), "loss": 1.0, "targets": 1, "bytes": 1}
+    RunFolder(path, settings).finish("plain", {**score, "seconds": 1.0, "stage_seconds": 1.0}, {})
+    return 0
+
+  for grid in ("train.iterations=500,1000", "train.iterations=50"):
+    run_set.run(folder, members(SETTINGS, "2,1", [grid]), one)
+    found = json.loads((folder / "set.json").read_text())
+    steps = [group["settings"]["train.iterations"] for group in found["configurations"]]
+    assert steps == ([500, 1000] if len(bpb) == 4 else [50, 500, 1000])
+    assert [bool(group["differences"]) for group in found["configurations"]] == [False, True, True][: len(steps)]
+    assert found["runs"][0]["seed"] == 2
+    assert [path.name for path in report.set_members(folder)] == [row["run"] for row in found["runs"]]
+  assert found["configurations"][1]["differences"]["averaged"]["mean"] == pytest.approx(0.4)
+  (folder / "set.json").unlink()
+  assert report.set_members(folder) == sorted(folder.iterdir())
 
 
 def test_values_are_those_of_settings():
