@@ -1,6 +1,7 @@
 """`pgolf bench scoring`: ways of scoring the same weights with test-time training, in pairs, with their speed."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 
 from pgolf_jax import run_set, stages
 from pgolf_jax.data.folder import locate_prepared
-from pgolf_jax.data.shards import load_validation
+from pgolf_jax.data.shards import ValidationData, load_validation, stream_hash
 from pgolf_jax.errors import UserError
+from pgolf_jax.model.params import Params, content_hash
 from pgolf_jax.quantize import artifact
 from pgolf_jax.report.statistics import ratio
 from pgolf_jax.run_folder import RunFolder
@@ -25,7 +27,7 @@ from pgolf_jax.scoring.compiled import Programs
 from pgolf_jax.scoring.documents import first_documents, sum_by_document
 from pgolf_jax.settings import Settings
 from pgolf_jax.settings.arguments import Positional, Repeated
-from pgolf_jax.settings.load import changed
+from pgolf_jax.settings.load import changed, written
 from pgolf_jax.tables import Table
 
 
@@ -49,7 +51,7 @@ def scoring(
     set: values of a setting of ttt or hints, as in ttt.chunk_size=64,32; again for a grid.
     weights: those of the artifact, or the averaged ones before quantising.
     documents: number of documents to score, from the first; all if not given.
-    json: file that keeps all figures; what it has of these runs is not scored again.
+    json: file that keeps all figures; what it has of these weights, targets and settings is not scored again.
   """
   if json is not None:
     require_room(json)
@@ -61,9 +63,10 @@ def scoring(
     names.append(ways[0].name)
     scored.append([])
     for path, way in zip(runs, ways, strict=True):
-      key = f"{path.name} {way.name} {weights} {documents or 'all'}"
+      inputs = Inputs.load(path, way, weights, documents)
+      key = f"{path.name} {way.name} {weights} {documents or 'all'} {inputs.digest()}"
       if key not in record.rows:
-        record.add(key, _score(path, way, weights, documents))
+        record.add(key, _score(inputs, f"{path}, {way.name or 'as configured'}"))
       scored[-1].append(record.rows[key])
   title = f"{folder}, {weights} weights: {len(scored[0][0]['nats'])} documents, {len(runs)} run{'s'[: len(runs) > 1]}"
   print(table(names, scored, title))
@@ -99,15 +102,34 @@ class Record:
       write_json(self._path, seal({"rows": self.rows}))
 
 
-def _score(path: Path, member: Member, weights: str, count: int | None) -> dict:
-  """Scores a run's first documents in one way."""
-  run, mesh = RunFolder(path), data_mesh()
-  settings = changed(member.settings, {"eval.doc_fraction": 1.0})
-  params = artifact.load(run.artifact)[1] if weights == "artifact" else stages.averaged_params(run, mesh)
+class Inputs(NamedTuple):
+  """All that decides what a run's documents score."""
+
+  settings: Settings
+  params: Params
+  data: ValidationData
+
+  @classmethod
+  def load(cls, path: Path, member: Member, weights: str, count: int | None) -> "Inputs":
+    """Reads a run's weights and its first documents, to be scored in one way."""
+    run, settings = RunFolder(path), changed(member.settings, {"eval.doc_fraction": 1.0})
+    params = artifact.load(run.artifact)[1] if weights == "artifact" else stages.averaged_params(run, data_mesh())
+    data = first_documents(load_validation(locate_prepared(settings)), count, settings.model.bos_id)
+    return cls(settings, params, data)
+
+  def digest(self) -> str:
+    """Returns the SHA-256 of weights, targets, their bytes, and settings but for where the data lie."""
+    decides = sorted((name, value) for name, value in written(self.settings).items() if not name.startswith("data."))
+    parts = content_hash(self.params), self.data.tokens_sha256, stream_hash(self.data.token_bytes), decides
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _score(inputs: Inputs, name: str) -> dict:
+  """Scores a run's documents; the log has the result under this name."""
+  settings, params, data = inputs
   bos = settings.model.bos_id
-  data = first_documents(load_validation(locate_prepared(settings)), count, bos)
-  result = ttt.evaluate(settings, params, data, mesh, programs=_programs(changed(settings, {"seed": 0})))
-  log.info("%s, %s: %.5f bits per byte", path, member.name or "as configured", result.score.bpb)
+  result = ttt.evaluate(settings, params, data, data_mesh(), programs=_programs(changed(settings, {"seed": 0})))
+  log.info("%s: %.5f bits per byte", name, result.score.bpb)
   return {
     "nats": sum_by_document(data, bos, result.nll_N).tolist(),
     "nats_without_hints": sum_by_document(data, bos, result.model_nll_N).tolist(),

@@ -1,6 +1,7 @@
 """The benchmark of ways of scoring on a set of two tiny runs: pairs by document, and going on from its file."""
 
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from pgolf_jax.bench import scoring
 from pgolf_jax.cli import main
 from pgolf_jax.data.shards import shard_path, write_shard
 from pgolf_jax.report.statistics import ratio
+from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime.distributed import data_mesh
 from pgolf_jax.runtime.files import read_sealed
 from pgolf_jax.scoring import ttt
@@ -30,12 +32,16 @@ def weights():
     yield
 
 
+def write_data(folder, seed: int = 0) -> None:
+  for split, values in zip(("val", "val_bytes"), random_documents(LENGTHS, seed), strict=True):
+    write_shard(shard_path(folder, split, 0), values)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   """A set of two runs that say they are trained."""
   data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("set")
-  for split, values in zip(("val", "val_bytes"), random_documents(LENGTHS), strict=True):
-    write_shard(shard_path(data, split, 0), values)
+  write_data(data)
   for seed in (1, 2):
     changes = {"data.path": str(data), "seed": seed, "ttt.method": "cached"}
     settings = changed(SETTINGS, changes | {"train.seq_schedule": (), "train.seq_len": 64})
@@ -71,6 +77,31 @@ def test_ways_are_compared_by_document_over_all_runs(runs, tmp_path, capsys, mon
 def test_one_run_in_the_way_it_is_configured(runs, capsys):
   assert bench(runs / "seed=1") == 0
   assert "as configured" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_scores_of_other_weights_targets_or_settings_are_not_handed_out(runs, tmp_path, monkeypatch):
+  """Though the run's name is the same; the same data in another place are the same."""
+  config, file, scored = tmp_path / "seed=1" / "config.toml", tmp_path / "figures.json", []
+
+  def score(inputs, name):
+    scored.append(inputs)
+    return {"nats": [1.0], "nats_without_hints": [1.0], "bytes": [1], "targets": 1, "seconds": 1.0}
+
+  def scores_anew(changes=(), seed=0) -> bool:
+    before, settings = len(scored), RunFolder(runs / "seed=1").settings
+    shutil.rmtree(config.parent, ignore_errors=True)
+    config.parent.mkdir()
+    write_data(config.parent, seed)
+    config.write_text(tomli_w.dumps(to_dict(changed(settings, {"data.path": str(config.parent), **dict(changes)}))))
+    assert bench(config.parent, "--json", file, "--documents", 2) == 0
+    return len(scored) > before
+
+  monkeypatch.setattr(scoring, "_score", score)
+  assert bench(runs / "seed=1", "--json", file, "--documents", 2) == 0 and len(scored) == 1
+  assert not scores_anew()
+  assert scores_anew({"ttt.lora.lr": 0.5}) and scores_anew(seed=1)
+  monkeypatch.setattr(scoring.stages, "averaged_params", lambda run, mesh: random_params(3))
+  assert scores_anew() and not scores_anew()
 
 
 @pytest.mark.parametrize(
