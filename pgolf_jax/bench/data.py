@@ -1,6 +1,5 @@
 """`pgolf bench data`: how fast text becomes shards, and what the time goes into."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from pgolf_jax.data.folder import default_corpus, ensure_default_data
 from pgolf_jax.data.manifest import TOKENIZER, Manifest
 from pgolf_jax.data.prepare import Preparation, prepare
 from pgolf_jax.data.tokenizer import Tokenizer
+from pgolf_jax.runtime.memory import cores
 
 
 def data(
@@ -40,7 +40,7 @@ def data(
     sample_mb: how much text to time the parts on, in MB.
     repeats: times that each way is run, in turn with the others.
   """
-  workers = workers or len(os.sched_getaffinity(0))
+  workers = workers or cores()
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     corpus, holdout = (open_corpus(train), Holdout(None, every=20)) if train else default_corpus()
