@@ -70,8 +70,10 @@ def verdict(comparison: Comparison) -> list[str]:
     )
   if curves.floor is not None and len(curves.step) < 50:
     said.append("Few steps are common to both; a script prints more with TRAIN_LOG_EVERY=10.")
-  for name, mean in comparison.losses.items():
-    said.append(f"Mean difference of the loss, {name}: {_tested(mean, ' blocks' if mean.count == BLOCKS else '')}.")
+  steps = len(curves.step)
+  for (name, mean), count in zip(comparison.losses.items(), (steps, max(steps // 4, 1)), strict=True):
+    unit = " blocks" if count >= 2 * BLOCKS else ""
+    said.append(f"Mean difference of the loss, {name}: {_tested(mean, unit)}.")
   return said
 
 

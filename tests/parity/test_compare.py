@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pgolf_jax.cli import main
 from pgolf_jax.parity import compare
 from pgolf_jax.parity.compare import Side, curves, documents, mean_of_series, setting_differences
+from pgolf_jax.parity.compare_page import verdict
 from pgolf_jax.parity.torch_log import ARTIFACT, AVERAGED, RAW, TTT, RunRecord, Scored, Stage, parse
 from pgolf_jax.report.statistics import ratio
 from pgolf_jax.run_folder import RunFolder
@@ -230,6 +231,17 @@ def test_documents_are_paired_by_place_and_bytes():
   assert found.by_bytes.error == pytest.approx(resampled.std(), rel=0.15)
   other = RunRecord(scored={("document", i, int(n) + 1): Scored(1.0, int(n) + 1) for i, n in enumerate(sizes)})
   assert documents(a, other) is None
+
+
+@pytest.mark.parametrize(
+  ("steps", "all_of_them", "last"),
+  [(20, "n = 20,", "n = 5,"), (80, "n = 20 blocks,", "n = 20,"), (160, *["n = 20 blocks,"] * 2)],
+)
+def test_blocks_are_named_where_a_series_was_cut_into_them(steps, all_of_them, last):
+  loss = np.random.default_rng(0).standard_normal((2, steps))
+  said = verdict(compare.compare(*(side(run_of(x)) for x in loss)))
+  means = [sentence for sentence in said if sentence.startswith("Mean difference of the loss")]
+  assert [f"({part}" in sentence for part, sentence in zip((all_of_them, last), means, strict=True)] == [True, True]
 
 
 @pytest.fixture
