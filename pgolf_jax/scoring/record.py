@@ -15,6 +15,7 @@ import graphlib
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -232,6 +233,7 @@ class EvaluationProgress:
     adapters: plain values of `AdapterSets.state`.
     events: the trace so far.
     seconds: of the evaluation, and of its hints and global phases.
+    compilations: within these seconds.
   """
 
   batches: int = 0
@@ -241,6 +243,7 @@ class EvaluationProgress:
   seconds: dict[str, float] = dataclasses.field(
     default_factory=lambda: {"evaluation": 0.0, "hints": 0.0, "global_phases": 0.0}
   )
+  compilations: int = 0
 
 
 class Record:
@@ -384,8 +387,9 @@ def read_scores(folder: Path, targets: int) -> Scores:
   for name in ("nll", "model_nll", "hint_nll", "times"):
     path = folder / f"{name}.npy"
     try:
-      array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+      with path.open("rb") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)  # `np.load` takes archives as well
+    except (OSError, ValueError, EOFError, MemoryError, TokenError) as error:
       raise UserError(f"{path} cannot be read ({error}); score the run again.") from None
     if array.shape != (targets,) or array.dtype not in (np.float32, np.uint8):
       raise UserError(f"{path} has shape {array.shape} of {array.dtype} for {targets} targets; score the run again.")
