@@ -119,6 +119,7 @@ def evaluate(
   compilation = time.monotonic() - began
 
   clock = Clock(record.progress.seconds["evaluation"])
+  clock.compilations = record.progress.compilations
   clock.start()
   if record.is_resumed:
     plan = _resume(plan, programs, state, record)
@@ -343,7 +344,9 @@ def _run_phase(plan: Plan, programs: Programs, state: State, record: Record) -> 
 def _save(state: State, record: Record, clock: Clock) -> None:
   if record.folder is not None:
     state.done.adapters, arrays = state.adapters.state()
-    state.done.seconds["evaluation"] = clock.seconds
+    clock.stop()  # it counts compilations when it stops
+    clock.start()
+    state.done.seconds["evaluation"], state.done.compilations = clock.seconds, clock.compilations
     record.save(state.done, arrays)
 
 

@@ -144,6 +144,14 @@ def test_finished_scores_are_plain_arrays_and_damage_to_them_is_seen(two_saves):
   assert not open_record(two_saves).is_resumed
 
 
+def test_a_save_that_does_not_tell_of_compilations_is_read(two_saves):
+  path = two_saves / "progress.json"
+  saved = files.read_sealed(path)
+  assert saved["progress"].pop("compilations") == 0
+  files.write_json(path, files.seal(saved))
+  assert_is_save(open_record(two_saves), 2)
+
+
 def test_no_file_is_sparse(two_saves):
   for path in two_saves.iterdir():
     assert path.stat().st_blocks * 512 >= path.stat().st_size, path

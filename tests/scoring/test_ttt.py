@@ -197,6 +197,17 @@ def test_a_killed_evaluation_goes_on_with_the_same_result(tmp_path, with_phase, 
     np.testing.assert_array_equal(found.params[name], value, err_msg=name)
 
 
+def test_programs_compiled_before_a_kill_are_counted_after_it(tmp_path, with_phase):
+  settings, data, _ = with_phase
+
+  def compile_something(batches, record):
+    jax.jit(lambda x: x * batches)(np.zeros(90 + batches))
+
+  evaluate_until_killed(settings, data, tmp_path, after=2, after_batch=compile_something)
+  assert evaluate(settings, data, folder=tmp_path).recompilations >= 1
+  assert evaluate(settings, data, folder=tmp_path).recompilations >= 1  # of a finished evaluation, read again
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_a_signal_saves_and_the_evaluation_goes_on_with_the_same_result(tmp_path, with_phase, batch, monkeypatch):
   settings, data, whole = with_phase
