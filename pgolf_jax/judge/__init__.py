@@ -49,8 +49,13 @@ REQUIRED = {
 
 CANNOT_PROVE = (
   "How the weights were trained: on which text, for how long. A folder holds no training; its logs are claims.",
-  "That native code (compiled C, a GPU kernel) opens no file: the trace sees what Python opens, loads and starts.",
-  "That native code leaves this machine as it was: judge as a user, or in a container, that is thrown away afterwards.",
+  "That native code (compiled C, a GPU kernel, a compiler that is started) opens no file: the trace sees what Python's "
+  "own functions open, load, change and start.",
+  "That code which deceives the trace opens no file: the trace lives in the evaluator's process and withstands other "
+  "functions in os and another file for its pipe, but not replaced builtins, private modules that start programs, or a "
+  "search among all objects. The counted code is Python; read it.",
+  "That code which Python tells nothing of, as of os.mkfifo, leaves this machine as it was: judge as a user, or in a "
+  "container, that is thrown away afterwards.",
   "That the packages of requirements.txt are what their names say: install them from where you trust them.",
   "That another machine gives the same score to the last digit, or another accelerator the same seconds.",
   "That the validation shards are the official ones: the data folder is the judge's own, and trusted.",

@@ -37,6 +37,7 @@ COUNTED = ("artifact.pgolf", "code.tar.xz", "evaluate.py")
 _COMPILERS = {"cc", "gcc", "clang", "ptxas", "nvlink", "nvidia-smi", "ldconfig"}
 _ACCELERATOR_PARTS = re.compile(r"(jax-cuda|jax-rocm|nvidia-|libtpu)")  # what JAX loads of its own accord
 _SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", "/bin", "/opt")
+_SHARED = ("/dev/shm", "/dev/mqueue")  # memory that outlives a process
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _LONGEST_EVENT, _MOST_EVENTS = 1 << 16, 1 << 20  # characters, events; an evaluation tells of some thousands
 _TAIL = 1 << 16  # bytes of what an evaluator prints that are looked at
@@ -77,11 +78,15 @@ class Packages:
     folder: made here.
 
   Raises:
-    UserError: it asks for a package that the evaluator of this program does not need, or that is not installed.
+    UserError: it cannot be read, or asks for a package that the evaluator of this program does not need, or that is not
+      installed.
   """
 
   def __init__(self, requirements: Path, folder: Path):
-    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    try:
+      lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    except (OSError, ValueError) as error:
+      raise UserError(f"{requirements} cannot be read ({error}); it is a text of one package a line.") from error
     names = {_canonical(line) for line in lines if line.strip() and not line.startswith("#")}
     allowed = {_canonical(line) for line in bundle.requirements(bundle.needed_modules())}
     if names - allowed:
@@ -197,6 +202,8 @@ class Children:
     fault = None
     if is_late:
       fault = f"it was stopped after {seconds:.0f} s"
+    elif process.returncode == tracer.CUT_OFF:
+      fault = "the trace cut off: another file in the place of its pipe"
     elif process.returncode:
       fault = f"exit status {process.returncode}: {_last_line(folder / 'stderr')}"
     return Ran(folder, seconds, fault, _figures(folder / "stdout"), *self._seen(events, folder))
@@ -211,21 +218,29 @@ class Children:
       elif event == "open":
         path, mode, flags = values
         writes = bool(flags & _WRITES) if isinstance(flags, int) and flags else bool(set(str(mode)) & set("wax+"))
-        if not self._may_open(str(path), folder, writes=writes):
+        # Other paths may count from a folder that is open.
+        is_outside = mode == "d" and not Path(path).is_relative_to(folder.resolve())
+        if is_outside or not self._may_open(str(path), folder, writes=writes):
           outside.append(f"{'writes' if writes else 'reads'} {path}")
       elif event == "ctypes.dlopen":
         path = os.path.realpath(values[0])
         if values[0] not in ("None", "") and "/" in values[0] and not self._may_open(path, folder, writes=False):
           outside.append(f"loads the library {path}")
-      elif Path(values[0]).name not in _COMPILERS:
+      elif not self._may_start(values[0]):
         outside.append(f"starts {values[0]}")
     tops = {module.split(".")[0] for module in modules}
     packages = sorted(top for top in tops if top not in sys.stdlib_module_names and self.packages.of_module(top))
     return list(dict.fromkeys(outside)), network, len(modules), packages
 
+  def _may_start(self, program: str) -> bool:
+    is_of_package = any(Path(program).is_relative_to(source) for source in self.packages.sources.values())
+    return program in _compilers() or (is_of_package and Path(program).name in _COMPILERS)
+
   def _may_open(self, path: str, folder: Path, *, writes: bool) -> bool:
     if path == "/dev/null" or Path(path).is_relative_to(folder.resolve()):
       return True
+    if any(Path(path).is_relative_to(place) for place in _SHARED):
+      return False
     if writes:
       return path.startswith("/dev/")  # an accelerator's
     if any(Path(path).is_relative_to(source) for source in self.packages.sources.values()):
@@ -241,6 +256,13 @@ def _remove_special_files(folder: Path) -> None:
     for path in (Path(parent, name) for name in (*folders, *files)):
       if path.is_symlink() or not (path.is_file() or path.is_dir()):
         path.unlink()
+
+
+@functools.cache
+def _compilers() -> set[str]:
+  """Where the compilers of this machine lie."""
+  path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/sbin", "/usr/sbin"])
+  return {os.path.realpath(found) for name in _COMPILERS if (found := shutil.which(name, path=path))}
 
 
 @functools.cache

