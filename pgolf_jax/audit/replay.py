@@ -42,8 +42,8 @@ _SAME_MACHINE = {"float32": 2e-4, "bfloat16": 0.05}
 """Nats, of one target: between programs that differ in what they return."""
 
 _BIAS = {"float32": 1e-5, "bfloat16": 1e-3}
-"""Nats, of a mean over many targets: rounding goes up as often as down. Between a CPU with AVX and the same without, over
-9,872 targets, the means were 2e-8 and 6e-5 apart, single scores 5e-6 and 0.04."""
+"""Nats, of a mean over many targets: rounding goes up as often as down. Between a CPU with AVX and the same without the
+means over 9,872 targets were 2e-8 and 6e-5 apart, single scores 5e-6 and 0.04."""
 
 _SUM_ERROR = 1e-5  # of a sum of probabilities, computed in float32
 _EXTRA_SAMPLES = 1024  # distributions beside those at the cuts

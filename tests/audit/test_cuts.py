@@ -74,3 +74,14 @@ def test_a_distribution_may_be_left_out_only_for_one_before_it_in_the_chunk(scor
     check = full(subject, fewer, wanted)
     assert check.passed is False and "the evaluator left out" in check.finding
   assert not full(subject, {}, wanted).passed
+
+
+def test_scores_may_not_all_be_lower_than_their_distributions_say(scored):
+  """By less than one of them may, for a program that returns distributions rounds otherwise."""
+  run, subject = scored
+  cuts = draw_cuts(subject, 2)
+  wanted = sample_targets(subject, cuts)
+  samples = run.evaluator.sample(wanted, max(cut.batches for cut in cuts))
+  lower = dataclasses.replace(subject, scores=subject.scores._replace(nll_N=subject.scores.nll_N - np.float32(1.8e-4)))
+  check = full(lower, samples, wanted)
+  assert check.passed is False and "in the mean of" in check.finding
