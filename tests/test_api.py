@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -250,6 +251,16 @@ def test_other_data_are_refused_by_both_names_unless_asked_for(place, tmp_path, 
   assert "first 1 documents" in said and "first 2 documents" in said and "--any-text" in said and "tokens " in said
   assert main([*command, "--any-text"]) == 0
   assert f"{'bytes':<28}26" in capsys.readouterr().out
+
+
+def test_the_environment_may_name_other_data_but_no_other_model(place, tmp_path, monkeypatch, capsys):
+  command = ["eval", str(place / "run"), "--no-ttt"]
+  monkeypatch.setenv("DATA_PATH", str(tmp_path / "nowhere"))
+  assert main(command) == 1 and str(tmp_path / "nowhere") in capsys.readouterr().err
+  monkeypatch.delenv("DATA_PATH")
+  monkeypatch.setenv("MLP_MULT", "3")
+  assert main(command) == 1
+  assert re.search(r"settings from the environment: mlp_\w+ has the shape", capsys.readouterr().err)
 
 
 def test_another_tokenizer_is_refused_by_both_names(place, tmp_path, capsys):

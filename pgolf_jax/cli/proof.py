@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from pgolf_jax.errors import UserError
 from pgolf_jax.settings.arguments import Positional
 
 
@@ -27,7 +28,7 @@ def evaluate(
     target: run folder or artifact.
     ttt: score first, then learn, chunk by chunk, with hints; or plainly.
     weights: of a run: those of its artifact, or the averaged ones before quantising.
-    data: folder of shards and sidecar; the run's if not given.
+    data: folder of shards and sidecar; the run's if neither this nor DATA_PATH is given.
     documents: score only the first so many.
     any_text: score data that the artifact was not made with; their tokenizer must be the same all the same.
     order: of hints and documents, if not as configured.
@@ -39,6 +40,7 @@ def evaluate(
 
   from pgolf_jax import stages
   from pgolf_jax.api import Subject
+  from pgolf_jax.model import params as parameters
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh, usable_devices
   from pgolf_jax.runtime.files import locked
@@ -54,6 +56,9 @@ def evaluate(
   choices = {"ttt.order": order, "ttt.method": method}
   settings = changed(settings, {name: value for name, value in choices.items() if value is not None})
   check.check(settings)
+  parameters.check(settings.model, params, f"{target} with the model's settings from the environment")
+  if data is None and settings.data.path != subject.settings.data.path:
+    data = Path(settings.data.path)
   stream = subject.validation(subject.data_folder(data), documents=documents, any_text=any_text)
   if ttt:
     with locked(out) if out else contextlib.nullcontext():
@@ -87,13 +92,12 @@ def audit(
   from pgolf_jax.audit.evidence import one_config
   from pgolf_jax.audit.verdict import verdict
   from pgolf_jax.data.folder import locate_prepared
-  from pgolf_jax.errors import UserError, checks_table
+  from pgolf_jax.errors import checks_table
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.distributed import data_mesh, usable_devices
 
-  if cuts < 1:
-    raise UserError(f"--cuts {cuts}: at least one cut is needed to prove anything.")
+  _require_cuts(cuts)
   distributed.start()
   folders = [RunFolder(path) for path in runs]
   made = []
@@ -130,6 +134,7 @@ def judge(submission: Positional[Path], data: Path, out: Path | None = None, cut
   from pgolf_jax.runtime import distributed
   from pgolf_jax.runtime.files import require_room, write_text
 
+  _require_cuts(cuts)
   path = out or Path("verdict.md")
   require_room(path)
   distributed.leave_devices()
@@ -137,6 +142,11 @@ def judge(submission: Positional[Path], data: Path, out: Path | None = None, cut
   write_text(path, page(judgement))
   print(f"{summary(judgement)}\n{path}: the page")
   return int(not judgement.is_proved)
+
+
+def _require_cuts(cuts: int) -> None:
+  if cuts < 1:
+    raise UserError(f"--cuts {cuts}: at least one cut is needed to prove anything.")
 
 
 COMMANDS = {

@@ -44,6 +44,8 @@ def test_every_verb_explains_itself_with_an_example(capsys):
     (["run", "configs/demo.toml", "--ttt.enabled", "perhaps"], 2, "takes no perhaps"),
     (["run", "configs/dmo.toml"], 1, "did you mean configs/demo.toml"),
     (["data", "inspect", "nowhere"], 1, "nowhere"),
+    (["judge", "x", "--data", "y", "--cuts", "0"], 1, "--cuts 0: at least one cut"),
+    (["audit", "x", "--cuts", "-1"], 1, "--cuts -1: at least one cut"),
   ],
 )
 def test_errors_are_one_sentence_without_a_traceback(args, status, part, capsys):
