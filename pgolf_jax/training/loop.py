@@ -254,10 +254,11 @@ class Trainer:
     loss = float(np.asarray(metrics.loss).mean())
     grad_norm = float(np.asarray(metrics.grad_norm).max())
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-      kept = f" The newest good checkpoint is in {self.run.checkpoints}." if any(self.run.checkpoints.iterdir()) else ""
+      folder = self.run.checkpoints
+      advice = f"the newest good checkpoint is in {folder}; " if any(folder.iterdir()) else ""
       raise UserError(
-        f"Training stopped at step {step}: loss {loss}, gradient norm {grad_norm}.{kept} Lower the learning rates and "
-        "run again."
+        f"Training stopped at step {step}: loss {loss}, gradient norm {grad_norm}; {advice}lower the learning rates "
+        "and run again."
       )
     seconds = self.clock.seconds
     before = writer.lines[-1]["seconds"] if writer.lines else 0.0

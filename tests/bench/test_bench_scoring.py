@@ -83,7 +83,7 @@ def test_scores_of_other_weights_targets_or_settings_are_not_handed_out(runs, tm
   """Though the run's name is the same; the same data in another place are the same."""
   config, file, scored = tmp_path / "seed=1" / "config.toml", tmp_path / "figures.json", []
 
-  def score(inputs, name):
+  def score(*inputs):
     scored.append(inputs)
     return {"nats": [1.0], "nats_without_hints": [1.0], "bytes": [1], "targets": 1, "seconds": 1.0}
 
