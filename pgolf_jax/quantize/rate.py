@@ -145,13 +145,12 @@ class Solver:
 
   def _solve_batch(self, weights: Mapping[str, np.ndarray], batch: _Batch, log2_step: float) -> dict[str, LogGrid]:
     weight_QxMxN = np.stack([weights[n] for n in batch.names])
-    columns = weight_QxMxN.shape[2]
     # log2 of a row's root mean square.
     spread_QxM = 0.5 * np.log2(np.maximum(np.mean(np.square(weight_QxMxN, dtype=np.float64), axis=2), _FLOOR))
     # The error of a weight may be larger than the weight. A ridge of c²/12 over what the weights' own size is worth, as
     # a Wiener filter has it, then keeps the columns that follow from repaying it.
     worth_Q = 2 * np.mean(batch.row_QxM + spread_QxM, axis=1)
-    ridge_Q = np.minimum(columns / 12 * np.exp2(2 * log2_step - worth_Q), _MOST_RIDGE)
+    ridge_Q = np.minimum(batch.fires_QxN.sum(axis=1) / 12 * np.exp2(2 * log2_step - worth_Q), _MOST_RIDGE)
     damping_Q = (self._config.damping + ridge_Q).astype(np.float32)
     weight_QxMxN = np.where(batch.fires_QxN[:, None], weight_QxMxN, 0)
     work_QxNxM, factor_QxNxN, order_QxN = _prepare(weight_QxMxN, batch.hessian_QxNxN, damping_Q)
