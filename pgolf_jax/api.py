@@ -31,7 +31,7 @@ from pgolf_jax.quantize.artifact.header import UNKNOWN
 from pgolf_jax.quantize.provenance import NoTokenizer, find_tokenizer, origin_of, require_data
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.distributed import data_mesh
+from pgolf_jax.runtime.distributed import data_mesh, run_mesh
 from pgolf_jax.runtime.log import quietly
 from pgolf_jax.scoring import plain
 from pgolf_jax.scoring import ttt as adaptation
@@ -180,8 +180,8 @@ def evaluate(
   """
   distributed.start()
   with quietly():
-    mesh = data_mesh()
     subject = Subject.read(Path(target), weights)
+    mesh = run_mesh(subject.settings)
     stream = subject.validation(
       subject.data_folder(None if data is None else Path(data)), documents=documents, any_text=any_text
     )
@@ -323,7 +323,7 @@ class Model:
 
   @functools.cached_property
   def _mesh(self):
-    return data_mesh()
+    return run_mesh(self.config)
 
   @functools.cached_property
   def _placed(self) -> Params:

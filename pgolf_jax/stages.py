@@ -23,7 +23,7 @@ from pgolf_jax.quantize import artifact
 from pgolf_jax.quantize.make import Made, make
 from pgolf_jax.run_folder import RunFolder, made_from, shards_of
 from pgolf_jax.runtime import distributed, events
-from pgolf_jax.runtime.distributed import data_mesh, usable_devices, world_size
+from pgolf_jax.runtime.distributed import run_mesh, world_size
 from pgolf_jax.runtime.files import json_hash, locked, remove, write_bytes, write_npy
 from pgolf_jax.runtime.log import log, log_to
 from pgolf_jax.runtime.versions import commit, versions
@@ -207,7 +207,7 @@ def run(settings: Settings, folder: Path, names: list[str], tracking: Tracking |
     UserError: the settings cannot work here, another process has the folder, or it was made with other settings.
   """
   distributed.start()
-  mesh = data_mesh(usable_devices(settings.train.micro_batches))
+  mesh = run_mesh(settings)
   check.check(settings, device_count=mesh.size)
   if tracking:
     events.require_wandb()

@@ -42,7 +42,7 @@ def evaluate(
   from pgolf_jax.api import Subject
   from pgolf_jax.model import params as parameters
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.distributed import data_mesh, usable_devices
+  from pgolf_jax.runtime.distributed import run_mesh
   from pgolf_jax.runtime.files import locked
   from pgolf_jax.scoring import ttt as training
   from pgolf_jax.settings import check
@@ -52,7 +52,7 @@ def evaluate(
   subject = Subject.read(target, weights)
   settings, params = subject.settings, subject.params
   settings = from_env(os.environ, base=settings)
-  mesh = data_mesh(usable_devices(settings.train.micro_batches))
+  mesh = run_mesh(settings)
   choices = {"ttt.order": order, "ttt.method": method}
   settings = changed(settings, {name: value for name, value in choices.items() if value is not None})
   check.check(settings)
@@ -95,14 +95,14 @@ def audit(
   from pgolf_jax.errors import checks_table
   from pgolf_jax.run_folder import RunFolder
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.distributed import data_mesh, usable_devices
+  from pgolf_jax.runtime.distributed import run_mesh
 
   _require_cuts(cuts)
   distributed.start()
   folders = [RunFolder(path) for path in runs]
   made = []
   for run in folders:
-    mesh = data_mesh(usable_devices(run.settings.train.micro_batches))
+    mesh = run_mesh(run.settings)
     checks = list(audit_run(run, data or locate_prepared(run.settings), mesh, cuts=cuts, fast=fast))
     print(f"{run.path}\n{checks_table(checks)}")
     made += checks

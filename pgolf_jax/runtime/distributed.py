@@ -157,6 +157,11 @@ def usable_devices(micro_batches: int) -> list[jax.Device]:
   return devices[: max(n for n in range(1, len(devices) + 1) if micro_batches % n == 0)]
 
 
+def run_mesh(settings: Settings) -> Mesh:
+  """Returns the mesh that a run with these settings takes here, and whatever scores its weights again."""
+  return data_mesh(usable_devices(settings.train.micro_batches))
+
+
 def platform(mesh: Mesh | AbstractMesh) -> str:
   """Returns "cpu", "gpu" or "tpu"; the devices of the mesh need not be there."""
   return (mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]).platform

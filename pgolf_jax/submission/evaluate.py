@@ -10,7 +10,7 @@ import numpy as np
 from pgolf_jax.data.shards import load_validation
 from pgolf_jax.errors import UserError
 from pgolf_jax.quantize.artifact import load
-from pgolf_jax.runtime.distributed import data_mesh, usable_devices
+from pgolf_jax.runtime.distributed import run_mesh
 from pgolf_jax.runtime.jax_setup import set_xla_options
 from pgolf_jax.scoring import plain
 
@@ -31,7 +31,7 @@ def score(
     UserError: the artifact or the data are damaged, or do not fit together.
   """
   settings, params = load(artifact)
-  mesh = data_mesh(usable_devices(settings.train.micro_batches))
+  mesh = run_mesh(settings)
   validation = load_validation(data)
   if (highest := int(validation.tokens.max())) >= settings.model.vocab_size:
     raise UserError(
