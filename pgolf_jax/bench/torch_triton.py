@@ -12,10 +12,30 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from pgolf_jax.bench.torch_gpt import polar_express, synchronize, tensor
+from pgolf_jax.bench.torch_gpt import (
+  chunk_attention,
+  gated_xsa,
+  polar_express,
+  residual_norm,
+  rotary_heads,
+  synchronize,
+  tensor,
+)
 from pgolf_jax.bench.torch_gpt import segment_attention as by_segment
 
-__all__ = ["leaky_relu2_mlp", "polar_express", "segment_attention", "softcapped_xent", "synchronize", "tensor", "torch"]
+__all__ = [
+  "chunk_attention",
+  "gated_xsa",
+  "leaky_relu2_mlp",
+  "polar_express",
+  "residual_norm",
+  "rotary_heads",
+  "segment_attention",
+  "softcapped_xent",
+  "synchronize",
+  "tensor",
+  "torch",
+]
 
 varlen = None
 if importlib.util.find_spec("torch.nn.attention.varlen") is not None:  # from PyTorch 2.10 on

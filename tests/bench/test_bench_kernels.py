@@ -1,9 +1,13 @@
 """The kernels' benchmark measures what it says."""
 
+import ast
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
+from pgolf_jax import bench
 from pgolf_jax.bench.kernels import RECORD, Sizes, cases, document_lengths, measure, segment_starts
 from pgolf_jax.kernels.hardware import peaks
 from pgolf_jax.plan import hlo
@@ -85,3 +89,21 @@ def test_peaks_are_those_of_the_most_particular_name():
 @pytest.mark.parametrize(("flops", "num_bytes", "seconds"), [(989e12, 1, 1.0), (1, 3.35e12, 1.0)])
 def test_floor_is_the_longer_of_the_two_times(flops, num_bytes, seconds):
   assert peaks("H100").floor_s(flops, num_bytes) == pytest.approx(seconds)
+
+
+def test_fused_pytorch_has_every_operation_that_is_timed():
+  """Read, not imported: Triton is only where a GPU is."""
+  folder = Path(bench.__file__).parent
+  lambdas = [node for node in ast.walk(ast.parse((folder / "kernels.py").read_text())) if isinstance(node, ast.Lambda)]
+  torch = [node.attr for each in lambdas for node in ast.walk(each) if is_torch(node)]
+  assert len(set(torch)) > 5
+  public = next(
+    ast.literal_eval(node.value)
+    for node in ast.parse((folder / "torch_triton.py").read_text()).body
+    if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+  )
+  assert set(torch) <= set(public)
+
+
+def is_torch(node: ast.AST) -> bool:
+  return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
