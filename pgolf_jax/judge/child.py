@@ -262,7 +262,7 @@ def _remove_special_files(folder: Path) -> None:
 def _compilers() -> set[str]:
   """Where the compilers of this machine lie."""
   path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/sbin", "/usr/sbin"])
-  return {os.path.realpath(found) for name in _COMPILERS if (found := shutil.which(name, path=path))}
+  return {os.path.realpath(place) for name in _COMPILERS if (place := shutil.which(name, path=path))}
 
 
 @functools.cache
