@@ -31,7 +31,7 @@ SLOW = [
   (DEMO, PHASE, "rtx4090", [0.17, 0.29, 0.32]),
   ("gpu_24gb", NO_TTT, "rtx4090", [10.35]),
 ]
-ON_TPUS = [("v5e_8", NO_TTT, kind_of_tpu(8), [10.3]), (RECORD, NO_TTT, kind_of_tpu(4, "TPU v5"), [72.2])]
+ON_TPUS = [("v5e_8", NO_TTT, kind_of_tpu(8), [7.7]), (RECORD, NO_TTT, kind_of_tpu(4, "TPU v5"), [72.2])]
 
 
 @pytest.mark.parametrize(
