@@ -116,13 +116,22 @@ def make_artifact(run: RunFolder, settings: Settings, mesh: Mesh, *, fit: bool) 
 
   Args:
     fit: whether artifact and code are to fill the budget.
+
+  Raises:
+    UserError: the code alone fills it.
   """
+  room = settings.quantize.budget_bytes - bundle.code().size if fit else None
+  if room is not None and room <= 0:
+    raise UserError(
+      f"quantize.budget_bytes={settings.quantize.budget_bytes:,} leaves no room for an artifact: the code alone takes "
+      f"{bundle.code().size:,}."
+    )
   return make(
     settings,
     averaged_params(run, mesh),
     locate_prepared(run.settings),
     world=world_size(settings, mesh),
-    fit_bytes=settings.quantize.budget_bytes - bundle.code().size if fit else None,
+    fit_bytes=room,
   )
 
 

@@ -27,7 +27,7 @@ from pgolf_jax.quantize.calibrate import draw_rows
 from pgolf_jax.report.statistics import Ratio, interpolated, ratio
 from pgolf_jax.run_folder import RunFolder
 from pgolf_jax.runtime import distributed
-from pgolf_jax.runtime.distributed import data_mesh, world_size
+from pgolf_jax.runtime.distributed import run_mesh, world_size
 from pgolf_jax.runtime.files import read_sealed, require_room, seal, write_json
 from pgolf_jax.runtime.log import log
 from pgolf_jax.scoring import plain, ttt
@@ -83,7 +83,8 @@ def quantize(
   if json is not None:
     require_room(json)
   distributed.start()
-  folder, mesh = RunFolder(run), data_mesh()
+  folder = RunFolder(run)
+  mesh = run_mesh(folder.settings)
   params = {name: np.asarray(value) for name, value in stages.averaged_params(folder, mesh).items()}
   source = Source(folder.settings, quantize, params, locate_prepared(folder.settings))
   bench = Bench(source, Scorer(folder.settings, load_validation(source.data), mesh, targets, ttt_docs), json)

@@ -46,11 +46,11 @@ def _quantize(run, out: Path, fit: bool, config: QuantizeConfig) -> None:
   from pgolf_jax import stages
   from pgolf_jax.quantize.make import SCALES
   from pgolf_jax.runtime import distributed
-  from pgolf_jax.runtime.distributed import data_mesh
+  from pgolf_jax.runtime.distributed import run_mesh
   from pgolf_jax.runtime.files import write_bytes
   from pgolf_jax.submission import bundle, package
 
-  mesh = data_mesh()
+  mesh = run_mesh(run.settings)
   fit = fit or config.fill_budget
   made = stages.make_artifact(run, dataclasses.replace(run.given, quantize=config), mesh, fit=fit)
   if out.resolve() == run.artifact.resolve():

@@ -42,7 +42,7 @@ def on_one_device():
   """Random weights stand for the average of a run, on one device."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(quantize.stages, "averaged_params", lambda run, mesh: random_params())
-    patch.setattr(quantize, "data_mesh", lambda: data_mesh(jax.devices()[:1]))
+    patch.setattr(quantize, "run_mesh", lambda settings: data_mesh(jax.devices()[:1]))
     yield
 
 

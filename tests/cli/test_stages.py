@@ -70,6 +70,12 @@ def test_shards_that_a_later_stage_lacks_are_refused_before_the_first(tmp_path, 
   assert stages.run(settings, tmp_path / "run", ["train"]) == 0 and ran == ["train"]
 
 
+def test_a_budget_that_the_code_alone_fills_is_refused():
+  settings = dataclasses.replace(SETTINGS, quantize=dataclasses.replace(SETTINGS.quantize, budget_bytes=50_000))
+  with pytest.raises(UserError, match=r"budget_bytes=50,000 leaves no room for an artifact: the code alone takes 8\d,"):
+    stages.make_artifact(None, settings, None, fit=True)
+
+
 def test_complete_stages_are_skipped_and_stale_ones_done_again(made, tmp_path):
   run, again = made
   assert again() == []
