@@ -470,11 +470,11 @@ def the_adapters_scale_without_alpha(patch, case):
 
 @mistake("ttt_small", "nll")
 def A_not_kept_from_batch_to_batch(patch, case):
-  def finish(self, batch, start, adapters):
-    if start.goes_on is not None:
-      drawn = self._draw(int(start.goes_on.label), self._programs[batch.is_short].spec.rule.rank)
-      matrices = self._place(batch.is_short, drawn)
-      self._carried[batch.is_short] = adapter_sets.AdapterSet(matrices, start.goes_on.label, 0)
+  def finish(self, round_, start, adapters):
+    short = round_.is_short
+    for at, used in start.goes_on.items():  # the case has one chain
+      drawn = self._place(short, self._draw(int(used.label), self._programs[short].spec.rule.rank), round_.place_n)
+      self._carried[short, round_.group] = adapter_sets.Carried(drawn, {at: used})
 
   patch.setattr(adapter_sets.AdapterSets, "finish", finish)
 
