@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pgolf_jax.kernels.operation import Operation
+from pgolf_jax.kernels.segment_attention import without_lone_queries
 
 
 class KeysValues(NamedTuple):
@@ -71,9 +72,9 @@ def chunk_attention(
   Raises:
     ValueError: shapes or types do not fit together, or the implementation is unknown or not possible.
   """
-  # A document's first query sees one key: for exact zeros as in `segment_attention.without_lone_queries`.
-  is_alone_X = (place.first == 0) & (jnp.arange(q_BxXxHxC.shape[1]) == 0)
-  arguments = jnp.where(is_alone_X[:, None, None], 0, q_BxXxHxC), k_BxXxKxC, v_BxXxKxC, ring, place
+  # A document's first query alone sees one key.
+  start_1xX = jnp.full((1, q_BxXxHxC.shape[1]), jnp.where(place.first == 0, 0, -1))
+  arguments = without_lone_queries(q_BxXxHxC, start_1xX), k_BxXxKxC, v_BxXxKxC, ring, place
   return OPERATION(*arguments, window=window, implementation=implementation)
 
 

@@ -7,7 +7,6 @@ formula of `scoring.hints.tilt`; whether that probability is the model's is for 
 import dataclasses
 import functools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pgolf_jax.data.shards import ValidationData
 from pgolf_jax.errors import Check, UserError, shown
 from pgolf_jax.kernels.ngram import NgramState
 from pgolf_jax.runtime.files import read_json, read_json_lines
+from pgolf_jax.runtime.memory import cores
 from pgolf_jax.scoring import record
 from pgolf_jax.scoring.documents import Document, find_documents
 from pgolf_jax.scoring.hints import CLASSES, SHARES, TOTALS
@@ -126,7 +126,7 @@ class Subject:
         mode=config.table,
         vocab_size=self.settings.model.vocab_size,
         expected=targets,
-        threads=min(os.cpu_count() or 1, 8),  # many gain little, and 64 are the most
+        threads=min(cores(), 8),  # many gain little, and 64 are the most
       )
       for where, text in parts:
         if len(text) and counts.last != text[0]:

@@ -349,15 +349,14 @@ class Comparison:
   settings_in_common: int
 
   @property
-  def losses(self) -> dict[str, Ratio]:
-    """Which steps → the mean difference of the losses there."""
+  def loss_differences(self) -> dict[str, np.ndarray]:
+    """Which steps → the differences of the losses there."""
     if self.curves is None:
       return {}
     steps = len(self.curves.step)
     last = max(steps // 4, 1)
     counts = {f"all {steps} common steps": steps, f"the last {last} of them": last}
-    parts = {name: self.curves.difference[-count:] for name, count in counts.items()}
-    return {name: mean_of_series(part) for name, part in parts.items()}
+    return {name: self.curves.difference[-count:] for name, count in counts.items()}
 
 
 def compare(a: Side, b: Side, noise: Side | None = None) -> Comparison:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pgolf_jax.errors import UserError
-from pgolf_jax.parity.compare import BLOCKS, Comparison, Curves, Documents
+from pgolf_jax.parity.compare import BLOCKS, Comparison, Curves, Documents, mean_of_series
 from pgolf_jax.report.statistics import Ratio
 from pgolf_jax.runtime.files import replacing, write_text
 
@@ -70,10 +70,9 @@ def verdict(comparison: Comparison) -> list[str]:
     )
   if curves.floor is not None and len(curves.step) < 50:
     said.append("Few steps are common to both; a script prints more with TRAIN_LOG_EVERY=10.")
-  steps = len(curves.step)
-  for (name, mean), count in zip(comparison.losses.items(), (steps, max(steps // 4, 1)), strict=True):
-    unit = " blocks" if count >= 2 * BLOCKS else ""
-    said.append(f"Mean difference of the loss, {name}: {_tested(mean, unit)}.")
+  for name, difference_N in comparison.loss_differences.items():
+    unit = " blocks" if len(difference_N) >= 2 * BLOCKS else ""
+    said.append(f"Mean difference of the loss, {name}: {_tested(mean_of_series(difference_N), unit)}.")
   return said
 
 
@@ -201,7 +200,7 @@ def as_json(c: Comparison) -> dict[str, Any]:
   if c.curves is not None:
     value["losses"] = {
       name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in c.curves._asdict().items()
-    } | {"paired": {name: mean._asdict() for name, mean in c.losses.items()}}
+    } | {"paired": {name: mean_of_series(x)._asdict() for name, x in c.loss_differences.items()}}
   if (d := c.documents) is not None:
     by_bytes = None if d.by_bytes is None else d.by_bytes._asdict()
     value["documents"] = {"what": d.what, "each": d.each._asdict(), "by_bytes": by_bytes, "b_is_lower_on": d.better}

@@ -99,8 +99,8 @@ def set_members(folder: Path, given: Sequence[str] = ()) -> list[Path]:
   with contextlib.suppress(UserError, KeyError, TypeError):
     order += [row["run"] for row in read_json(folder / "set.json")["runs"]]
   place = {name: number for number, name in reversed(list(enumerate(order)))}
-  found = sorted(path for path in folder.iterdir() if (path / "config.toml").is_file())
-  return sorted(found, key=lambda path: place.get(path.name, len(order)))
+  by_name = sorted(path for path in folder.iterdir() if (path / "config.toml").is_file())
+  return sorted(by_name, key=lambda path: place.get(path.name, len(order)))
 
 
 def _names(places: Sequence[Path]) -> list[str]:

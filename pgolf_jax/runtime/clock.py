@@ -35,17 +35,14 @@ class Clock:
   A compilation while the clock runs is a fault: everything that it covers is compiled before.
 
   Args:
-    seconds: counted before, by a process that this one goes on from.
-
-  Attributes:
-    compilations: programs compiled while the clock ran.
+    seconds, compilations: counted before, by a process that this one goes on from.
   """
 
-  def __init__(self, seconds: float = 0.0):
+  def __init__(self, seconds: float = 0.0, compilations: int = 0):
     self._before = seconds
     self._began: float | None = None
+    self._compiled = compilations  # before the clock last started
     self._compiled_before = 0
-    self.compilations = 0
 
   def start(self) -> None:
     """Starts a clock that stands still."""
@@ -56,8 +53,7 @@ class Clock:
 
   def stop(self) -> None:
     """Stops the clock. With several processes all stop at the leader's count."""
-    self._before, self._began = self.agreed(), None
-    self.compilations += compilations() - self._compiled_before
+    self._before, self._compiled, self._began = self.agreed(), self.compilations, None
 
   @contextlib.contextmanager
   def stopped(self) -> Iterator[None]:
@@ -72,6 +68,11 @@ class Clock:
   def seconds(self) -> float:
     """Seconds counted so far, by this process."""
     return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+  @property
+  def compilations(self) -> int:
+    """Programs compiled so far while the clock ran."""
+    return self._compiled + (0 if self._began is None else compilations() - self._compiled_before)
 
   def agreed(self) -> float:
     """Returns the seconds counted so far, the same on every process: what they decide by the clock comes from here."""

@@ -118,8 +118,7 @@ def evaluate(
   collect = functools.partial(_collect, plan, state, record, options)
   compilation = time.monotonic() - began
 
-  clock = Clock(record.progress.seconds["evaluation"])
-  clock.compilations = record.progress.compilations
+  clock = Clock(record.progress.seconds["evaluation"], record.progress.compilations)
   clock.start()
   if record.is_resumed:
     plan = _resume(plan, programs, state, record)
@@ -344,8 +343,6 @@ def _run_phase(plan: Plan, programs: Programs, state: State, record: Record) -> 
 def _save(state: State, record: Record, clock: Clock) -> None:
   if record.folder is not None:
     state.done.adapters, arrays = state.adapters.state()
-    clock.stop()  # it counts compilations when it stops
-    clock.start()
     state.done.seconds["evaluation"], state.done.compilations = clock.seconds, clock.compilations
     record.save(state.done, arrays)
 
