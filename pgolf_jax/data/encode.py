@@ -7,7 +7,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -143,7 +145,8 @@ def encode_all(encoder: Encoder, batches: Iterable[RawBatch], workers: int) -> I
   try:
     pending = collections.deque()
     for batch in batches:
-      pending.append(pool.submit(_encode_in_worker, batch))
+      with _without_main_module():
+        pending.append(pool.submit(_encode_in_worker, batch))
       if len(pending) >= 4 * workers:
         yield pending.popleft().result()
     while pending:
@@ -152,6 +155,17 @@ def encode_all(encoder: Encoder, batches: Iterable[RawBatch], workers: int) -> I
     raise UserError("a worker process was killed, perhaps because memory ran out; use fewer workers") from error
   finally:
     pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+  """Lets processes start that do not run the caller's script: a spawned process runs it again, guard or no guard."""
+  main = sys.modules["__main__"]
+  sys.modules["__main__"] = types.ModuleType("__main__")
+  try:
+    yield
+  finally:
+    sys.modules["__main__"] = main
 
 
 _encoder: Encoder | None = None  # of this worker process

@@ -41,9 +41,13 @@ def to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Prints neither progress nor log lines in the block, as a library should; a run's file still gets the lines."""
+  """Prints neither progress nor log lines in the block, as a library should; a run's file still gets the lines.
+
+  Whoever listens to the logger gets what it would get: its handlers and the root's, at the level that was set.
+  """
   global _silent
   before = _silent, list(log.handlers), log.propagate, log.level
+  log.handlers, log.propagate = [_Listeners()], False
   _silent = True
   try:
     yield
@@ -56,13 +60,13 @@ def quietly() -> Iterator[None]:
 
 def log_to(path: Path) -> None:
   """Sends log lines to the terminal and, with times in UTC, to the file `path`; only the leader's lines are kept."""
-  log.propagate = _silent and not _follows
   log.setLevel(logging.INFO)
   if _follows:
-    log.handlers = [logging.NullHandler()]
+    log.handlers, log.propagate = [logging.NullHandler()], False
     return
-  to_terminal = logging.NullHandler() if _silent else _Terminal("stdout")
-  log.handlers = [to_terminal]
+  listeners = [handler for handler in log.handlers if isinstance(handler, _Listeners)]
+  others = listeners if _silent else [_Terminal("stdout")]
+  log.handlers, log.propagate = others, False
   try:
     to_file = _LogFile(path, encoding="utf-8")
   except OSError as error:
@@ -71,7 +75,22 @@ def log_to(path: Path) -> None:
   formatter = _WideFormatter("%(asctime)sZ %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
   formatter.converter = time.gmtime
   to_file.setFormatter(formatter)
-  log.handlers = [to_file, to_terminal]
+  log.handlers = [to_file, *others]
+
+
+class _Listeners(logging.Handler):
+  """Passes log lines on to those who listened to the logger before, at the level that held before."""
+
+  def __init__(self):
+    super().__init__(log.getEffectiveLevel())
+    self._handlers, self._propagates = list(log.handlers), log.propagate
+
+  def emit(self, record: logging.LogRecord) -> None:
+    for handler in self._handlers:
+      if record.levelno >= handler.level:
+        handler.handle(record)
+    if self._propagates:
+      log.root.handle(record)
 
 
 class _Terminal(logging.Handler):

@@ -126,6 +126,19 @@ def test_result_does_not_depend_on_the_number_of_processes(docs, lossless, tmp_p
   assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+def test_a_script_without_a_guard_prepares_with_several_processes(write_jsonl, tmp_path):
+  """Workers do not run the script that starts them: it would prepare the same folder in each."""
+  source = write_jsonl("docs.jsonl", TEXTS)
+  script = tmp_path / "script.py"
+  script.write_text(
+    "import pgolf_jax\n"
+    "print('script')\n"
+    f"pgolf_jax.prepare({str(tmp_path / 'out')!r}, {str(source)!r}, val_docs=4, vocab_size=350, workers=2)\n"
+  )
+  run = subprocess.run([sys.executable, script], check=True, capture_output=True, text=True, timeout=120)
+  assert run.stdout.splitlines() == ["script"]
+
+
 def test_normalising_tokenizer_reports_what_it_loses(write_jsonl, normalising, tmp_path):
   train = open_corpus(write_jsonl("docs.jsonl", ["  both ends \n", "no end", "x"]))
   manifest = prepare(tmp_path / "out", plan(train, normalising, holdout=Holdout(2)), workers=1)

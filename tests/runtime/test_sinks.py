@@ -1,6 +1,8 @@
 """A log or event file that cannot be written neither blocks nor ends a run."""
 
 import errno
+import logging
+import logging.handlers
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ from tensorboardX.record_writer import RecordWriter
 from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import events
 from pgolf_jax.runtime.events import Events, WandB
-from pgolf_jax.runtime.log import log, log_to
+from pgolf_jax.runtime.log import log, log_to, quietly
 
 FIGURES = {"loss": 2.5}
 
@@ -86,6 +88,26 @@ def test_a_log_that_cannot_be_opened_is_no_reason_to_stop(tmp_path, own_log, cap
   log_to(tmp_path / "run.log")
   log.info("one")
   assert "cannot be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("level", ["WARNING", "INFO"])
+def test_whoever_uses_the_library_hears_what_they_asked_for(tmp_path, own_log, monkeypatch, level):
+  """A handler of the root, which other libraries may have set up, and one of the program's own logger."""
+  of_root, of_logger = (logging.handlers.BufferingHandler(100) for _ in range(2))
+  monkeypatch.setattr(logging.root, "handlers", [of_root])
+  log.handlers, log.propagate = [of_logger], True
+  log.setLevel(level)
+  with quietly():
+    log.warning("before the run")
+    log_to(tmp_path / "run.log")
+    log.info("a step")
+    log.warning("a fault")
+  lines = ["before the run", "a step", "a fault"]
+  heard = lines if level == "INFO" else ["before the run", "a fault"]
+  for handler in (of_root, of_logger):
+    assert [record.getMessage() for record in handler.buffer] == heard
+  assert [line.split("Z ")[1] for line in (tmp_path / "run.log").read_text().splitlines()] == lines[1:]
+  assert (log.handlers, log.propagate, log.level) == ([of_logger], True, getattr(logging, level))
 
 
 class FakeWandB:
