@@ -145,7 +145,12 @@ def leader_first(name: str) -> Iterator[None]:
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """A mesh of these devices, or of all devices of all processes, along the axis `data`."""
+  """A mesh of these devices, or of all devices of all processes, along the axis `data`.
+
+  Raises:
+    UserError: as `jax_setup.check_options`.
+  """
+  jax_setup.check_options()
   return Mesh(np.asarray(devices if devices is not None else jax.devices()), (AXIS,))
 
 

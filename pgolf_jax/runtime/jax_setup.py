@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from pgolf_jax.errors import UserError
+
 GPU_FLAGS = {
   # Off by default. Without it the scheduler may leave a gradient's reduce-scatter waiting until all gradients are
   # there; with it collectives start as soon as their operands exist and end as late as they are needed.
@@ -25,6 +27,28 @@ CPU_THREADS = ("PJRT_NPROC", "4")
 
 # Looked at and left at XLA's defaults, for want of a measurement: combine thresholds (the step's four reduce-scatters
 # are of megabytes each, its small all-reduces are combined already), command buffers, Triton's matrix products.
+
+_OPTIONS = {
+  "jax_enable_x64": False,
+  "jax_default_prng_impl": "threefry2x32",
+  "jax_threefry_partitionable": True,
+}
+"""JAX's defaults of options that break programs (the first), or give a seed other weights and labels."""
+
+
+def check_options() -> None:
+  """Makes sure that JAX computes as all results here were made.
+
+  Raises:
+    UserError: this process, or its environment, has told JAX otherwise.
+  """
+  for name, value in _OPTIONS.items():
+    given = getattr(jax.config, name, value)
+    if given != value:
+      raise UserError(
+        f"JAX is told {name} = {given}, under which results would be others; "
+        f"leave it at {value} in the process that runs pgolf_jax (environment: {name.upper()})."
+      )
 
 
 def set_xla_options(environ: MutableMapping[str, str] | None = None, *, driver: Path = Path("/dev/nvidiactl")) -> None:

@@ -7,7 +7,9 @@ import jax
 import pytest
 from children import environment
 
+from pgolf_jax.errors import UserError
 from pgolf_jax.runtime import jax_setup
+from pgolf_jax.runtime.distributed import data_mesh
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -30,3 +32,21 @@ def test_sums_of_products_are_not_left_to_a_slow_library():
 
 def test_a_step_elsewhere_has_no_options():
   assert jax_setup.options_of_a_step("gpu") == jax_setup.options_of_a_step("tpu") == {}
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [
+    ("jax_enable_x64", True),
+    ("jax_default_prng_impl", "rbg"),
+    ("jax_threefry_partitionable", False),
+  ],
+)
+def test_options_of_jax_that_change_results_are_refused(option, value):
+  before = getattr(jax.config, option)
+  jax.config.update(option, value)
+  try:
+    with pytest.raises(UserError, match=f"{option} = {value}.*{option.upper()}"):
+      data_mesh()
+  finally:
+    jax.config.update(option, before)
