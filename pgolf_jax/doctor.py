@@ -346,6 +346,8 @@ def extras() -> Iterator[Finding]:
   wanted: dict[str, list[str]] = {}
   for text in importlib.metadata.requires("pgolf_jax") or [] if installed("pgolf_jax") else []:
     need = Requirement(text)
+    if need.name == "pgolf_jax":  # another extra, which has a line of its own
+      continue
     for extra in re.findall(r"""extra == ["']([\w-]+)["']""", str(need.marker)):
       wanted.setdefault(extra, []).append(_of_jax(need))
   for extra, packages in wanted.items():
