@@ -190,7 +190,7 @@ def summary(folder: Path, given: Sequence[str] = ()) -> dict:
   varied = [name for name in names if len({values.get(name) for values in texts.values()}) > 1]
   rows, configurations = [], {}
   for name, run in found.items():
-    scores = {SCORES[stage]: result["bpb"] for stage, result in run.results().items() if stage in SCORES}
+    scores = {SCORES[stage]: result["bpb"] for stage, result in run.figures().items() if stage in SCORES}
     chosen = {key: texts[name].get(key) for key in varied}
     rows.append({"run": name, "seed": run.settings.seed, "settings": chosen, "bpb": scores})
     configurations.setdefault(tuple(chosen.values()), []).append(rows[-1])

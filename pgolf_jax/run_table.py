@@ -86,7 +86,7 @@ def _warnings() -> Iterator[list[str]]:
 
 def _row(path: Path, name: str) -> dict:
   run = RunFolder(path)
-  results, settings = run.results(), written(run.settings)
+  results, settings = run.figures(), written(run.settings)
   made = results.get("artifact", {})
   scores = {key: results[stage]["bpb"] if stage in results else None for stage, key in SCORES.items()}
   seconds = [result["stage_seconds"] for result in results.values() if "stage_seconds" in result]

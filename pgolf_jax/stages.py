@@ -220,6 +220,8 @@ def run(settings: Settings, folder: Path, names: list[str], tracking: Tracking |
   check.check(settings, device_count=mesh.size)
   if tracking:
     events.require_wandb()
+  if not (folder / "config.toml").exists() and (within := sorted(folder.glob("*/config.toml"))):
+    raise UserError(f"{folder} holds other runs, such as {within[0].parent.name}; give this one another with --out.")
   if distributed.is_leader():
     folder.mkdir(parents=True, exist_ok=True)
   with locked(folder):
@@ -326,7 +328,7 @@ def _wanted(settings: Settings, name: str) -> bool:
 
 def table(run: RunFolder) -> Table:
   """Returns the run's figures as a table, one line a stage."""
-  results = run.results()
+  results = run.figures()
   rows = []
   if train := results.get("train"):
     note = f"{train['steps']} steps, {train['tokens_per_second']:,.0f} tokens/s, {train['parameters']:,} parameters"

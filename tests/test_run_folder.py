@@ -6,9 +6,11 @@ import json
 import pytest
 from tiny_model import SETTINGS, write_data
 
+from pgolf_jax import run_table
 from pgolf_jax.cli import main
 from pgolf_jax.data.folder import locate_prepared
 from pgolf_jax.errors import UserError
+from pgolf_jax.parity import compare
 from pgolf_jax.run_folder import MetricsWriter, RunFolder, made_from, read_metrics
 from pgolf_jax.runtime.files import file_hash
 from pgolf_jax.settings import DataConfig
@@ -79,12 +81,30 @@ def test_a_changed_file_makes_the_stages_stale_that_read_or_left_it(tmp_path, ru
 def test_another_training_makes_what_was_made_of_it_stale(run, data):
   run.finish("train", {"steps": 3, "weights": "v"}, made_from(run, "train", data))
   assert changes(run, data) == {"plain": ["weights"], "artifact": ["weights"]}
+  assert [*run.figures()] == ["train"]
 
 
 def test_another_artifact_makes_later_stages_stale(run, data):
   run.artifact.write_bytes(b"by pgolf quantize")
   run.finish("artifact", {"bpb": 1.7}, made_from(run, "artifact", data))
   assert changes(run, data) == {"ttt": ["artifact.pgolf"]}
+
+
+def test_figures_of_another_artifact_stand_beside_those_of_this_one_nowhere(run, data):
+  audited = {"broken": [], "is_legal": True, "checks": []}
+  run.finish("audit", audited, made_from(run, "audit", data))
+  (whole,), _ = run_table.find(run.path)
+  assert [*run.figures()] == ["train", "plain", "artifact", "ttt", "audit"]
+  assert whole["ttt"] == 1.4 and whole["verdict"] == "legal"
+
+  run.artifact.write_bytes(b"by pgolf quantize")
+  run.finish("artifact", {"bpb": 1.7}, made_from(run, "artifact", data))
+
+  (row,), _ = run_table.find(run.path)
+  assert [*run.figures()] == ["train", "plain", "artifact"]
+  assert row["artifact"] == 1.7 and row["ttt"] is None and row["verdict"] == "not audited"
+  run.metrics.write_text("")
+  assert compare.read(run.path).record.stages.keys() == {compare.AVERAGED, compare.ARTIFACT}
 
 
 @pytest.mark.parametrize("text", ["", '{"train": {', "[]", "7", "[" * 5000, '{"train": 7}'])

@@ -81,7 +81,7 @@ def read(path: Path) -> Side:
 def _read_folder(path: Path) -> Side:
   run = RunFolder(path)
   record = _read_metrics(run.metrics) if run.metrics.is_file() else RunRecord()
-  results = run.results()
+  results = run.figures()
   for stage, name in _STAGES.items():
     about = results.get(stage, {})
     if (bpb := _finite(about.get("bpb"))) is not None:

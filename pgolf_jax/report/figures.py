@@ -48,7 +48,7 @@ def loss(runs: Runs) -> Plot:
   factor = nats_to_bpb(shown)
   smooth = {}
   for run in shown:
-    pieces = min(60, max(1, len(run.curves.step) // 4))
+    pieces = min(60, max(15, len(run.curves.step) // 4))
     smooth[run.name] = (_binned(run.curves.step, pieces), _binned(run.curves.loss, pieces))
   rows = [(run.name, int(step), float(value)) for run in shown for step, value in zip(*smooth[run.name], strict=True)]
   last = max(run.curves.step[-1] for run in shown)

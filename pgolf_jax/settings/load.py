@@ -33,7 +33,7 @@ def from_toml(path: str | Path) -> Settings:
   """Returns the config file's settings over the defaults. Raises UserError naming the file and the setting."""
   path = Path(path)
   try:
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin with a mark
   except FileNotFoundError:
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else "."

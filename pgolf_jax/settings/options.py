@@ -71,6 +71,8 @@ class Parameter:
     """Returns the value that a word stands for."""
     if word == argparse.SUPPRESS:  # argparse reads this default of its own
       return None
+    if self.item is Path and not word:  # an unset variable of a shell, which would be the current folder
+      raise Unusable(f"{self.label} is empty.")
     if typing.get_origin(self.item) is Literal:
       choices = typing.get_args(self.item)
       if word not in choices:

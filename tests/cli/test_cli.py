@@ -43,6 +43,9 @@ def test_every_verb_explains_itself_with_an_example(capsys):
     (["quantize", "x", "--quantize.embed_bits", "0"], 1, "--quantize.embed-bits=0 must be from 2 to 8."),
     (["run", "configs/demo.toml", "--ttt.enabled", "perhaps"], 2, "takes no perhaps"),
     (["run", "configs/dmo.toml"], 1, "did you mean configs/demo.toml"),
+    (["run", "configs/demo.toml", "--out", ""], 2, "--out is empty."),
+    (["package", "x", "--out="], 2, "--out is empty."),
+    (["audit", ""], 2, "RUNS is empty."),
     (["data", "inspect", "nowhere"], 1, "nowhere"),
     (["judge", "x", "--data", "y", "--cuts", "0"], 1, "--cuts 0: at least one cut"),
     (["audit", "x", "--cuts", "-1"], 1, "--cuts -1: at least one cut"),
@@ -107,6 +110,13 @@ def test_the_command_line_is_over_the_environment_over_the_file(monkeypatch):
   assert (settings.train.iterations, settings.seed, settings.model.num_layers) == (7, 9, 5)
   assert settings.train.seq_schedule == ((64, 0.5), (128, 1.0))
   assert (folder.name, names) == ("demo", list(stages.STAGES))
+
+
+def test_a_config_of_an_editor_that_marks_utf8_is_read(monkeypatch, tmp_path):
+  started = []
+  monkeypatch.setattr(stages, "run", lambda *arguments: started.append(arguments))
+  (tmp_path / "marked.toml").write_text("seed = 7", encoding="utf-8-sig")
+  assert main(["run", str(tmp_path / "marked.toml")]) == 0 and started[0][0].seed == 7
 
 
 def test_options_may_come_in_any_order(monkeypatch):

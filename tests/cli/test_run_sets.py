@@ -171,6 +171,13 @@ def test_a_signal_ends_the_set_and_a_run_is_no_set(tmp_path):
     run_set.run(tmp_path / "run", members(SETTINGS, "1,2"), one)
 
 
+def test_a_run_among_others_is_refused(tmp_path, capsys):
+  RunFolder(tmp_path / "runs/first", SETTINGS)
+  with pytest.raises(UserError, match="holds other runs, such as first; give this one another with --out"):
+    stages.run(SETTINGS, tmp_path / "runs", ["train"])
+  assert main(["runs", str(tmp_path / "runs")]) == 0 and "first" in capsys.readouterr().out
+
+
 def test_wandb_is_asked_for_by_name_alone(monkeypatch, tmp_path):
   given = []
   monkeypatch.setattr(stages, "run", lambda *_, tracking=None: given.append(tracking) or 0)

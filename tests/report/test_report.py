@@ -119,6 +119,15 @@ def test_a_run_in_training_shows_what_it_has(folder, data):
   assert page.verdict_of([run]).state == "none"
 
 
+def test_the_loss_of_a_short_run_is_that_of_its_log(data):
+  run = data(HOSTILE)[0]
+  short = dataclasses.replace(run, curves=type(run.curves)(*(column[:3] for column in run.curves)))
+  plot = figures.loss([short])
+  assert [row[2] for row in plot.table.rows] == [float(loss) for loss in short.curves.loss]
+  first, _, last = short.curves.loss
+  assert f"falls from {first:.2f} to {last:.2f} nats" in plot.caption
+
+
 @pytest.mark.parametrize(
   "until, missing", [("train", "stages"), ("plain", "bytes"), ("artifact", "gain"), ("ttt", None)]
 )
