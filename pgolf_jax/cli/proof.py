@@ -33,7 +33,7 @@ def evaluate(
     any_text: score data that the artifact was not made with; their tokenizer must be the same all the same.
     order: of hints and documents, if not as configured.
     method: exact windows or cached keys and values, if not as configured.
-    out: folder for scores and progress; the same command goes on there after a kill.
+    out: with --ttt, folder for scores and progress; the same command goes on there after a kill.
   """
   import contextlib
   import os
@@ -48,6 +48,8 @@ def evaluate(
   from pgolf_jax.settings import check
   from pgolf_jax.settings.load import changed, from_env
 
+  if out and not ttt:
+    raise UserError("--out keeps the scores of test-time training; with --no-ttt there are none to keep.")
   distributed.start()
   subject = Subject.read(target, weights)
   settings, params = subject.settings, subject.params

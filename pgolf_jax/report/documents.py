@@ -243,6 +243,7 @@ def hints(runs: Runs) -> Plot:
     f"{given:,.0f} of {documents.targets.sum():,} targets got a hint and {100 * right / given:.1f} % of the hints were "
     f"right, which saves {saved:,.0f} nats ({bits:.5f} bits per byte)."
   )
-  rows = [(k + 1, int(t), float(n), float(h)) for k, (t, n, h) in enumerate(zip(targets, some, hits, strict=True))]
+  names = documents.index if is_each else range(1, len(pieces) + 1)
+  rows = [(int(k), int(t), float(n), float(h)) for k, t, n, h in zip(names, targets, some, hits, strict=True)]
   head = ("document" if is_each else "part", "targets", "hints", "right")
   return Plot("hints", caption, draw, Table(head, rows), True)

@@ -46,6 +46,7 @@ def test_every_verb_explains_itself_with_an_example(capsys):
     (["run", "configs/demo.toml", "--out", ""], 2, "--out is empty."),
     (["package", "x", "--out="], 2, "--out is empty."),
     (["audit", ""], 2, "RUNS is empty."),
+    (["eval", "x", "--no-ttt", "--out", "y"], 1, "--out keeps the scores of test-time training"),
     (["data", "inspect", "nowhere"], 1, "nowhere"),
     (["judge", "x", "--data", "y", "--cuts", "0"], 1, "--cuts 0: at least one cut"),
     (["audit", "x", "--cuts", "-1"], 1, "--cuts -1: at least one cut"),

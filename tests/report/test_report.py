@@ -252,6 +252,8 @@ def test_numbers_by_document(data):
     bits = np.log(2) * held.text_bytes[k]
     assert gains[name][0] == pytest.approx(0.2 * held.targets[k] / bits, rel=1e-4)
     assert gains[name][1] == pytest.approx((held.nats_untilted[k] - held.nats[k]) / bits, rel=1e-4)
+  counted = {row[0]: row[1:] for row in documents.hints([run]).table.rows}
+  assert counted == {k: (t, n, h) for k, t, n, h in zip(held.index, held.targets, held.hints, held.hits, strict=True)}
   score = {row[0]: row[2] for row in documents.length([run]).table.rows}
   assert score[3] == pytest.approx((held.nats / held.text_bytes / np.log(2))[held.index == 3][0])
 
