@@ -3,9 +3,12 @@
 Nothing here prints: log lines go to the logger `pgolf`, whose warnings Python shows, and to a run's run.log.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import operator
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,10 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgolf_jax import stages as run_stages
-from pgolf_jax.data.caseops import Markers
-from pgolf_jax.data.corpus import Position, RawBatch, RawDocument
-from pgolf_jax.data.encode import Encoder
-from pgolf_jax.data.folder import Sources, locate, locate_prepared, prepare_files
+from pgolf_jax.data.encode import encode_texts
+from pgolf_jax.data.folder import Sources, locate, locate_prepared, option, prepare_files
 from pgolf_jax.data.manifest import MANIFEST, TOKENIZER, Manifest, sha256_of, tokenizer_file
 from pgolf_jax.data.shards import ValidationData, load_validation
 from pgolf_jax.data.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from pgolf_jax.quantize.artifact import Origin
 from pgolf_jax.quantize.artifact.header import UNKNOWN
 from pgolf_jax.quantize.provenance import NoTokenizer, find_tokenizer, origin_of, require_data
 from pgolf_jax.run_folder import RunFolder
-from pgolf_jax.runtime import distributed
+from pgolf_jax.runtime import distributed, jax_setup
 from pgolf_jax.runtime.distributed import data_mesh, run_mesh
 from pgolf_jax.runtime.log import quietly
 from pgolf_jax.scoring import plain
@@ -41,6 +42,18 @@ from pgolf_jax.settings import Settings
 from pgolf_jax.settings.builtin import settings
 
 Weights = Literal["artifact", "averaged"]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+  """Prints nothing in the block, and hides from it a mesh that the caller has set; our programs bring their own.
+
+  Raises:
+    UserError: JAX is told to compute otherwise, see `check_options`.
+  """
+  jax_setup.check_options()
+  with quietly(), jax.set_mesh(None):
+    yield
 
 
 def prepare(out: str | Path, train: str | Path | None = None, **options: Any) -> Manifest:
@@ -63,9 +76,9 @@ def prepare(out: str | Path, train: str | Path | None = None, **options: Any) ->
   known = [field.name for field in dataclasses.fields(Sources)]
   if unknown := [name for name in options if name not in known]:
     raise UserError(f"prepare has no option {unknown[0]}; its options are {', '.join(known[1:])}.")
-  paths = {name: Path(options[name]) for name in ("val", "tokenizer") if options.get(name) is not None}
+  options = {name: option(name, value) for name, value in options.items()}
   with quietly():
-    return prepare_files(Path(out), Sources(**{**options, **paths, "train": None if train is None else Path(train)}))
+    return prepare_files(Path(out), Sources(**options | {"train": None if train is None else Path(train)}))
 
 
 def train(
@@ -87,9 +100,10 @@ def train(
   Raises:
     UserError: an unknown stage, settings that cannot work, or the folder holds a run of other settings.
   """
+  stages = [stages] if isinstance(stages, str) else stages
   if wrong := [name for name in stages if name not in run_stages.STAGES]:
     raise UserError(f"There is no stage {wrong[0]}; choose among {', '.join(run_stages.STAGES)}.")
-  with quietly():
+  with _undisturbed():
     run_stages.run(settings(config), Path(out), [name for name in run_stages.STAGES if name in stages])
     return RunFolder(out).results()
 
@@ -110,6 +124,8 @@ class Subject(NamedTuple):
     Raises:
       UserError: there is nothing to read there, or it is damaged.
     """
+    if weights not in typing.get_args(Weights):
+      raise UserError(f"There are no {weights!r} weights; choose among {', '.join(typing.get_args(Weights))}.")
     folder = path if path.is_dir() else path.parent
     run = RunFolder(folder) if (folder / "config.toml").is_file() else None
     if weights == "averaged":
@@ -179,7 +195,7 @@ def evaluate(
     UserError: the data are not the artifact's, or something is missing or damaged.
   """
   distributed.start()
-  with quietly():
+  with _undisturbed():
     subject = Subject.read(Path(target), weights)
     mesh = run_mesh(subject.settings)
     stream = subject.validation(
@@ -256,6 +272,10 @@ class Model:
     self.params = dict(subject.params)
     self._name, self._tokenizer, self._why_none = subject.name, tokenizer, why_none
 
+  def __getstate__(self) -> dict[str, Any]:
+    """What a copy needs: all but what lies on devices or was compiled for them, which is made again."""
+    return {name: value for name, value in vars(self).items() if name not in ("_mesh", "_placed", "_programs")}
+
   def __repr__(self) -> str:
     model = self.config.model
     shape = f"{model.num_layers} layers of width {model.model_dim}, {model.vocab_size:,} tokens"
@@ -287,8 +307,8 @@ class Model:
       UserError: a text is empty, or no text is given.
     """
     texts = [text] if isinstance(text, str) else list(text)
-    data = encode(texts, self.tokenizer, self.config.data.markers)
-    with quietly():
+    data = encode_texts(texts, self.tokenizer, self.config.data.markers)
+    with _undisturbed():
       if ttt:
         nll_N = adaptation.evaluate(self.config, self._placed, data, self._mesh, programs=self._programs).nll_N
       else:
@@ -316,10 +336,17 @@ class Model:
       seed: the same seed gives the same text.
 
     Raises:
-      UserError: a number out of range, at once.
+      UserError: a number out of range, or a prompt that is no Unicode, at once.
+      TypeError: `tokens` or `seed` is no whole number.
     """
-    sampling = generation.Sampling(tokens, temperature, top_p, seed)
-    return generation.generate(self.config, self._placed, self.tokenizer, prompt, sampling)
+    sampling = generation.Sampling(operator.index(tokens), temperature, top_p, operator.index(seed))
+    try:
+      prompt.encode()
+    except (UnicodeEncodeError, AttributeError) as error:
+      raise UserError(f"The prompt is no text ({error}); give a string of whole Unicode characters.") from error
+    with _undisturbed():
+      pieces = generation.generate(self.config, self._placed, self.tokenizer, prompt, sampling)
+    return _each_undisturbed(pieces)
 
   @functools.cached_property
   def _mesh(self):
@@ -334,6 +361,15 @@ class Model:
   def _programs(self) -> Programs:
     """What test-time training compiles, kept from one call to the next."""
     return Programs(self.config, self._mesh)
+
+
+def _each_undisturbed(pieces: Iterator[str]) -> Iterator[str]:
+  while True:
+    with _undisturbed():
+      piece = next(pieces, None)
+    if piece is None:
+      return
+    yield piece
 
 
 def load(path: str | Path, tokenizer: str | Path | None = None, weights: Weights = "artifact") -> Model:
@@ -351,7 +387,7 @@ def load(path: str | Path, tokenizer: str | Path | None = None, weights: Weights
     UserError: there is no such file, it is damaged, or the tokenizer is not the model's.
   """
   distributed.start()
-  with quietly():
+  with _undisturbed():
     subject = Subject.read(Path(path), weights)
     file = None if weights == "averaged" else Path(subject.name)
     beside = Path(path if Path(path).is_dir() else Path(path).parent) / TOKENIZER
@@ -361,22 +397,3 @@ def load(path: str | Path, tokenizer: str | Path | None = None, weights: Weights
       return Model(subject, find_tokenizer(subject.name, file, None if tokenizer is None else Path(tokenizer), beside))
     except NoTokenizer as error:
       return Model(subject, None, str(error))
-
-
-def encode(texts: Sequence[str], tokenizer: Tokenizer, markers: Markers) -> ValidationData:
-  """Returns texts as a stream of documents with their byte sidecar, as `prepare` would lay them out for validation.
-
-  Raises:
-    UserError: there is no text, or one is empty or no Unicode.
-  """
-  if not texts:
-    raise UserError("There is no text to score; give one, or a list of some.")
-  documents = []
-  for number, text in enumerate(texts):
-    try:
-      documents.append(RawDocument(f"text {number}", 0, text.encode()))
-    except (UnicodeEncodeError, AttributeError) as error:
-      raise UserError(f"text {number} cannot be scored ({error}); give strings of whole Unicode characters.") from error
-  encoder = Encoder(tokenizer, markers=markers, held_out=None)
-  batch = encoder(RawBatch(Position(), documents, 0))
-  return ValidationData(batch.tokens_N.astype(np.int32), batch.bytes_N.astype(np.int32))

@@ -1,8 +1,10 @@
 """The library as a notebook uses it: import, settings, prepare, load, score, generate, evaluate, train."""
 
 import ast
+import copy
 import dataclasses
 import json
+import pickle
 import random
 import re
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_model import MODEL, SETTINGS, random_params
@@ -108,12 +111,23 @@ def test_settings_come_from_names_paths_dicts_and_overrides(tmp_path):
   assert pgolf_jax.settings(demo, seed=8) == dataclasses.replace(demo, seed=8)
 
 
+def test_settings_may_be_paths_and_numbers_of_numpy(tmp_path):
+  given = {"data.path": tmp_path, "train.iterations": np.int64(7), "optimizer.matrix_lr": np.float32(0.5)}
+  assert pgolf_jax.settings("demo", **given) == pgolf_jax.settings(
+    "demo", data__path=str(tmp_path), train__iterations=7, optimizer__matrix_lr=0.5
+  )
+  with pytest.raises(UserError, match="must be finite"):
+    pgolf_jax.settings("demo", optimizer__matrix_lr=np.float32("nan"))
+
+
 @pytest.mark.parametrize(
   ("config", "overrides", "says"),
   [
     ("dmo", {}, "did you mean demo"),
     ("demo", {"train__iteration": 5}, "did you mean train.iterations"),
     ("demo", {"train__iterations": "many"}, "whole number"),
+    ("demo", {"train__iterations": "3"}, "iterations=3 must be a whole number, 0 or more, not text"),
+    ("demo", {"train__iterations": np.True_}, "whole number"),
     ("demo", {"model__num_heads": 3}, "must divide"),
     ({"modl": {}}, {}, "did you mean model"),
   ],
@@ -126,8 +140,31 @@ def test_settings_that_cannot_be_are_refused(config, overrides, says):
 def test_options_and_stages_that_do_not_exist_are_refused(tmp_path):
   with pytest.raises(UserError, match=r"no option .?docs"):
     pgolf_jax.prepare(tmp_path / "data", docs=3)
-  with pytest.raises(UserError, match=r"no stage .?trian"):
-    pgolf_jax.train("demo", tmp_path / "run", ["trian"])
+  for stages in (["trian"], "trian"):
+    with pytest.raises(UserError, match=r"no stage .?trian"):
+      pgolf_jax.train("demo", tmp_path / "run", stages)
+
+
+@pytest.mark.parametrize(
+  ("option", "says"),
+  [
+    ({"val_docs": "2"}, "val_docs='2' must be a whole number"),
+    ({"val_docs": 2.0}, r"val_docs=2\.0 must be a whole number"),
+    ({"caseops": "0"}, "caseops='0' must be true or false"),
+    ({"caseops_markers": "after"}, "must be one of published, before-space"),
+    ({"workers": -1}, "--workers -1 must be 1 or more"),
+  ],
+)
+def test_options_of_another_kind_are_refused(tmp_path, option, says):
+  source = text_folder(tmp_path / "text", CAPS)
+  with pytest.raises(UserError, match=says):
+    pgolf_jax.prepare(tmp_path / "data", source, **{"val_docs": 1, "vocab_size": 300, "workers": 1} | option)
+
+
+def test_options_may_be_numbers_of_numpy(tmp_path):
+  source = text_folder(tmp_path / "text", CAPS)
+  made = pgolf_jax.prepare(tmp_path / "data", source, val_docs=np.int64(1), vocab_size=np.int32(300), workers=1)
+  assert made.vocab_size == 300 and made.val.documents == 1
 
 
 @pytest.mark.parametrize("ttt", [False, True])
@@ -186,8 +223,45 @@ def test_text_is_generated_in_pieces_and_as_the_program_prints_it(place, model, 
   assert pieces and all(isinstance(piece, str) for piece in pieces)
   assert main(["generate", str(place / "run"), "--prompt", "The Union", "--tokens", "12", "--temperature", "0"]) == 0
   assert capsys.readouterr().out == "The Union" + "".join(pieces) + "\n"
-  with pytest.raises(UserError, match="top_p"):
-    model.generate("x", top_p=2.0)
+  for wrong, says in (
+    ({"top_p": 2.0}, "top_p"),
+    ({"seed": -1}, "seed=-1"),
+    ({"prompt": "\udcff"}, "The prompt is no text"),
+  ):
+    with pytest.raises(UserError, match=says):
+      model.generate(**wrong)
+  with pytest.raises(TypeError):
+    model.generate("x", tokens=1.5)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_that_has_scored_can_be_copied(model, copied):
+  assert copied(model).score(CAPS).nats == model.score(CAPS).nats
+
+
+def test_a_mesh_that_the_caller_has_set_is_no_obstacle(place, model):
+  def results(model):
+    scores = model.score(CAPS), model.score(CAPS, ttt=True)
+    return *scores, pgolf_jax.evaluate(place / "run", ttt=False)["bpb"], "".join(model.generate("The", tokens=3))
+
+  expected = results(model)
+  with jax.set_mesh(jax.make_mesh((1,), ("theirs",))):
+    assert results(model) == results(pgolf_jax.load(place / "run")) == expected
+    assert jax.sharding.get_abstract_mesh().axis_names == ("theirs",)
+
+
+def test_a_model_is_not_used_where_jax_computes_otherwise(model):
+  with jax.enable_x64(True):
+    for use in model.score, model.generate:
+      with pytest.raises(UserError, match="jax_enable_x64"):
+        use("The Union")
+
+
+def test_weights_that_do_not_exist_are_refused(place):
+  with pytest.raises(UserError, match="no 'average' weights; choose among artifact, averaged"):
+    pgolf_jax.load(place / "run", weights="average")
+  with pytest.raises(UserError, match="no 'average' weights"):
+    pgolf_jax.evaluate(place / "run", ttt=False, weights="average")
 
 
 def test_a_library_prints_nothing(place, capfd):

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -20,7 +20,7 @@ from jaxtyping import Integer, UInt16
 from pgolf_jax.data import caseops
 from pgolf_jax.data.caseops import Markers
 from pgolf_jax.data.corpus import Position, RawBatch, RawDocument, digest
-from pgolf_jax.data.shards import BOS
+from pgolf_jax.data.shards import BOS, ValidationData
 from pgolf_jax.data.tokenizer import Tokenizer
 from pgolf_jax.errors import UserError
 
@@ -187,3 +187,22 @@ def _exit_with_parent() -> None:
   with contextlib.suppress(OSError):
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
   os._exit(1)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, markers: Markers) -> ValidationData:
+  """Returns texts as a stream of documents with their byte sidecar, as `prepare` would lay them out for validation.
+
+  Raises:
+    UserError: there is no text, or one is empty or no Unicode.
+  """
+  if not texts:
+    raise UserError("There is no text to score; give one, or a list of some.")
+  documents = []
+  for number, text in enumerate(texts):
+    try:
+      documents.append(RawDocument(f"text {number}", 0, text.encode()))
+    except (UnicodeEncodeError, AttributeError) as error:
+      raise UserError(f"text {number} cannot be scored ({error}); give strings of whole Unicode characters.") from error
+  encoder = Encoder(tokenizer, markers=markers, held_out=None)
+  batch = encoder(RawBatch(Position(), documents, 0))
+  return ValidationData(batch.tokens_N.astype(np.int32), batch.bytes_N.astype(np.int32))

@@ -7,8 +7,10 @@ import collections
 import dataclasses
 import hashlib
 import importlib.util
+import numbers
+import typing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pgolf_jax.data import caseops
 from pgolf_jax.data.caseops import Markers
@@ -161,6 +163,28 @@ class Sources:
   shard_tokens: int = SHARD_TOKENS
   max_document: int = MAX_DOCUMENT_BYTES
   workers: int | None = None
+
+
+def option(name: str, value: Any) -> Any:
+  """Returns the value of a field of `Sources` once it is of the field's kind: a path, a number or a choice.
+
+  Raises:
+    UserError: it is of another kind.
+  """
+  kind = typing.get_type_hints(Sources)[name]
+  choices = typing.get_args(kind)
+  if int in (kind, *choices) and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    return int(value)  # of NumPy's, which no manifest holds
+  if value in choices or (value is None and type(None) in choices):
+    return value
+  if Path in choices:
+    return Path(value)
+  if kind is bool and value in (True, False):
+    return bool(value)
+  wanted = "true or false" if kind is bool else "a whole number"
+  if typing.get_origin(kind) is Literal:
+    wanted = f"one of {', '.join(choices)}"
+  raise UserError(f"prepare: {name}={value!r} must be {wanted}.")
 
 
 def prepare_files(folder: Path, sources: Sources) -> Manifest:

@@ -107,6 +107,8 @@ def prepare(folder: Path, preparation: Preparation, workers: int | None = None) 
   Raises:
     UserError: the text is faulty, or the folder holds something else.
   """
+  if workers is not None and workers < 0:
+    raise UserError(f"--workers {workers} must be 1 or more")
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with _alone_in(folder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +17,7 @@ from pgolf_jax.model import segments
 from pgolf_jax.model.gpt import bind
 from pgolf_jax.model.params import Params
 from pgolf_jax.settings import ModelConfig, Settings
-from pgolf_jax.settings.fields import INDEX, NOT_NEGATIVE, PROPER_SHARE
+from pgolf_jax.settings.fields import INDEX, NOT_NEGATIVE, PROPER_SHARE, Range
 
 _SMALLEST_BUCKET = 64  # tokens
 _EOS = 2
@@ -33,7 +34,7 @@ class Sampling:
   seed: int = 0  # the same seed gives the same text
 
   def __post_init__(self):
-    ranges = {"tokens": INDEX, "temperature": NOT_NEGATIVE, "top_p": PROPER_SHARE}
+    ranges = {"tokens": INDEX, "temperature": NOT_NEGATIVE, "top_p": PROPER_SHARE, "seed": Range(0, math.inf)}
     for name, within in ranges.items():
       number = getattr(self, name)
       if not within.holds(number):

@@ -3,10 +3,12 @@
 In files and environments schedules are text, of which loading makes tuples; `schedules.py` says how they are written.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import os
 import re
 import tomllib
@@ -273,10 +275,15 @@ def _checked(where: str, value: object, entry: Entry) -> object:
     if not isinstance(value, str):
       raise UserError(f"{where}={shown(value)} must be {describe(entry)}.")
     return schedules.parse(where, value, item, entry.within)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
-    value = float(value)
+  if kind is str and isinstance(value, Path):
+    value = str(value)
+  if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    value = int(value)  # of NumPy's
+  if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    with contextlib.suppress(OverflowError):
+      value = float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise UserError(f"{where}={shown(value)} must be {describe(entry)}.")
+    raise UserError(f"{where}={shown(value)} must be {describe(entry)}{', not text' * isinstance(value, str)}.")
   if kind is float and not math.isfinite(value):
     raise UserError(f"{where} must be finite, not {value}.")
   if entry.within and not entry.within.holds(value):
