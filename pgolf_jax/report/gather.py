@@ -89,7 +89,7 @@ class RunData:
     curves, documents, position, streams: the parts that may be missing.
     absent: part → why it is missing.
     stale: sentences on results that belong to other files than the folder has now.
-    lacking: stage → why its results, of another version of the program, are not shown.
+    lacking: stage → why its results, of another version of the program or of its inputs, are not shown.
   """
 
   name: str
@@ -161,7 +161,9 @@ def gather(run: RunFolder, name: str | None = None) -> RunData:
   Args:
     name: of the run in the report; its folder's if not given.
   """
-  results, absent, lacking = run.results(), {}, {}
+  results, absent = run.figures(), {}
+  replaced = "what it read has been made anew since; `pgolf run` with the same command makes its results again."
+  lacking = {stage: replaced for stage in run.results() if stage not in results}
   for stage, names in _NEEDED.items():
     if missing := sorted(names - results.get(stage, dict.fromkeys(names)).keys()):
       del results[stage]

@@ -282,6 +282,18 @@ def test_scores_that_belong_to_other_files_are_said_to(folder, tmp_path):
   assert dict(page.plots([found])[1])["Bytes by tensor"].startswith("The artifact's checksum does not match")
 
 
+def test_scores_of_an_artifact_that_was_made_anew_are_left_out(folder, tmp_path):
+  shutil.copytree(folder / "seed42", tmp_path / "run")
+  run = RunFolder(tmp_path / "run")
+  made = run.results()["artifact"]
+  run.artifact.write_bytes(run.artifact.read_bytes() + b"!")
+  run.finish("artifact", {name: made[name] for name in made if name != "made"}, made["made_from"])
+  found = gather(run)
+  text = page.render([found], *page.plots([found]))
+  assert found.final_stage == "artifact" and found.documents is None and found.stale == []
+  assert f"{found.name}, ttt" in text and "what it read has been made anew since" in text
+
+
 def test_results_of_another_version_are_left_out(folder, tmp_path):
   run = report_case.write_run(tmp_path / "run", report_case.settings_of(folder / "data"), until="plain")
   run.finish("artifact", {"bpb": 1.5, "loss": 2.0}, {})
