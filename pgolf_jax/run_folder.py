@@ -197,15 +197,15 @@ class RunFolder:
   def figures(self) -> dict[str, dict]:
     """Returns the results that belong together: no stage that read what a stage before it has since replaced."""
     results = self.results()
-    kept, now = {}, {"results": json_hash({name: result for name, result in results.items() if name != "audit"})}
+    current, now = {}, {"results": json_hash({name: result for name, result in results.items() if name != "audit"})}
     for stage, result in results.items():
       read, made = result.get("made_from", {}), result.get("made", {})
       if all(read.get(name, value) == value for name, value in now.items()):
-        kept[stage] = result
+        current[stage] = result
         now |= made | {name: result[name] for name in ("weights",) if name in result}
       else:
         now |= dict.fromkeys(made)
-    return kept
+    return current
 
   def _warn(self, message: str) -> None:
     """Says something once, however often it is found."""

@@ -61,7 +61,8 @@ def commands(verb: str) -> dict[str, Callable | Defaults]:
 def main(argv: list[str] | None = None) -> int:
   """Runs one verb and returns the exit status.
 
-  It is 0 on success, 1 on a failed check or error, 2 on unusable arguments, 128 + a signal's number if one ended it.
+  It is 0 on success, 1 on a failed check or error, 2 on words that are no command, 128 + a signal's number if one
+  ended it.
   """
   if argv is None and sys.argv[1:2] and sys.argv[1] in _COMPUTING:
     memory.use_huge_pages()

@@ -248,7 +248,7 @@ def stages(runs: Runs) -> Plot:
   steps = (("quantising costs", "plain", "artifact"), ("learning at test time brings", "artifact", "untilted"),
            ("hints", "untilted", "ttt"))  # fmt: skip
   gaps = [(words, gap(shown, before, after)) for words, before, after in steps]
-  parts = [f"{words} {style.signed(apart)}" for words, apart in gaps if apart is not None]
+  parts = [f"{words} {style.signed(apart, 5)}" for words, apart in gaps if apart is not None]
   so_far = float(np.mean([ladder[rungs[0]] for ladder in scores.values() if rungs[0] in ladder]))
   said = (", ".join(parts) + " bits per byte.") if parts else f"{so_far:.4f} bits per byte so far."
   rows = [(run.name, *(scores[run.name].get(name) for name in rungs)) for run in shown]
