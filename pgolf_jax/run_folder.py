@@ -197,14 +197,14 @@ class RunFolder:
   def figures(self) -> dict[str, dict]:
     """Returns the results that belong together: no stage that read what a stage before it has since replaced."""
     results = self.results()
-    current, now = {}, {"results": json_hash({name: result for name, result in results.items() if name != "audit"})}
+    current, now = {}, {"results": _hash_before_audit(results)}
     for stage, result in results.items():
       read, made = result.get("made_from", {}), result.get("made", {})
       if all(read.get(name, value) == value for name, value in now.items()):
         current[stage] = result
-        now |= made | {name: result[name] for name in ("weights",) if name in result}
+        now |= made | ({"weights": result["weights"]} if "weights" in result else {})
       else:
-        now |= dict.fromkeys(made)
+        now |= dict.fromkeys(made)  # what was made of replaced files serves no later stage
     return current
 
   def _warn(self, message: str) -> None:
@@ -286,8 +286,13 @@ def made_from(run: RunFolder, stage: str, data_folder: str | Path) -> dict[str, 
     hashes |= _hashes(run.path, [run.artifact])
   if stage == "audit":
     hashes |= _hashes(run.path, [run.metrics, *(run.scores / name for name in SCORES)])
-    hashes["results"] = json_hash({name: result for name, result in run.results().items() if name != "audit"})
+    hashes["results"] = _hash_before_audit(run.results())
   return hashes
+
+
+def _hash_before_audit(results: Mapping[str, dict]) -> str:
+  """Returns the hash of the results that an audit reads."""
+  return json_hash({stage: result for stage, result in results.items() if stage != "audit"})
 
 
 def shards_of(run: RunFolder, stage: str, data_folder: Path) -> list[Path]:

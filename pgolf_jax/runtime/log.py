@@ -64,8 +64,7 @@ def log_to(path: Path) -> None:
   if _follows:
     log.handlers, log.propagate = [logging.NullHandler()], False
     return
-  listeners = [handler for handler in log.handlers if isinstance(handler, _Listeners)]
-  others = listeners if _silent else [_Terminal("stdout")]
+  others = [handler for handler in log.handlers if isinstance(handler, _Listeners)] or [_Terminal("stdout")]
   log.handlers, log.propagate = others, False
   try:
     to_file = _LogFile(path, encoding="utf-8")
